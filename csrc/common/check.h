@@ -1,0 +1,39 @@
+// Argument checks whose text names operator, argument, what was expected and what came. [torch]
+// The exception classes are those of the torch function that the operator replaces.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <string_view>
+
+#include "common/types.h"
+
+// TSE_CHECK(condition, "cross_entropy", "target", "expected …, got ", x) raises RuntimeError; the others what they say.
+#define TSE_CHECK(cond, op, arg, ...) TORCH_CHECK(cond, op, ": ", arg, ": ", __VA_ARGS__)
+#define TSE_CHECK_VALUE(cond, op, arg, ...) TORCH_CHECK_VALUE(cond, op, ": ", arg, ": ", __VA_ARGS__)
+#define TSE_CHECK_INDEX(cond, op, arg, ...) TORCH_CHECK_INDEX(cond, op, ": ", arg, ": ", __VA_ARGS__)
+#define TSE_CHECK_NOT_IMPLEMENTED(cond, op, arg, ...) \
+  TORCH_CHECK_NOT_IMPLEMENTED(cond, op, ": ", arg, ": ", __VA_ARGS__)
+
+namespace tse {
+
+// float32, float64, float16 or bfloat16 (torch raises NotImplementedError for others), strided.
+inline void check_floating(const char* op, const char* arg, const at::Tensor& t) {
+  const auto type = t.scalar_type();
+  TSE_CHECK_NOT_IMPLEMENTED(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
+                            op, arg, "expected float32, float64, float16 or bfloat16, got ", type);
+  TSE_CHECK(t.layout() == at::kStrided, op, arg, "expected a strided tensor, got layout ", t.layout());
+}
+
+inline void check_same_device(const char* op, const char* arg, const at::Tensor& t, const at::Tensor& input) {
+  TSE_CHECK(t.device() == input.device(), op, arg, "expected device ", input.device(), " as input, got ", t.device());
+}
+
+inline Reduction parse_reduction(const char* op, std::string_view name) {
+  if (name == "mean") return Reduction::kMean;
+  if (name == "sum") return Reduction::kSum;
+  TSE_CHECK_VALUE(name == "none", op, "reduction", "expected 'none', 'mean' or 'sum', got '", name, "'");
+  return Reduction::kNone;
+}
+
+}  // namespace tse

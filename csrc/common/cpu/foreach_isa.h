@@ -1,0 +1,76 @@
+// Compiles one file of row functions once per instruction-set level, each in a namespace of its own. [per ISA]
+//
+//   #define TSE_ISA_BODY "cross_entropy/cross_entropy_cpu-inl.h"
+//   #include "common/cpu/foreach_isa.h"
+//   void fwd_rows(const Params& p, …) { TSE_CALL_ISA(fwd_rows, p, …); }
+//
+// Target regions instead of per-file compiler flags, which setuptools does not have. What that asks for:
+// every standard header stands here, before the first region (a template first seen inside one would become a weak
+// symbol with AVX-512 code, shared with the whole program); everything else stands inside the level's namespace;
+// the level is told by TSE_ISA, since g++ does not define __AVX512F__ inside a region.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "common/cpu/isa.h"
+#include "common/types.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define TSE_ISA_X86 1
+#include <immintrin.h>
+// g++ 12 warns of its own header's deliberately undefined operands (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#else
+#define TSE_ISA_X86 0
+#endif
+
+// return function<T>(…) for the storage type of p.dtype.
+#define TSE_EACH_DTYPE(function, ...)                               \
+  switch (p.dtype) {                                                \
+    case DType::kFloat32: return function<float>(__VA_ARGS__);      \
+    case DType::kFloat64: return function<double>(__VA_ARGS__);     \
+    case DType::kFloat16: return function<Half>(__VA_ARGS__);       \
+    case DType::kBFloat16: return function<BFloat16>(__VA_ARGS__);  \
+  }
+
+#define TSE_ISA 0
+namespace tse::isa_default {
+#include "common/cpu/vec-inl.h"
+#include TSE_ISA_BODY
+}  // namespace tse::isa_default
+#undef TSE_ISA
+
+#if TSE_ISA_X86
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define TSE_ISA 1
+namespace tse::isa_avx2 {
+#include "common/cpu/vec-inl.h"
+#include TSE_ISA_BODY
+}  // namespace tse::isa_avx2
+#undef TSE_ISA
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#define TSE_ISA 2
+namespace tse::isa_avx512 {
+#include "common/cpu/vec-inl.h"
+#include TSE_ISA_BODY
+}  // namespace tse::isa_avx512
+#undef TSE_ISA
+#pragma GCC pop_options
+
+#define TSE_CALL_ISA(function, ...)                                         \
+  switch (active_isa()) {                                                   \
+    case Isa::kAvx512: return isa_avx512::function(__VA_ARGS__);            \
+    case Isa::kAvx2: return isa_avx2::function(__VA_ARGS__);                \
+    default: return isa_default::function(__VA_ARGS__);                     \
+  }
+#else
+#define TSE_CALL_ISA(function, ...) return isa_default::function(__VA_ARGS__)
+#endif

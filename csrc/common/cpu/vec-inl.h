@@ -1,0 +1,261 @@
+// Vectors of one native register, exp2, conversion of half types and reductions. [per ISA]
+// Included by foreach_isa.h alone, once per level: TSE_ISA is 0 (16 bytes, any CPU), 1 (AVX2+FMA), 2 (AVX-512).
+// Arithmetic is GCC's vector extension; intrinsics stand only where it has no word for the instruction.
+
+constexpr int kVectorBytes = TSE_ISA == 2 ? 64 : TSE_ISA == 1 ? 32 : 16;
+constexpr int kFloats = kVectorBytes / 4;
+constexpr int kDoubles = kVectorBytes / 8;
+
+typedef float VecF __attribute__((vector_size(kVectorBytes)));
+typedef int32_t VecI __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t VecU __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t VecH __attribute__((vector_size(kVectorBytes / 2)));  // as many as VecF has lanes
+typedef double VecD __attribute__((vector_size(kVectorBytes)));
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// What the arithmetic for storage type T is done in.
+template <class T>
+struct Accumulate {
+  using Scalar = float;
+  using Vec = VecF;
+  static constexpr int kLanes = kFloats;
+};
+template <>
+struct Accumulate<double> {
+  using Scalar = double;
+  using Vec = VecD;
+  static constexpr int kLanes = kDoubles;
+};
+template <class T>
+using Acc = typename Accumulate<T>::Scalar;
+template <class T>
+using Vec = typename Accumulate<T>::Vec;
+
+template <class V>
+inline V splat(decltype(V{}[0] + V{}[0]) x) {
+  return V{} + x;
+}
+
+// ---- half types ---------------------------------------------------------------------------------------------------
+
+inline VecF widen(VecH h, BFloat16) {
+  const VecU u = __builtin_convertvector(h, VecU) << 16;
+  VecF f;
+  std::memcpy(&f, &u, sizeof f);
+  return f;
+}
+
+inline VecH narrow(VecF f, BFloat16) {  // to nearest even; NaN stays NaN
+  VecU u;
+  std::memcpy(&u, &f, sizeof u);
+  const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const VecU is_nan = (VecU)(f != f);
+  return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), VecH);
+}
+
+#if TSE_ISA == 2
+inline VecF widen(VecH h, Half) { return (VecF)_mm512_cvtph_ps((__m256i)h); }
+inline VecH narrow(VecF f, Half) {
+  return (VecH)_mm512_cvtps_ph((__m512)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif TSE_ISA == 1
+inline VecF widen(VecH h, Half) { return (VecF)_mm256_cvtph_ps((__m128i)h); }
+inline VecH narrow(VecF f, Half) {
+  return (VecH)_mm256_cvtps_ph((__m256)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+inline VecF widen(VecH h, Half) {
+  // Exponent and mantissa moved to float's place, then the exponent's bias corrected by a multiplication, which also
+  // normalises subnormals; infinity and NaN get the full exponent back.
+  const VecU u = __builtin_convertvector(h, VecU);
+  const VecU magnitude = (u & 0x7fffu) << 13;
+  VecF f;
+  std::memcpy(&f, &magnitude, sizeof f);
+  f *= 0x1p112f;
+  VecU bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  bits |= (VecU)((u & 0x7c00u) == 0x7c00u) & 0x7f800000u;
+  bits |= (u & 0x8000u) << 16;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+
+inline VecH narrow(VecF f, Half) {
+  VecU u;
+  std::memcpy(&u, &f, sizeof u);
+  const VecU sign = (u >> 16) & 0x8000u;
+  u &= 0x7fffffffu;
+  VecF magnitude;
+  std::memcpy(&magnitude, &u, sizeof magnitude);
+  // Below 2^-14 the result is subnormal: adding 0.5 lets float's own rounding cut at 2^-24.
+  const VecF shifted = magnitude + 0.5f;
+  VecU subnormal;
+  std::memcpy(&subnormal, &shifted, sizeof subnormal);
+  subnormal -= 0x3f000000u;
+  const VecU normal = (u - (112u << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
+  const VecU is_small = (VecU)(magnitude < 0x1p-14f), is_huge = (VecU)(magnitude >= 65520.0f), is_nan = (VecU)(f != f);
+  VecU h = (subnormal & is_small) | (normal & ~is_small);
+  h = (h & ~is_huge) | (is_huge & 0x7c00u);
+  h = (h & ~is_nan) | (is_nan & 0x7e00u);
+  return __builtin_convertvector(h | sign, VecH);
+}
+#endif
+
+// ---- memory -------------------------------------------------------------------------------------------------------
+
+inline VecF load(const float* p) {
+  VecF v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline VecD load(const double* p) {
+  VecD v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+inline VecF load(const T* p) {
+  VecH h;
+  std::memcpy(&h, p, sizeof h);
+  return widen(h, T{});
+}
+
+inline void store(float* p, VecF v) { std::memcpy(p, &v, sizeof v); }
+inline void store(double* p, VecD v) { std::memcpy(p, &v, sizeof v); }
+template <class T>
+inline void store(T* p, VecF v) {
+  const VecH h = narrow(v, T{});
+  std::memcpy(p, &h, sizeof h);
+}
+
+// The first `count` lanes; the others are `fill`, and nothing behind the row is read or written.
+template <class T>
+inline Vec<T> load_part(const T* p, int64_t count, Acc<T> fill) {
+  T buffer[Accumulate<T>::kLanes] = {};
+  std::memcpy(buffer, p, count * sizeof(T));
+  Vec<T> v = load(buffer);
+  for (int64_t i = count; i < Accumulate<T>::kLanes; ++i) v[i] = fill;
+  return v;
+}
+template <class T>
+inline void store_part(T* p, int64_t count, Vec<T> v) {
+  T buffer[Accumulate<T>::kLanes];
+  store(buffer, v);
+  std::memcpy(p, buffer, count * sizeof(T));
+}
+#if TSE_ISA == 2
+inline VecF load_part(const float* p, int64_t count, float fill) {
+  return (VecF)_mm512_mask_loadu_ps(_mm512_set1_ps(fill), (__mmask16)((1u << count) - 1), p);
+}
+inline void store_part(float* p, int64_t count, VecF v) {
+  _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+}
+#endif
+
+inline float load_one(const float* p) { return *p; }
+inline double load_one(const double* p) { return *p; }
+template <class T>
+inline float load_one(const T* p) {
+  VecH h = {};
+  h[0] = p->bits;
+  return widen(h, T{})[0];
+}
+inline void store_one(float* p, float x) { *p = x; }
+inline void store_one(double* p, double x) { *p = x; }
+template <class T>
+inline void store_one(T* p, float x) {
+  p->bits = narrow(splat<VecF>(x), T{})[0];
+}
+
+// ---- arithmetic ---------------------------------------------------------------------------------------------------
+
+// max(a, b), and b where either is NaN.
+#if TSE_ISA == 2
+inline VecF vmax(VecF a, VecF b) { return (VecF)_mm512_max_ps((__m512)a, (__m512)b); }
+inline VecD vmax(VecD a, VecD b) { return (VecD)_mm512_max_pd((__m512d)a, (__m512d)b); }
+#elif TSE_ISA == 1
+inline VecF vmax(VecF a, VecF b) { return (VecF)_mm256_max_ps((__m256)a, (__m256)b); }
+inline VecD vmax(VecD a, VecD b) { return (VecD)_mm256_max_pd((__m256d)a, (__m256d)b); }
+#else
+inline VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
+inline VecD vmax(VecD a, VecD b) { return a > b ? a : b; }
+#endif
+
+// 2^t for t ≤ 0 (and a rounding error above): 2^floor(t) times a minimax polynomial of degree 5 for 2^f on [0, 1),
+// relative error 1e-7. -inf gives 0, NaN gives NaN. Below 2^-126 AVX-512 is gradual, the other levels give 0.
+inline VecF exp2_fraction(VecF f) {
+  VecF p = f * 0x1.ec320ap-10f + 0x1.26900cp-7f;
+  p = p * f + 0x1.c95446p-5f;
+  p = p * f + 0x1.ebd5a8p-3f;
+  p = p * f + 0x1.62e4f6p-1f;
+  return p * f + 0x1.fffffep-1f;
+}
+#if TSE_ISA == 2
+inline VecF exp2(VecF t) {
+  const VecF f = (VecF)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // 0 for -inf
+  return (VecF)_mm512_scalef_ps((__m512)exp2_fraction(f), (__m512)t);  // scalef takes the floor itself
+}
+#else
+inline VecF exp2(VecF t) {
+  t = vmax(splat<VecF>(-127.0f), t);
+  VecI i = __builtin_convertvector(t, VecI);
+  i += (VecI)(__builtin_convertvector(i, VecF) > t);  // truncation to floor
+  const VecF f = t - __builtin_convertvector(i, VecF);
+  const VecI bits = (i + 127) << 23;
+  VecF scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return exp2_fraction(f) * scale;
+}
+#endif
+inline VecD exp2(VecD t) {  // fp64 is for checking gradients, not for speed
+  for (int i = 0; i < kDoubles; ++i) t[i] = std::exp2(t[i]);
+  return t;
+}
+
+template <class V>
+inline auto reduce_max(V v) {  // NaN lanes lose
+  auto m = v[0];
+  for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) m = v[i] > m || m != m ? v[i] : m;
+  return m;
+}
+// Always in the same order, halves folded onto each other, so that every build of a level gives the same bits.
+template <class V>
+inline auto reduce_add(V v) {
+  for (unsigned half = sizeof(V) / sizeof(v[0]) / 2; half > 0; half /= 2)
+    for (unsigned i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
+
+// ---- compaction ---------------------------------------------------------------------------------------------------
+
+// Appends the lanes of v that are > threshold to out and returns how many; may write a whole vector at out.
+#if TSE_ISA == 2
+inline int64_t append_above(float* out, VecF v, float threshold) {
+  const __mmask16 mask = _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(threshold), _CMP_GT_OQ);
+  if (mask == 0) return 0;
+  _mm512_storeu_ps(out, _mm512_maskz_compress_ps(mask, (__m512)v));
+  return __builtin_popcount(mask);
+}
+#elif TSE_ISA == 1
+inline int64_t append_above(float* out, VecF v, float threshold) {
+  unsigned mask = _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(threshold), _CMP_GT_OQ));
+  int64_t count = 0;
+  for (; mask != 0; mask &= mask - 1) out[count++] = v[__builtin_ctz(mask)];
+  return count;
+}
+#endif
+template <class A, class V>
+inline int64_t append_above(A* out, V v, A threshold) {
+  int64_t count = 0;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(A); ++i) {
+    out[count] = v[i];
+    count += v[i] > threshold;
+  }
+  return count;
+}

@@ -1,0 +1,95 @@
+// What host entries share: dtype tags, the view of a tensor as rows, threads, the choice of the backend. [torch]
+#pragma once
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
+#ifdef TSE_WITH_CUDA
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+#include <optional>
+#include <utility>
+
+#include "common/check.h"
+#include "common/types.h"
+
+namespace tse {
+
+inline DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return DType::kFloat32;
+    case at::kDouble: return DType::kFloat64;
+    case at::kHalf: return DType::kFloat16;
+    case at::kBFloat16: return DType::kBFloat16;
+    default: TORCH_INTERNAL_ASSERT(false, "unchecked dtype ", t.scalar_type());
+  }
+}
+
+// Arithmetic and statistics are in float32 for half types.
+inline at::ScalarType accumulate_type(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
+
+// `t` as rows along `dim`, or nothing where the dimensions before or behind `dim` do not collapse to one stride each.
+inline std::optional<Rows> try_rows(const at::Tensor& t, int64_t dim) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  // Merges dimensions [begin, end) into one size and stride; dimensions of size 1 have no say.
+  const auto merge = [&](int64_t begin, int64_t end, int64_t& size, int64_t& stride) {
+    size = 1;
+    stride = 0;
+    for (int64_t d = end - 1; d >= begin; --d) {
+      if (sizes[d] == 1) continue;
+      if (size == 1) stride = strides[d];
+      else if (strides[d] != stride * size) return false;
+      size *= sizes[d];
+    }
+    return true;
+  };
+  if (t.dim() == 0) return Rows{1, 1, 1, 0, 1, 0};
+  Rows r;
+  r.n = sizes[dim];
+  r.stride_n = r.n == 1 ? 1 : strides[dim];
+  if (!merge(0, dim, r.outer, r.stride_outer) || !merge(dim + 1, t.dim(), r.inner, r.stride_inner)) return std::nullopt;
+  if (r.inner == 1) {
+    r.inner = std::exchange(r.outer, 1);
+    r.stride_inner = std::exchange(r.stride_outer, 0);
+  }
+  return r;
+}
+
+// A tensor with its rows; a contiguous copy of it where it cannot be seen as rows.
+struct RowTensor {
+  at::Tensor tensor;
+  Rows rows;
+};
+
+inline RowTensor as_rows(const at::Tensor& t, int64_t dim) {
+  if (const auto rows = try_rows(t, dim)) return {t, *rows};
+  const at::Tensor dense = t.contiguous();
+  return {dense, *try_rows(dense, dim)};
+}
+
+// Runs f(begin, end) over rows on torch's threads; a task is worth at least this many elements.
+constexpr int64_t kElementsPerTask = 16384;
+
+template <class F>
+void parallel_rows(const Rows& rows, const F& f) {
+  if (row_count(rows) == 0) return;
+  at::parallel_for(0, row_count(rows), std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, rows.n)), f);
+}
+
+// Three worlds: TSE_WITH_CUDA (CUDA kernels in the library), neither (CPU only), and TSE_CUDA_ON_HOST, which the test
+// suite builds to run the CUDA kernels on CPU tensors through the executor of tests/cuda_on_host. Only this part knows.
+#if defined(TSE_CUDA_ON_HOST)
+constexpr bool kHasCuda = true;
+inline bool use_cuda(const at::Tensor&) { return true; }
+inline cudaStream_t current_stream(const at::Tensor&) { return nullptr; }
+#elif defined(TSE_WITH_CUDA)
+constexpr bool kHasCuda = true;
+inline bool use_cuda(const at::Tensor& t) { return t.is_cuda(); }
+inline cudaStream_t current_stream(const at::Tensor& t) { return c10::cuda::getCurrentCUDAStream(t.device().index()); }
+#else
+constexpr bool kHasCuda = false;
+inline bool use_cuda(const at::Tensor&) { return false; }
+inline cudaStream_t current_stream(const at::Tensor&) { return nullptr; }
+#endif
+
+}  // namespace tse

@@ -1,0 +1,36 @@
+// Plain descriptions that cross from the torch side to the kernels. [plain]
+#pragma once
+#include <cstdint>
+
+struct CUstream_st;  // what cudaStream_t points to: launchers are declared without a CUDA header
+typedef CUstream_st* cudaStream_t;
+
+namespace tse {
+
+enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+enum class Reduction : int32_t { kNone, kMean, kSum };  // the codes of at::Reduction
+
+// A tensor seen as `outer × n × inner`: one row is the n elements along the operator's dimension, and row r lies at
+// outer index r / inner and inner index r % inner. Strides are in elements. Where nothing lies behind the dimension,
+// the dimensions before it are `inner` and outer is 1. Tensors of one shape have the same outer, n and inner.
+struct Rows {
+  int64_t outer = 0, n = 0, inner = 0;
+  int64_t stride_outer = 0, stride_n = 0, stride_inner = 0;
+};
+
+#if defined(__CUDACC__)
+#define TSE_HOST_DEVICE __host__ __device__
+#else
+#define TSE_HOST_DEVICE
+#endif
+
+// Offset in elements of row r's first element.
+TSE_HOST_DEVICE inline int64_t row_offset(const Rows& rows, int64_t r) {
+  if (rows.outer == 1) return r * rows.stride_inner;
+  return r / rows.inner * rows.stride_outer + r % rows.inner * rows.stride_inner;
+}
+
+TSE_HOST_DEVICE inline int64_t row_count(const Rows& rows) { return rows.outer * rows.inner; }
+
+}  // namespace tse

@@ -1,0 +1,212 @@
+// Host entries of cross-entropy: schema, checks, allocation, dispatch to CPU rows or CUDA launchers. [torch]
+// They sit below autograd (cross_entropy_autograd.cpp), so inference mode has the same checks.
+#include "cross_entropy/cross_entropy.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <tuple>
+
+#include "common/host.h"
+
+namespace tse {
+namespace {
+
+constexpr const char* kOp = "cross_entropy";
+
+// The dimension of the classes: 0 for (C), else 1.
+int64_t class_dim(const at::Tensor& input) { return input.dim() == 1 ? 0 : 1; }
+
+// What can be said without reading memory; sizes may be symbolic.
+void check(const at::Tensor& input, const at::Tensor& target) {
+  check_floating(kOp, "input", input);
+  check_same_device(kOp, "target", target, input);
+  const auto x = input.sym_sizes(), t = target.sym_sizes();
+  TSE_CHECK(!x.empty(), kOp, "input", "expected (C), (N, C) or (N, C, d1, …, dk), got a scalar");
+  TSE_CHECK_NOT_IMPLEMENTED(!target.is_floating_point(), kOp, "target",
+                            "expected class indices; class probabilities are not supported yet, got ",
+                            target.scalar_type());
+  TSE_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt, kOp, "target",
+            "expected int64 or int32 class indices, got ", target.scalar_type());
+  if (x.size() == 1) {
+    TSE_CHECK_VALUE(t.empty() || (t.size() == 1 && t[0].sym_eq(1).expect_true(__FILE__, __LINE__)), kOp, "target",
+                    "expected one class index, shape () or (1), for input of shape (C), got shape ", t);
+    return;
+  }
+  bool same = t.size() + 1 == x.size();
+  if (same) {
+    TSE_CHECK_VALUE(x[0].sym_eq(t[0]).expect_true(__FILE__, __LINE__), kOp, "target", "expected batch size ", x[0],
+                    " as input of shape ", x, ", got shape ", t);
+    for (size_t d = 2; d < x.size(); ++d) same = same && x[d].sym_eq(t[d - 1]).expect_true(__FILE__, __LINE__);
+  }
+  TSE_CHECK(same, kOp, "target", "expected the shape of input without its class dimension, input ", x, ", got ", t);
+}
+
+// Counts the targets that are not ignored. A target that is no class raises before anything is written.
+template <class Index>
+int64_t count_targets(const Index* target, int64_t count, int64_t classes, int64_t ignore_index) {
+  int64_t counted = 0, bad = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool ignored = target[i] == ignore_index;
+    counted += !ignored;
+    bad += !ignored && (target[i] < 0 || target[i] >= classes);
+  }
+  if (bad != 0) {
+    int64_t i = 0;
+    while (target[i] == ignore_index || (target[i] >= 0 && target[i] < classes)) ++i;
+    TSE_CHECK_INDEX(false, kOp, "target", "expected a class index in [0, ", classes, ") or ignore_index ", ignore_index,
+                    ", got ", int64_t(target[i]), " at row ", i);
+  }
+  return counted;
+}
+
+int64_t count_targets(const CrossEntropyParams& p) {
+  const int64_t count = row_count(p.rows);
+  return p.target_is_int32
+             ? count_targets(static_cast<const int32_t*>(p.target), count, p.rows.n, p.ignore_index)
+             : count_targets(static_cast<const int64_t*>(p.target), count, p.rows.n, p.ignore_index);
+}
+
+CrossEntropyParams make_params(const RowTensor& input, const at::Tensor& target, int64_t ignore_index,
+                               Reduction reduction) {
+  CrossEntropyParams p{};
+  p.dtype = dtype_of(input.tensor);
+  p.rows = input.rows;
+  p.input = input.tensor.const_data_ptr();
+  p.target = target.const_data_ptr();
+  p.target_is_int32 = target.scalar_type() == at::kInt;
+  p.ignore_index = ignore_index;
+  p.reduction = reduction;
+  return p;
+}
+
+// The CPU rows need elements or rows that are neighbours in memory.
+bool is_walkable(const Rows& rows) { return rows.stride_n == 1 || rows.stride_inner == 1; }
+
+// Σ row_loss, and divided by the counted targets for the mean: in double and in the order of the rows.
+template <class A>
+void reduce_loss(const CrossEntropyParams& p, A* loss) {
+  const A* row_loss = static_cast<const A*>(p.row_loss);
+  double sum = 0;
+  for (int64_t row = 0; row < row_count(p.rows); ++row) sum += row_loss[row];
+  *loss = A(p.reduction == Reduction::kMean ? sum / *p.total_weight : sum);  // 0 / 0 is NaN, as in torch
+}
+
+// Returns the loss and the statistics that backward needs: lse of each row, then the number of counted targets.
+std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
+                                                         int64_t ignore_index, std::string_view reduction_name) {
+  check(input, target);
+  const Reduction reduction = parse_reduction(kOp, reduction_name);
+  const c10::OptionalDeviceGuard guard(input.device());
+  RowTensor x = as_rows(input, class_dim(input));
+  if (!is_walkable(x.rows)) x = as_rows(x.tensor.contiguous(), class_dim(input));
+  const at::Tensor t = target.contiguous();
+  const int64_t count = t.numel();
+  const auto loss_options = input.options().dtype(accumulate_type(input.scalar_type()));
+
+  at::Tensor stats = at::empty({count + 1}, input.options().dtype(at::kDouble));
+  at::Tensor loss = reduction == Reduction::kNone ? at::empty(target.sizes(), loss_options) : at::empty({}, loss_options);
+  at::Tensor row_loss = reduction == Reduction::kNone ? loss : at::empty({count}, loss_options);
+
+  CrossEntropyParams p = make_params(x, t, ignore_index, reduction);
+  p.row_loss = row_loss.mutable_data_ptr();
+  p.loss = reduction == Reduction::kNone ? nullptr : loss.mutable_data_ptr();
+  p.lse = stats.mutable_data_ptr<double>();
+  p.total_weight = p.lse + count;
+  if (use_cuda(input)) {
+    if constexpr (kHasCuda) launch_cross_entropy_fwd(p, current_stream(input));
+    return {loss, stats};
+  }
+  *p.total_weight = double(count_targets(p));
+  parallel_rows(p.rows, [&](int64_t begin, int64_t end) { cross_entropy_fwd_rows(p, begin, end); });
+  if (reduction != Reduction::kNone) {
+    if (loss.scalar_type() == at::kDouble) reduce_loss(p, loss.mutable_data_ptr<double>());
+    else reduce_loss(p, loss.mutable_data_ptr<float>());
+  }
+  return {loss, stats};
+}
+
+at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
+                                  const at::Tensor& stats, int64_t ignore_index, std::string_view reduction_name) {
+  const Reduction reduction = parse_reduction(kOp, reduction_name);
+  const c10::OptionalDeviceGuard guard(input.device());
+  const at::Tensor t = target.contiguous();
+  const bool per_row = reduction == Reduction::kNone;
+  // A gradient that is one number expanded over the rows, as sum() sends it back, is read as that one number.
+  const bool one_number = !per_row || std::all_of(grad_output.strides().begin(), grad_output.strides().end(),
+                                                  [](int64_t stride) { return stride == 0; });
+  const at::Tensor g = one_number ? grad_output : grad_output.contiguous();
+
+  const at::Tensor grad_input = at::empty_like(input);
+  RowTensor x = as_rows(input, class_dim(input)), out = as_rows(grad_input, class_dim(input));
+  const bool alike = (x.rows.stride_n == 1 && out.rows.stride_n == 1) ||
+                     (x.rows.stride_inner == 1 && out.rows.stride_inner == 1);
+  if (!alike) {  // only where input is not dense
+    x = as_rows(x.tensor.contiguous(), class_dim(input));
+    out = as_rows(at::empty_like(x.tensor), class_dim(input));
+  }
+
+  CrossEntropyParams p = make_params(x, t, ignore_index, reduction);
+  p.lse = const_cast<double*>(stats.const_data_ptr<double>());
+  p.total_weight = p.lse + t.numel();
+  p.grad_rows = out.rows;
+  p.grad_input = out.tensor.mutable_data_ptr();
+  p.grad_output = g.const_data_ptr();
+  p.grad_output_stride = one_number ? 0 : 1;
+  if (use_cuda(input)) {
+    if constexpr (kHasCuda) launch_cross_entropy_bwd(p, current_stream(input));
+  } else {
+    parallel_rows(p.rows, [&](int64_t begin, int64_t end) { cross_entropy_bwd_rows(p, begin, end); });
+  }
+  if (!out.tensor.is_same(grad_input)) grad_input.copy_(out.tensor);
+  return grad_input;
+}
+
+at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
+                         std::string_view reduction) {
+  return std::get<0>(cross_entropy_forward(input, target, ignore_index, reduction));
+}
+
+// ---- shapes only: fake tensors, whose sizes may be symbolic -------------------------------------------------------
+
+std::tuple<at::Tensor, at::Tensor> cross_entropy_forward_meta(const at::Tensor& input, const at::Tensor& target,
+                                                              int64_t, std::string_view reduction) {
+  check(input, target);
+  const auto options = input.options().dtype(accumulate_type(input.scalar_type()));
+  at::Tensor stats = at::empty_symint({target.sym_numel() + 1}, input.options().dtype(at::kDouble));
+  if (parse_reduction(kOp, reduction) != Reduction::kNone) return {at::empty({}, options), stats};
+  return {at::empty_symint(target.sym_sizes(), options), stats};
+}
+
+at::Tensor cross_entropy_backward_meta(const at::Tensor&, const at::Tensor& input, const at::Tensor&, const at::Tensor&,
+                                       int64_t, std::string_view) {
+  return at::empty_like(input);
+}
+
+at::Tensor cross_entropy_meta(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
+                              std::string_view reduction) {
+  return std::get<0>(cross_entropy_forward_meta(input, target, ignore_index, reduction));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def("cross_entropy(Tensor input, Tensor target, *, int ignore_index=-100, str reduction=\"mean\") -> Tensor", tags);
+  m.def("_cross_entropy_forward(Tensor input, Tensor target, int ignore_index, str reduction) -> (Tensor loss, Tensor stats)", tags);
+  m.def("_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor stats, int ignore_index, str reduction) -> Tensor", tags);
+}
+
+#define TSE_REGISTER(key, suffix)                                            \
+  TORCH_LIBRARY_IMPL(torch_softmax_ext, key, m) {                            \
+    m.impl("cross_entropy", cross_entropy##suffix);                          \
+    m.impl("_cross_entropy_forward", cross_entropy_forward##suffix);         \
+    m.impl("_cross_entropy_backward", cross_entropy_backward##suffix);       \
+  }
+TSE_REGISTER(CPU, )
+TSE_REGISTER(CUDA, )
+TSE_REGISTER(Meta, _meta)
+
+}  // namespace tse

@@ -1,0 +1,37 @@
+// Softmax cross-entropy with class indices: what the host entry hands to the kernels. [plain]
+#pragma once
+#include "common/types.h"
+
+namespace tse {
+
+struct CrossEntropyParams {
+  DType dtype;             // of input and grad_input; fp16 and bf16 are computed in fp32
+  Rows rows;               // of input; n = classes
+  const void* input;       // (rows, n)  logits
+  const void* target;      // (rows)     class indices, contiguous
+  bool target_is_int32;    //            else int64
+  int64_t ignore_index;    // a target that is not counted: loss 0, gradient 0
+  Reduction reduction;     // class weights, smoothing, z-loss, softcap and temperature will stand beside it
+
+  // forward
+  void* row_loss;          // (rows)     float32, or float64 for float64 logits
+  double* lse;             // (rows)     natural logarithm; in double since an error of lse is one of every gradient
+  void* loss;              // ()         CUDA with mean or sum: the reduced loss, in row_loss' dtype
+  double* total_weight;    // ()         counted targets: the divisor of the mean
+
+  // backward
+  Rows grad_rows;          // of grad_input; sizes as rows
+  void* grad_input;        // (rows, n)
+  const void* grad_output; // (rows) for kNone, else (); in row_loss' dtype
+  int64_t grad_output_stride;
+};
+
+// CPU: rows [begin, end). The targets were checked.
+void cross_entropy_fwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end);
+void cross_entropy_bwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end);
+
+// CUDA: all rows, on `stream`, no synchronisation. A target outside [0, n) trips a device-side assertion.
+void launch_cross_entropy_fwd(const CrossEntropyParams& p, cudaStream_t stream);
+void launch_cross_entropy_bwd(const CrossEntropyParams& p, cudaStream_t stream);
+
+}  // namespace tse

@@ -1,0 +1,243 @@
+// Cross-entropy rows on the CPU. [per ISA]
+//
+// loss = lse - x[target], lse = log Σ exp(x); grad = (exp(x - lse) - [c == target]) · factor.
+// Forward reads each logit once from memory, in blocks that stay in L1 between the search for the maximum and the sum.
+// Backward reads it once more and writes the gradient once. Log-probabilities are never stored.
+//
+// exp is taken in base 2 and its reference point is an integer m ≥ max · log2(e), so that x · log2(e) - m is one exact
+// fused multiply-add, and sums with different reference points are joined by powers of two, without rounding.
+// L = log2(e) rounded to the type stands for the base on the way there and back: only differences feel its error.
+
+template <class A>
+constexpr A kLog2e = A(1.4426950408889634);
+constexpr int64_t kBlock = 4096;
+
+// Σ exp2(x · L) = sum · 2^m.
+struct ExpSum {
+  double m = -std::numeric_limits<double>::infinity();
+  double sum = 0;
+};
+
+inline ExpSum join(ExpSum a, ExpSum b) {
+  if (b.m > a.m) std::swap(a, b);
+  if (b.sum != 0) a.sum += a.m == b.m ? b.sum : b.sum * std::exp2(b.m - a.m);  // infinite m with sum 0 says nothing
+  return a;
+}
+
+template <class T>
+inline double natural_lse(const ExpSum& s) {
+  return (s.m + std::log2(s.sum)) / double(kLog2e<Acc<T>>);
+}
+
+// Max of `x`, NaN aside.
+template <class T>
+inline Acc<T> block_max(const T* x, int64_t n) {
+  using A = Acc<T>;
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  const A low = -std::numeric_limits<A>::infinity();
+  Vec<T> m0 = splat<Vec<T>>(low), m1 = m0, m2 = m0, m3 = m0;
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    m0 = vmax(load(x + i), m0);
+    m1 = vmax(load(x + i + kLanes), m1);
+    m2 = vmax(load(x + i + 2 * kLanes), m2);
+    m3 = vmax(load(x + i + 3 * kLanes), m3);
+  }
+  for (; i + kLanes <= n; i += kLanes) m0 = vmax(load(x + i), m0);
+  if (i < n) m1 = vmax(load_part(x + i, n - i, low), m1);
+  return reduce_max(vmax(vmax(m0, m1), vmax(m2, m3)));
+}
+
+template <class T>
+inline ExpSum block_exp_sum(const T* x, int64_t n) {
+  using A = Acc<T>;
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  const A low = -std::numeric_limits<A>::infinity();
+  const A max = block_max(x, n);
+  if (max == low) {  // -inf adds nothing; a NaN must be seen
+    ExpSum nothing;
+    for (int64_t i = 0; i < n; ++i) {
+      const A v = load_one(x + i);
+      if (v != v) nothing.sum = v;
+    }
+    return nothing;
+  }
+  const A m = std::ceil(max * kLog2e<A>);
+  const auto term = [m](Vec<T> v) { return exp2(v * kLog2e<A> - m); };
+  Vec<T> s0 = {}, s1 = {}, s2 = {}, s3 = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    s0 += term(load(x + i));
+    s1 += term(load(x + i + kLanes));
+    s2 += term(load(x + i + 2 * kLanes));
+    s3 += term(load(x + i + 3 * kLanes));
+  }
+  for (; i + kLanes <= n; i += kLanes) s0 += term(load(x + i));
+  if (i < n) s1 += term(load_part(x + i, n - i, low));
+  return {double(m), double(reduce_add((s0 + s1) + (s2 + s3)))};
+}
+
+template <class T>
+inline ExpSum row_exp_sum(const T* x, int64_t n) {
+  ExpSum s;
+  for (int64_t i = 0; i < n; i += kBlock) s = join(s, block_exp_sum(x + i, std::min(kBlock, n - i)));
+  return s;
+}
+
+// The scale and reference point that turn exp2(x · L - m) into exp(x - lse) · factor.
+template <class A>
+struct GradScale {
+  A m, scale;
+  GradScale(double lse, double factor) {
+    const double lse2 = lse * double(kLog2e<A>);
+    m = A(std::ceil(lse2));
+    scale = A(factor * std::exp2(double(m) - lse2));
+  }
+};
+
+template <class T>
+inline void grad_row(const T* x, T* g, int64_t n, int64_t target, double lse, Acc<T> factor) {
+  using A = Acc<T>;
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  const GradScale<A> s(lse, factor);
+  const A m = s.m, scale = s.scale;
+  const auto term = [m, scale](Vec<T> v) { return exp2(v * kLog2e<A> - m) * scale; };
+  const A at_target = term(splat<Vec<T>>(load_one(x + target)))[0] - factor;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(g + i, term(load(x + i)));
+  if (i < n) store_part(g + i, n - i, term(load_part(x + i, n - i, A(0))));
+  store_one(g + target, at_target);
+}
+
+// ---- the class dimension is not the last one: the lanes of a vector are neighbouring rows -------------------------
+
+// Columns [0, count) of rows that lie `stride` apart; count ≤ kLanes. `loss` is row-wise, not reduced.
+template <class T>
+inline void fwd_columns(const T* x, int64_t n, int64_t stride, int64_t count, Acc<T>* m_out, Acc<T>* sum_out) {
+  using A = Acc<T>;
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  const A low = -std::numeric_limits<A>::infinity();
+  const auto column = [&](int64_t c) {
+    return count == kLanes ? load(x + c * stride) : load_part(x + c * stride, count, A(0));
+  };
+  Vec<T> max = splat<Vec<T>>(low);
+  for (int64_t c = 0; c < n; ++c) max = vmax(column(c), max);
+  for (int i = 0; i < kLanes; ++i) max[i] = max[i] == low ? A(0) : std::ceil(max[i] * kLog2e<A>);
+  Vec<T> sum = {};
+  for (int64_t c = 0; c < n; ++c) sum += exp2(column(c) * kLog2e<A> - max);
+  store(m_out, max);
+  store(sum_out, sum);
+}
+
+template <class T>
+inline void bwd_columns(const T* x, int64_t stride, T* g, int64_t grad_stride, int64_t n, int64_t count, Vec<T> m,
+                        Vec<T> scale) {
+  using A = Acc<T>;
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  for (int64_t c = 0; c < n; ++c) {
+    if (count == kLanes) store(g + c * grad_stride, exp2(load(x + c * stride) * kLog2e<A> - m) * scale);
+    else store_part(g + c * grad_stride, count, exp2(load_part(x + c * stride, count, A(0)) * kLog2e<A> - m) * scale);
+  }
+}
+
+// ---- rows ---------------------------------------------------------------------------------------------------------
+
+inline int64_t target_of(const CrossEntropyParams& p, int64_t row) {
+  return p.target_is_int32 ? static_cast<const int32_t*>(p.target)[row] : static_cast<const int64_t*>(p.target)[row];
+}
+
+// The factor of the row's gradient: grad_output, divided by the number of counted targets for the mean.
+template <class T>
+inline Acc<T> factor_of(const CrossEntropyParams& p, int64_t row) {
+  const double g = static_cast<const Acc<T>*>(p.grad_output)[row * p.grad_output_stride];
+  return Acc<T>(p.reduction == Reduction::kMean ? g / *p.total_weight : g);
+}
+
+template <class T>
+inline void finish_row(const CrossEntropyParams& p, int64_t row, double lse, double at_target) {
+  const double loss = lse - at_target;
+  // -log p is not negative; rounding of a probability next to 1 must not make it so.
+  static_cast<Acc<T>*>(p.row_loss)[row] = target_of(p, row) == p.ignore_index ? Acc<T>(0) : Acc<T>(loss < 0 ? 0 : loss);
+  p.lse[row] = lse;
+}
+
+template <class T>
+void fwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
+  const T* input = static_cast<const T*>(p.input);
+  const int64_t n = p.rows.n;
+  if (p.rows.stride_n == 1) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* x = input + row_offset(p.rows, row);
+      const int64_t target = target_of(p, row);
+      const bool counted = target != p.ignore_index;
+      finish_row<T>(p, row, natural_lse<T>(row_exp_sum(x, n)), counted ? load_one(x + target) : 0);
+    }
+    return;
+  }
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  for (int64_t row = begin; row < end;) {
+    const int64_t count = std::min<int64_t>({kLanes, end - row, p.rows.inner - row % p.rows.inner});
+    const T* x = input + row_offset(p.rows, row);
+    Acc<T> m[kLanes], sum[kLanes];
+    fwd_columns(x, n, p.rows.stride_n, count, m, sum);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t target = target_of(p, row + i);
+      const bool counted = target != p.ignore_index;
+      finish_row<T>(p, row + i, natural_lse<T>({m[i], sum[i]}), counted ? load_one(x + target * p.rows.stride_n + i) : 0);
+    }
+    row += count;
+  }
+}
+
+template <class T>
+void bwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const T* input = static_cast<const T*>(p.input);
+  T* grad = static_cast<T*>(p.grad_input);
+  const int64_t n = p.rows.n;
+  if (p.rows.stride_n == 1 && p.grad_rows.stride_n == 1) {
+    for (int64_t row = begin; row < end; ++row) {
+      T* g = grad + row_offset(p.grad_rows, row);
+      const int64_t target = target_of(p, row);
+      if (target == p.ignore_index) std::fill_n(g, n, T{});
+      else grad_row(input + row_offset(p.rows, row), g, n, target, p.lse[row], factor_of<T>(p, row));
+    }
+    return;
+  }
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  const int64_t stride = p.rows.stride_n, grad_stride = p.grad_rows.stride_n;
+  for (int64_t row = begin; row < end;) {
+    const int64_t count = std::min<int64_t>({kLanes, end - row, p.rows.inner - row % p.rows.inner});
+    const T* x = input + row_offset(p.rows, row);
+    T* g = grad + row_offset(p.grad_rows, row);
+    Vec<T> m = {}, scale = {};
+    A at_target[kLanes];
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t target = target_of(p, row + i);
+      if (target == p.ignore_index) continue;
+      const A factor = factor_of<T>(p, row + i);
+      const GradScale<A> s(p.lse[row + i], factor);
+      m[i] = s.m;
+      scale[i] = s.scale;
+      const Vec<T> t = splat<Vec<T>>(load_one(x + target * stride + i) * kLog2e<A> - s.m);
+      at_target[i] = exp2(t)[0] * s.scale - factor;
+    }
+    bwd_columns(x, stride, g, grad_stride, n, count, m, scale);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t target = target_of(p, row + i);
+      if (target != p.ignore_index) {
+        store_one(g + target * grad_stride + i, at_target[i]);
+      } else {  // exp2(…) · 0 is NaN where the ignored logits are not finite
+        for (int64_t c = 0; c < n; ++c) g[c * grad_stride + i] = T{};
+      }
+    }
+    row += count;
+  }
+}
+
+void cross_entropy_fwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
+  TSE_EACH_DTYPE(fwd_rows, p, begin, end)
+}
+void cross_entropy_bwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
+  TSE_EACH_DTYPE(bwd_rows, p, begin, end)
+}

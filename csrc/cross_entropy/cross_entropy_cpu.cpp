@@ -1,0 +1,15 @@
+#define TSE_ISA_BODY "cross_entropy/cross_entropy_cpu-inl.h"
+#include "cross_entropy/cross_entropy.h"
+
+#include "common/cpu/foreach_isa.h"
+
+namespace tse {
+
+void cross_entropy_fwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
+  TSE_CALL_ISA(cross_entropy_fwd_rows, p, begin, end);
+}
+void cross_entropy_bwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
+  TSE_CALL_ISA(cross_entropy_bwd_rows, p, begin, end);
+}
+
+}  // namespace tse

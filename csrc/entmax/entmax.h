@@ -1,0 +1,29 @@
+// Sparse maps: sparsemax today; entmax15 and entmax(alpha) are the same family. [plain]
+#pragma once
+#include "common/types.h"
+
+namespace tse {
+
+struct EntmaxParams {
+  DType dtype;             // of every tensor; fp16 and bf16 are computed in fp32
+  Rows rows;               // of input
+  const void* input;       // (rows, n)
+  Rows output_rows;        // sizes as rows
+  void* output;            // (rows, n)  probabilities; forward writes them, backward reads them
+
+  // backward
+  Rows grad_output_rows;
+  const void* grad_output; // (rows, n)  any strides, 0 included
+  Rows grad_input_rows;
+  void* grad_input;        // (rows, n)
+};
+
+// CPU: rows [begin, end).
+void sparsemax_fwd_rows(const EntmaxParams& p, int64_t begin, int64_t end);
+void sparsemax_bwd_rows(const EntmaxParams& p, int64_t begin, int64_t end);
+
+// CUDA: all rows, on `stream`, no synchronisation.
+void launch_sparsemax_fwd(const EntmaxParams& p, cudaStream_t stream);
+void launch_sparsemax_bwd(const EntmaxParams& p, cudaStream_t stream);
+
+}  // namespace tse

@@ -1,0 +1,92 @@
+"""Builds torch_softmax_ext._C: CPU kernels always, CUDA kernels where nvcc matches the CUDA version of torch.
+
+Environment: FORCE_CUDA=1 (fail instead of falling back to CPU only), FORCE_CUDA=0 (CPU only), CUDA_HOME,
+TORCH_CUDA_ARCH_LIST, MAX_JOBS. A visible GPU is not needed.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+# Volta's successor to Blackwell: what the kernels are written for. A visible GPU or TORCH_CUDA_ARCH_LIST replaces it.
+DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+
+def find_cuda_home():
+    """The toolkit: where include/cuda_runtime.h is. nvcc on PATH may be a wrapper script, so nvcc itself is asked."""
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        candidates.append(Path(nvcc).resolve().parent.parent)
+        dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+        top = re.search(r"^#\$ TOP=(.*)$", dryrun.stderr, re.M)
+        candidates.append(os.path.normpath(top[1]) if top else None)
+    candidates.append("/usr/local/cuda")
+    for candidate in candidates:
+        if candidate and (Path(candidate) / "include" / "cuda_runtime.h").exists():
+            return str(candidate)
+    return None
+
+
+def choose_cuda():
+    """(with_cuda, why): whether CUDA kernels are built, and the one line that says so."""
+    force = os.environ.get("FORCE_CUDA")
+    if force == "0":
+        return False, "FORCE_CUDA=0"
+    import torch
+
+    if torch.version.cuda is None:
+        why = f"torch {torch.__version__} has no CUDA"
+    elif (home := find_cuda_home()) is None:
+        why = "no CUDA toolkit found (nvcc on PATH or CUDA_HOME)"
+    else:
+        out = subprocess.run([Path(home) / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release (\d+)\.(\d+)", out)
+        if release and release[1] == torch.version.cuda.split(".")[0]:
+            os.environ["CUDA_HOME"] = home
+            return True, f"toolkit {release[1]}.{release[2]} in {home}, torch for CUDA {torch.version.cuda}"
+        found = f"{release[1]}.{release[2]}" if release else "an unknown version"
+        why = f"nvcc in {home} is {found}, torch is built for CUDA {torch.version.cuda}"
+    if force == "1":
+        raise SystemExit(f"torch_softmax_ext: FORCE_CUDA=1, but {why}")
+    return False, why
+
+
+def extension():
+    with_cuda, why = choose_cuda()
+    print(f"torch_softmax_ext: building {'CPU and CUDA' if with_cuda else 'CPU only'} kernels: {why}", flush=True)
+
+    import torch
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    suffixes = (".cpp", ".cu") if with_cuda else (".cpp",)
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in suffixes)
+    # OpenMP: without it at::parallel_for is serial. torch brings the libgomp.so.1 that is then found.
+    cxx = ["-O2", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    macros = [("TSE_WITH_CUDA", None)] if with_cuda else []
+    if with_cuda and "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
+        os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_ARCHITECTURES
+    build = CUDAExtension if with_cuda else CppExtension
+    return build(
+        "torch_softmax_ext._C",
+        sources,
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=macros,
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "--threads=2", "-Xcompiler=-fvisibility=hidden"]},
+        extra_link_args=["-fopenmp", "-Wl,--no-undefined-version", "-s"],
+    )
+
+
+def build_ext():
+    from torch.utils.cpp_extension import BuildExtension
+
+    # No Python in the library: it is loaded by torch.ops.load_library, so one file serves every Python version.
+    return BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=True)
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": build_ext()})

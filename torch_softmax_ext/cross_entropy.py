@@ -1,0 +1,67 @@
+"""Softmax cross-entropy with class indices: function, module, and the rule of torch.func.vmap."""
+
+import torch
+from torch import Tensor, nn
+
+_op = torch.ops.torch_softmax_ext.cross_entropy.default
+
+
+def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+    r"""Softmax cross-entropy between logits and class indices, fused: each logit is read once and its gradient
+    written once; log-probabilities are never stored.
+
+    .. math:: \ell_i = \log \sum_c \exp(x_{ic}) - x_{i, y_i}
+
+    Same values, gradients and error classes as :func:`torch.nn.functional.cross_entropy`, with two differences: half
+    precision logits give an fp32 loss, and the gradient of an ignored row is zero whatever its logits are.
+
+    Args:
+        input: logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, …, dk)``; float32, float64, float16 or bfloat16; any
+            strides. Half types are computed in float32.
+        target: class indices of shape ``()``, ``(N)`` or ``(N, d1, …, dk)``; int64 or int32; in ``[0, C)`` or
+            ``ignore_index``.
+        ignore_index: a target that is not counted: its loss and gradient are 0.
+        reduction: ``"none"``, ``"mean"`` over the counted targets (NaN where there is none), or ``"sum"``.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits): a scalar, or of ``target``'s shape for ``"none"``.
+
+    Raises:
+        IndexError: a target that is neither a class nor ``ignore_index`` (CPU; on CUDA a device-side assertion).
+        ValueError: batch sizes that differ, an unknown ``reduction``.
+        RuntimeError: other shapes that do not fit, a target that is not int64 or int32, tensors on two devices.
+        NotImplementedError: logits that are not floating point; class probabilities as target.
+    """
+    return _op(input, target, ignore_index=ignore_index, reduction=reduction)
+
+
+class CrossEntropyLoss(nn.Module):
+    """:func:`cross_entropy` as a module, with the keywords of :class:`torch.nn.CrossEntropyLoss`."""
+
+    def __init__(self, *, ignore_index: int = -100, reduction: str = "mean") -> None:
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(input, target, ignore_index=self.ignore_index, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+
+
+@torch.library.register_vmap("torch_softmax_ext::cross_entropy")
+def _vmap(info, in_dims, input, target, *, ignore_index=-100, reduction="mean"):
+    """One call for the whole batch: its elements become rows, which are then reduced apart."""
+    size = info.batch_size
+    x = input.movedim(in_dims[0], 0) if in_dims[0] is not None else input.expand(size, *input.shape)
+    t = target.movedim(in_dims[1], 0) if in_dims[1] is not None else target.expand(size, *target.shape)
+    if x.dim() == 2:  # (C) each, whose target may be of shape () or (1)
+        x, t = x.unsqueeze(1), t.reshape(size, 1)
+    loss = _op(x.flatten(0, 1), t.flatten(0, 1), ignore_index=ignore_index, reduction="none").reshape(t.shape)
+    if reduction == "none":
+        return (loss.reshape(size, *target.shape[(in_dims[1] is not None) :]) if input.dim() == 2 else loss), 0
+    loss = loss.flatten(1).sum(1)
+    if reduction == "mean":
+        loss = loss / (t != ignore_index).flatten(1).sum(1)
+    return loss, 0
