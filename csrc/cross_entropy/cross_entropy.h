@@ -26,6 +26,17 @@ struct CrossEntropyParams {
   int64_t grad_output_stride;
 };
 
+TSE_HOST_DEVICE inline int64_t target_of(const CrossEntropyParams& p, int64_t row) {
+  return p.target_is_int32 ? static_cast<const int32_t*>(p.target)[row] : static_cast<const int64_t*>(p.target)[row];
+}
+
+// What the gradient of a counted row is multiplied with; A is row_loss' type.
+template <class A>
+TSE_HOST_DEVICE inline A factor_of(const CrossEntropyParams& p, int64_t row) {
+  const double g = static_cast<const A*>(p.grad_output)[row * p.grad_output_stride];
+  return A(p.reduction == Reduction::kMean ? g / *p.total_weight : g);
+}
+
 // CPU: rows [begin, end). The targets were checked.
 void cross_entropy_fwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end);
 void cross_entropy_bwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end);

@@ -142,17 +142,6 @@ inline void bwd_columns(const T* x, int64_t stride, T* g, int64_t grad_stride, i
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
 
-inline int64_t target_of(const CrossEntropyParams& p, int64_t row) {
-  return p.target_is_int32 ? static_cast<const int32_t*>(p.target)[row] : static_cast<const int64_t*>(p.target)[row];
-}
-
-// The factor of the row's gradient: grad_output, divided by the number of counted targets for the mean.
-template <class T>
-inline Acc<T> factor_of(const CrossEntropyParams& p, int64_t row) {
-  const double g = static_cast<const Acc<T>*>(p.grad_output)[row * p.grad_output_stride];
-  return Acc<T>(p.reduction == Reduction::kMean ? g / *p.total_weight : g);
-}
-
 template <class T>
 inline void finish_row(const CrossEntropyParams& p, int64_t row, double lse, double at_target) {
   const double loss = lse - at_target;
@@ -200,7 +189,7 @@ void bwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
       T* g = grad + row_offset(p.grad_rows, row);
       const int64_t target = target_of(p, row);
       if (target == p.ignore_index) std::fill_n(g, n, T{});
-      else grad_row(input + row_offset(p.rows, row), g, n, target, p.lse[row], factor_of<T>(p, row));
+      else grad_row(input + row_offset(p.rows, row), g, n, target, p.lse[row], factor_of<A>(p, row));
     }
     return;
   }
@@ -215,7 +204,7 @@ void bwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t target = target_of(p, row + i);
       if (target == p.ignore_index) continue;
-      const A factor = factor_of<T>(p, row + i);
+      const A factor = factor_of<A>(p, row + i);
       const GradScale<A> s(p.lse[row + i], factor);
       m[i] = s.m;
       scale[i] = s.scale;

@@ -1,0 +1,53 @@
+// Σ exp over parts of a row, joined without rounding of the reference point: forward's statistics. [CUDA]
+#pragma once
+#include "common/cuda/vec.cuh"
+
+namespace tse {
+
+template <class A>
+constexpr A kLog2e = A(1.4426950408889634);
+
+__device__ inline float exp2_of(float x) { return fast_exp2(x); }
+__device__ inline double exp2_of(double x) { return exp2(x); }
+
+// Σ exp2(x · L) = sum · 2^m with an integer m, L = log2(e) in the type. m = -inf: nothing but -inf was added, or NaN,
+// which sum then shows.
+template <class A>
+struct ExpSum {
+  A m = -infinity<A>();
+  A sum = 0;
+};
+
+template <class A>
+__device__ inline ExpSum<A> join(ExpSum<A> a, ExpSum<A> b) {
+  const A m = a.m > b.m ? a.m : b.m;
+  // Equal reference points, infinite ones included, need no scaling.
+  const A sa = a.m == m ? a.sum : a.sum * exp2_of(a.m - m), sb = b.m == m ? b.sum : b.sum * exp2_of(b.m - m);
+  return {m, sa + sb};
+}
+
+// Adds count logits: one exp2 each, and one for the scaling.
+template <int kCount, class T, class A>
+__device__ inline void add(ExpSum<A>& s, const T* x) {
+  A max = -infinity<A>();
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const A v = to_acc(x[k]);
+    max = v > max ? v : max;
+  }
+  const A m = ceil(max * kLog2e<A>);
+  if (m > s.m) {
+    s.sum = s.m == -infinity<A>() ? s.sum : s.sum * exp2_of(s.m - m);
+    s.m = m;
+  }
+  const A reference = s.m == -infinity<A>() ? A(0) : s.m;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) s.sum += exp2_of(to_acc(x[k]) * kLog2e<A> - reference);
+}
+
+template <class A>
+__device__ inline double natural_lse(const ExpSum<A>& s) {
+  return (double(s.m) + log2(double(s.sum))) / double(kLog2e<A>);
+}
+
+}  // namespace tse

@@ -1,0 +1,75 @@
+// What CUDA kernels see when they are compiled as ordinary C++ for the host executor (executor.h).
+// Included by common/cuda/launch.h alone, under TSE_CUDA_ON_HOST. NVIDIA's own headers supply the vector and half types,
+// which are exact on the host; everything here is the part of CUDA C++ that the kernels of this project use.
+#pragma once
+#define __global__
+#define __device__
+#define __host__
+#define __shared__ static_assert(false, "use TSE_SHARED")
+#define __launch_bounds__(...)
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <vector_types.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "executor.h"
+
+#define threadIdx (::cuda_on_host::current->thread)
+#define blockIdx (::cuda_on_host::current->block)
+#define blockDim (::cuda_on_host::current->block_dim)
+#define gridDim (::cuda_on_host::current->grid_dim)
+
+// Where the kernel stands: a default argument is evaluated at the call.
+#define TSE_HERE ::cuda_on_host::Location here = {__builtin_FILE(), __builtin_LINE()}
+
+// One array per block and place in the source (and template instantiation), with red zones under AddressSanitizer.
+#define TSE_SHARED(type, name, count)                                                                    \
+  type* const name = []() {                                                                              \
+    static char place;                                                                                   \
+    return static_cast<type*>(::cuda_on_host::shared_array(&place, sizeof(type) * (count)));             \
+  }()
+#define TSE_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::cuda_on_host::dynamic_shared())
+
+inline void __syncthreads(TSE_HERE) { ::cuda_on_host::block_barrier(here); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, TSE_HERE) {
+  ::cuda_on_host::warp_exchange(here, mask, nullptr, 0, -1, nullptr);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, TSE_HERE) {
+  static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");
+  const int lane = ::cuda_on_host::current->thread.x % 32, source = lane ^ lane_mask;
+  T result;
+  ::cuda_on_host::warp_exchange(here, mask, &value, sizeof(T), source > (lane | (width - 1)) ? lane : source, &result);
+  return result;
+}
+
+namespace tse {
+
+inline void device_assert(bool condition, const char* text) {
+  if (!condition) ::cuda_on_host::fail(std::string("device-side assertion: ") + text);
+}
+
+inline uint4 load16(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) ::cuda_on_host::fail("misaligned 16-byte load");
+  return *static_cast<const uint4*>(p);
+}
+inline void store16(void* p, uint4 v) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 != 0) ::cuda_on_host::fail("misaligned 16-byte store");
+  *static_cast<uint4*>(p) = v;
+}
+inline float fast_exp2(float x) { return std::exp2(x); }
+
+template <class... Params, class... Args>
+void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes,
+            struct CUstream_st*, Args... args) {
+  ::cuda_on_host::launch(name, blocks, threads, shared_bytes, [=] { kernel(args...); });
+}
+
+}  // namespace tse

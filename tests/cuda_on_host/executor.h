@@ -1,0 +1,48 @@
+// Runs the threads of a CUDA block as fibres on one OS thread, so that kernels can be executed, and their mistakes
+// found, where there is no GPU. For the test suite only.
+//
+// What it models: blocks one after another, threads switching only at barriers and warp operations, in ascending or
+// descending order (a pair of threads that race inside a barrier interval goes wrong in one of the two); warp
+// operations that meet by mask, without implicit lock-step; shared memory per block, filled with NaN, with red zones.
+// What it reports, by an exception out of launch(): threads at different barriers, a thread that returned before a
+// barrier, lanes that never come or stand elsewhere, shuffles from lanes outside the mask, deadlock. Out-of-bounds
+// accesses are AddressSanitizer's, races ThreadSanitizer's: executor.cpp tells both about the fibres.
+// What it does not model: time, weak memory, the rounding of ex2.approx.
+#pragma once
+#include <vector_types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+namespace cuda_on_host {
+
+struct Location {
+  const char* file;
+  int line;
+};
+
+struct ThreadIndex {
+  uint3 thread, block;
+  dim3 block_dim, grid_dim;
+};
+extern thread_local ThreadIndex* current;  // of the running fibre
+
+struct Options {
+  bool descending = false;                   // threads and blocks, last first
+  int64_t first_block = 0, last_block = -1;  // run only these: index arithmetic on huge sparse buffers
+};
+extern thread_local Options options;  // `descending` starts as the environment's TSE_CUDA_ORDER=descending says
+
+// One-dimensional blocks of at most 1024 threads. Throws std::runtime_error with what went wrong.
+void launch(const char* name, int64_t blocks, int threads, size_t dynamic_bytes, const std::function<void()>& body);
+
+// For kernels.
+void block_barrier(Location here);
+void warp_exchange(Location here, unsigned mask, const void* value, size_t bytes, int source, void* result);
+void* shared_array(const void* place, size_t bytes);
+void* dynamic_shared();
+[[noreturn]] void fail(const std::string& what);
+
+}  // namespace cuda_on_host
