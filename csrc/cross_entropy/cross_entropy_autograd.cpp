@@ -45,7 +45,10 @@ at::Tensor composed(const at::Tensor& input, const at::Tensor& target, int64_t i
                     std::string_view reduction) {
   const auto type = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto code = static_cast<int64_t>(parse_reduction("cross_entropy", reduction));
-  return at::cross_entropy_loss(input.to(type), target.to(at::kLong), {}, code, ignore_index);
+  // One row may have its target as () or as (1), which torch's own backward does not know.
+  const at::Tensor t = input.dim() == 1 ? target.reshape({}) : target;
+  const at::Tensor loss = at::cross_entropy_loss(input.to(type), t.to(at::kLong), {}, code, ignore_index);
+  return code == at::Reduction::None ? loss.reshape_symint(target.sym_sizes()) : loss;
 }
 
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {

@@ -21,12 +21,12 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>) cross_entropy_bwd_
       map_row<kRowThreads>(x, p.rows.stride_n, g, p.grad_rows.stride_n, n, [](int64_t, A) { return A(0); });
       continue;
     }
-    // exp(x - lse) = exp2(x · L - m) · exp2(m - lse · L) with an integer m: no rounding of a large lse.
-    const double lse2 = p.lse[row] * double(kLog2e<A>);
-    const A m = A(ceil(lse2)), factor = factor_of<A>(p, row), scale = factor * exp2_of(A(double(m) - lse2));
+    // exp(x - lse) = exp2(x · L - m) / sum with an integer m: no rounding of a large lse.
+    const double lse2 = p.lse[row] * double(kLog2e<A>), m2 = ceil(lse2);
+    const A m = A(m2), sum = exp2_of(A(lse2 - m2)), factor = factor_of<A>(p, row), scale = factor / sum;
     map_row<kRowThreads>(x, p.rows.stride_n, g, p.grad_rows.stride_n, n, [&](int64_t c, A v) {
-      const A probability = exp2_of(v * kLog2e<A> - m) * scale;
-      return c == target ? probability - factor : probability;
+      const A term = term_of(v, m);
+      return c == target ? (term - sum) * scale : term * scale;
     });
   }
 }

@@ -7,6 +7,8 @@
 // exp is taken in base 2 and its reference point is an integer m ≥ max · log2(e), so that x · log2(e) - m is one exact
 // fused multiply-add, and sums with different reference points are joined by powers of two, without rounding.
 // L = log2(e) rounded to the type stands for the base on the way there and back: only differences feel its error.
+// A target that has nearly all of the probability is compared with the sum in the same arithmetic that built the sum,
+// so that a loss and a gradient that must be 0 are 0.
 
 template <class A>
 constexpr A kLog2e = A(1.4426950408889634);
@@ -84,15 +86,33 @@ inline ExpSum row_exp_sum(const T* x, int64_t n) {
   return s;
 }
 
-// The scale and reference point that turn exp2(x · L - m) into exp(x - lse) · factor.
+// exp2(x · L - m), the term of one logit, with the bits that it has in the sum.
+template <class T>
+inline Acc<T> term_of(const T* x, Acc<T> m) {
+  return exp2(splat<Vec<T>>(load_one(x)) * kLog2e<Acc<T>> - m)[0];
+}
+
+// -log p of the target.
+template <class T>
+inline Acc<T> loss_of(const ExpSum& s, const T* target) {
+  const double term = term_of(target, Acc<T>(s.m));
+  if (term > 0.25 * s.sum) return Acc<T>(std::max(0.0, std::log2(s.sum / term) / double(kLog2e<Acc<T>>)));
+  return Acc<T>(natural_lse<T>(s) - double(load_one(target)));
+}
+
+// Turns exp2(x · L - m) into exp(x - lse) · factor.
 template <class A>
 struct GradScale {
-  A m, scale;
-  GradScale(double lse, double factor) {
+  A m, scale;   // scale = factor / sum
+  double sum;   // Σ exp2(x · L - m), back from lse
+  A factor;
+  GradScale(double lse, A factor) : factor(factor) {
     const double lse2 = lse * double(kLog2e<A>);
     m = A(std::ceil(lse2));
-    scale = A(factor * std::exp2(double(m) - lse2));
+    sum = std::exp2(lse2 - double(m));
+    scale = A(factor / sum);
   }
+  A at_target(A term) const { return A((double(term) / sum - 1) * factor); }
 };
 
 template <class T>
@@ -100,12 +120,11 @@ inline void grad_row(const T* x, T* g, int64_t n, int64_t target, double lse, Ac
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const GradScale<A> s(lse, factor);
-  const A m = s.m, scale = s.scale;
-  const auto term = [m, scale](Vec<T> v) { return exp2(v * kLog2e<A> - m) * scale; };
-  const A at_target = term(splat<Vec<T>>(load_one(x + target)))[0] - factor;
+  const A m = s.m, scale = s.scale, at_target = s.at_target(term_of(x + target, m));
+  const auto value = [m, scale](Vec<T> v) { return exp2(v * kLog2e<A> - m) * scale; };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(g + i, term(load(x + i)));
-  if (i < n) store_part(g + i, n - i, term(load_part(x + i, n - i, A(0))));
+  for (; i + kLanes <= n; i += kLanes) store(g + i, value(load(x + i)));
+  if (i < n) store_part(g + i, n - i, value(load_part(x + i, n - i, A(0))));
   store_one(g + target, at_target);
 }
 
@@ -143,11 +162,11 @@ inline void bwd_columns(const T* x, int64_t stride, T* g, int64_t grad_stride, i
 // ---- rows ---------------------------------------------------------------------------------------------------------
 
 template <class T>
-inline void finish_row(const CrossEntropyParams& p, int64_t row, double lse, double at_target) {
-  const double loss = lse - at_target;
-  // -log p is not negative; rounding of a probability next to 1 must not make it so.
-  static_cast<Acc<T>*>(p.row_loss)[row] = target_of(p, row) == p.ignore_index ? Acc<T>(0) : Acc<T>(loss < 0 ? 0 : loss);
-  p.lse[row] = lse;
+inline void finish_row(const CrossEntropyParams& p, int64_t row, const ExpSum& s, const T* x) {
+  const int64_t target = target_of(p, row);
+  const bool counted = target != p.ignore_index;
+  static_cast<Acc<T>*>(p.row_loss)[row] = counted ? loss_of(s, x + target * p.rows.stride_n) : Acc<T>(0);
+  p.lse[row] = natural_lse<T>(s);
 }
 
 template <class T>
@@ -157,9 +176,7 @@ void fwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   if (p.rows.stride_n == 1) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = input + row_offset(p.rows, row);
-      const int64_t target = target_of(p, row);
-      const bool counted = target != p.ignore_index;
-      finish_row<T>(p, row, natural_lse<T>(row_exp_sum(x, n)), counted ? load_one(x + target) : 0);
+      finish_row(p, row, row_exp_sum(x, n), x);
     }
     return;
   }
@@ -169,11 +186,7 @@ void fwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
     const T* x = input + row_offset(p.rows, row);
     Acc<T> m[kLanes], sum[kLanes];
     fwd_columns(x, n, p.rows.stride_n, count, m, sum);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t target = target_of(p, row + i);
-      const bool counted = target != p.ignore_index;
-      finish_row<T>(p, row + i, natural_lse<T>({m[i], sum[i]}), counted ? load_one(x + target * p.rows.stride_n + i) : 0);
-    }
+    for (int64_t i = 0; i < count; ++i) finish_row(p, row + i, {m[i], sum[i]}, x + i);
     row += count;
   }
 }
@@ -204,12 +217,10 @@ void bwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t target = target_of(p, row + i);
       if (target == p.ignore_index) continue;
-      const A factor = factor_of<A>(p, row + i);
-      const GradScale<A> s(p.lse[row + i], factor);
+      const GradScale<A> s(p.lse[row + i], factor_of<A>(p, row + i));
       m[i] = s.m;
       scale[i] = s.scale;
-      const Vec<T> t = splat<Vec<T>>(load_one(x + target * stride + i) * kLog2e<A> - s.m);
-      at_target[i] = exp2(t)[0] * s.scale - factor;
+      at_target[i] = s.at_target(term_of(x + target * stride + i, s.m));
     }
     bwd_columns(x, stride, g, grad_stride, n, count, m, scale);
     for (int64_t i = 0; i < count; ++i) {

@@ -26,11 +26,8 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>) cross_entropy_fwd_
     const int64_t target = target_of(p, row);
     const bool counted = target != p.ignore_index;
     device_assert(!counted || (target >= 0 && target < n), "cross_entropy: target: expected a class index or ignore_index");
-    const double lse = natural_lse(s);
-    const double loss = counted ? lse - double(to_acc(x[target * stride])) : 0;
-    // -log p is not negative; rounding of a probability next to 1 must not make it so.
-    static_cast<A*>(p.row_loss)[row] = A(loss < 0 ? 0 : loss);
-    p.lse[row] = lse;
+    static_cast<A*>(p.row_loss)[row] = counted ? A(loss_of(s, A(to_acc(x[target * stride])))) : A(0);
+    p.lse[row] = natural_lse(s);
   }
 }
 

@@ -42,12 +42,28 @@ __device__ inline void add(ExpSum<A>& s, const T* x) {
   }
   const A reference = s.m == -infinity<A>() ? A(0) : s.m;
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) s.sum += exp2_of(to_acc(x[k]) * kLog2e<A> - reference);
+  for (int k = 0; k < kCount; ++k) s.sum += term_of(A(to_acc(x[k])), reference);
+}
+
+// exp2(x · L - m), the term of one logit, as it stands in the sum.
+template <class A>
+__device__ inline A term_of(A x, A m) {
+  return exp2_of(x * kLog2e<A> - m);
 }
 
 template <class A>
 __device__ inline double natural_lse(const ExpSum<A>& s) {
   return (double(s.m) + log2(double(s.sum))) / double(kLog2e<A>);
+}
+
+// -log p of a target with logit x. One that has nearly all of the probability is compared with the sum in the sum's own
+// arithmetic, so that a loss that must be 0 is 0.
+template <class A>
+__device__ inline double loss_of(const ExpSum<A>& s, A x) {
+  const double term = term_of(x, s.m), sum = s.sum;
+  if (!(term > 0.25 * sum)) return natural_lse(s) - double(x);
+  const double loss = log2(sum / term) / double(kLog2e<A>);
+  return loss > 0 ? loss : 0;
 }
 
 }  // namespace tse

@@ -37,10 +37,6 @@
 #define TSE_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::cuda_on_host::dynamic_shared())
 
 inline void __syncthreads(TSE_HERE) { ::cuda_on_host::block_barrier(here); }
-inline void __syncwarp(unsigned mask = 0xffffffffu, TSE_HERE) {
-  ::cuda_on_host::warp_exchange(here, mask, nullptr, 0, -1, nullptr);
-}
-
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, TSE_HERE) {
   static_assert(sizeof(T) <= 8, "a shuffle moves at most 8 bytes");

@@ -4,6 +4,8 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -103,7 +105,7 @@ struct Engine {
   char* static_memory = nullptr;
   size_t static_used = 0;
   char* dynamic_memory = nullptr;
-  char barrier_words[2], launch_word, end_word, warp_words[2][32];
+  char barrier_words[2], launch_word, end_word;
   const void* main_stack = nullptr;
   size_t main_stack_bytes = 0;
 };
@@ -286,6 +288,7 @@ void block_barrier(Location here) {
   IF_TSAN(__tsan_acquire(word);)
 }
 
+// Lanes meet by mask; the last one to come takes the values around. A shuffle orders no memory: ThreadSanitizer is not told.
 void warp_exchange(Location here, unsigned mask, const void* value, size_t bytes, int source, void* result) {
   Engine& e = *engine;
   Fibre* f = e.running;
@@ -301,10 +304,7 @@ void warp_exchange(Location here, unsigned mask, const void* value, size_t bytes
   f->source = source;
   f->bytes = bytes;
   copy(f->value, value, bytes);
-  // __syncwarp (no value) orders memory, a shuffle does not.
-  IF_TSAN(void* word = &e.warp_words[0][first / 32]; if (bytes == 0) __tsan_release(word);)
-
-  Fibre* group[32] = {};
+  std::array<Fibre*, 32> group = {};
   bool complete = true;
   for (unsigned i = 0; i < lanes; ++i) {
     if ((mask >> i & 1) == 0) continue;
@@ -321,16 +321,10 @@ void warp_exchange(Location here, unsigned mask, const void* value, size_t bytes
       if (group[g->source]->bytes != g->bytes) fail("a shuffle's operands differ in size at " + text(here));
       copy(g->result, group[g->source]->value, g->bytes);
     }
-    struct {
-      Fibre** data;
-      size_t size() const { return 32; }
-      Fibre* operator[](size_t i) const { return data[i]; }
-    } all = {group};
-    make_ready(all);
+    make_ready(group);
   }
   yield();
   copy(result, f->result, bytes);
-  IF_TSAN(if (bytes == 0) __tsan_acquire(word);)
 }
 
 void* shared_array(const void* place, size_t bytes) {

@@ -1,0 +1,293 @@
+"""Every test that an operator owes, over its spec, devices and dtypes."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+from conftest import CUDA_ON_HOST
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+
+from torch_softmax_ext.testing import SPECS
+from torch_softmax_ext.testing.spec import FLOATING
+
+specs = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+dtypes = pytest.mark.parametrize("dtype", FLOATING, ids=lambda d: str(d).removeprefix("torch."))
+
+SAMPLES = [(spec, sample.name) for spec in SPECS for sample in spec.samples("cpu", torch.float32)]
+SMALL = [(spec, sample.name) for spec in SPECS for sample in spec.samples("cpu", torch.float64) if sample.small]
+samples = pytest.mark.parametrize(("spec", "sample"), SAMPLES, ids=lambda v: v if isinstance(v, str) else v.name)
+small_samples = pytest.mark.parametrize(("spec", "sample"), SMALL, ids=lambda v: v if isinstance(v, str) else v.name)
+
+
+def get(spec, name, device, dtype):
+    return next(s for s in spec.samples(device, dtype) if s.name == name)
+
+
+def first(spec, device, dtype):
+    return next(spec.samples(device, dtype))
+
+
+def value_and_grad(function, sample, input, g=None):
+    """The result, the gradient for an incoming gradient, and that incoming gradient."""
+    x = input.detach().requires_grad_()  # detach keeps the strides
+    y = sample.call(function, x)
+    g = torch.randn(y.shape, dtype=torch.float64, device=y.device) if g is None else g
+    (gx,) = torch.autograd.grad(y, x, g.to(y.dtype))
+    return y.detach(), gx, g.to(y.dtype)
+
+
+def assert_close(ours, reference, torchs, what):
+    """Our error against float64 is at most twice torch's own in the same precision, plus one rounding of the result."""
+    assert ours.shape == reference.shape
+    ours, torchs = ours.double(), torchs.double()
+    assert torch.equal(ours.isnan(), reference.isnan()), what
+    infinite = reference.isinf()
+    assert torch.equal(ours[infinite], reference[infinite]), what
+    usable = reference.isfinite()
+    if not usable.any():
+        return
+    ours, torchs, reference = ours[usable], torchs[usable], reference[usable]
+    eps = torch.finfo(what[1]).eps
+    rounding = {torch.float64: 4e-12, torch.float32: 1e-6}.get(what[1], eps)
+    scale = reference.abs().max().item()
+    allowed = 2 * (torchs - reference).abs().nan_to_num().max().item() + rounding * scale + 1e-14
+    error = (ours - reference).abs().max().item()
+    assert error <= allowed, (what, error, allowed)
+    if what[0] == "gradient" and reference.numel() > 4096:  # in wide rows the largest values would hide the others
+        subnormal = 2.0**-25 * reference.numel() ** 0.5 if what[1] == torch.float16 else 0.0
+        for part in (reference.abs() >= 0, reference.abs() < scale / 10):
+            error, norm = (ours - reference)[part].norm().item(), reference[part].norm().item()
+            assert error <= rounding * norm + subnormal, (what, error, norm)
+
+
+@samples
+@dtypes
+def test_values_and_gradients(spec, sample, device, dtype):
+    s = get(spec, sample, device, dtype)
+    y, gx, g = value_and_grad(spec.op, s, s.input)
+    y64, gx64, _ = value_and_grad(spec.reference, s, s.input.double(), g)
+    yt, gxt, _ = value_and_grad(spec.torch_op, s, s.input, g)
+    assert gx.dtype == dtype
+    assert gx.shape == s.input.shape
+    assert_close(y, y64, yt, ("value", y.dtype, s.name))
+    if s.finite:
+        if spec.differentiable is not None:
+            where = s.call(spec.differentiable, s.input.double())
+            gx, gx64, gxt = (g.where(where, torch.zeros_like(g)) for g in (gx, gx64, gxt))
+        assert_close(gx, gx64, gxt, ("gradient", dtype, s.name))
+    with torch.no_grad():  # forward alone takes another way through the dispatcher
+        assert torch.equal(s.call(spec.op).nan_to_num(), y.nan_to_num())
+
+
+@small_samples
+def test_gradcheck(spec, sample, device):
+    s = get(spec, sample, device, torch.float64)
+    x = s.input.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: s.call(spec.op, x), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: s.call(spec.op, x), (x,))
+
+
+@small_samples
+def test_opcheck(spec, sample, device):
+    s = get(spec, sample, device, torch.float32)
+    torch.library.opcheck(spec.overload, (s.input.requires_grad_(), *s.args), s.kwargs)
+
+
+@specs
+@dtypes
+def test_double_backward_in_every_dtype(spec, device, dtype):
+    s = first(spec, device, dtype)
+
+    def second(function, x):
+        x = x.detach().requires_grad_()
+        y = s.call(function, x)
+        (gx,) = torch.autograd.grad((y.double() ** 2).sum(), x, create_graph=True)
+        return torch.autograd.grad((gx.double() ** 2).sum(), x)[0]
+
+    want = second(spec.reference, s.input.double())
+    got = second(spec.op, s.input)
+    assert (got.double() - want).norm() <= max(1e-5, 4 * torch.finfo(dtype).eps) * want.norm()
+
+
+@specs
+def test_strides_of_incoming_gradient(spec, device):
+    s = first(spec, device, torch.float64)
+    x = s.input.requires_grad_()
+    y = s.call(spec.op, x)
+    g = torch.randn(*y.shape, 2, device=device, dtype=y.dtype)
+    for grad in (g[..., 1], torch.ones((), device=device, dtype=y.dtype).expand_as(y), g[..., 0].flip(0)):
+        want = torch.autograd.grad(s.call(spec.reference, x), x, grad)[0]
+        torch.testing.assert_close(torch.autograd.grad(y, x, grad, retain_graph=True)[0], want)
+
+
+# ---- modes of torch -----------------------------------------------------------------------------------------------
+
+
+@specs
+def test_inference_mode(spec, device):
+    s = first(spec, device, torch.float32)
+    with torch.inference_mode():
+        y = s.call(spec.op)
+    assert y.is_inference()
+    assert torch.equal(y, s.call(spec.op))
+
+
+@pytest.mark.parametrize(
+    ("spec", "case"), [(s, c) for s in SPECS for c in s.errors], ids=lambda v: getattr(v, "name", None)
+)
+def test_errors(spec, case, device):
+    if case.cpu_only and CUDA_ON_HOST:  # a device-side assertion, as the executor reports it
+        with pytest.raises(RuntimeError, match=f"device-side assertion: {spec.name}"):
+            case.call(device)
+        return
+    if case.cpu_only and device.type == "cuda":
+        pytest.skip("a device-side assertion would end the CUDA context")
+    for mode in (torch.enable_grad, torch.inference_mode):
+        with mode(), pytest.raises(case.error, match=f"{spec.name}: {case.match}"):
+            case.call(device)
+
+
+@specs
+@dtypes
+def test_autocast_keeps_the_logits(spec, device, dtype):
+    s = first(spec, device, dtype)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = s.call(spec.op)
+    assert y.dtype == s.call(spec.op).dtype
+    assert torch.equal(y, s.call(spec.op))
+
+
+@specs
+def test_saved_tensor_modified_in_place_is_caught(spec, device):
+    s = first(spec, device, torch.float32)
+    x = s.input.clone().requires_grad_()
+    z = x * 1
+    y = s.call(spec.op, z)
+    (z if spec.name == "cross_entropy" else y).detach().zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@specs
+def test_checkpointing_and_deterministic_algorithms(spec, device):
+    s = first(spec, device, torch.float32)
+    x = s.input.requires_grad_()
+    (want,) = torch.autograd.grad(s.call(spec.op).sum(), x)
+    torch.use_deterministic_algorithms(True)
+    try:
+        y = checkpoint(lambda x: s.call(spec.op, x), x, use_reentrant=False)
+        (got,) = torch.autograd.grad(y.sum(), x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(got, want)
+
+
+@specs
+def test_retain_graph_gives_the_same_gradient_twice(spec, device):
+    s = first(spec, device, torch.float32)
+    x = s.input.requires_grad_()
+    y = s.call(spec.op)
+    a, b = (torch.autograd.grad(y, x, torch.full_like(y, f), retain_graph=True)[0] for f in (1.0, 0.5))
+    assert torch.equal(a * 0.5, b)
+
+
+@specs
+def test_module(spec, device):
+    s = first(spec, device, torch.float32)
+    module = spec.module()
+    for m in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(m(s.input, *s.args), spec.op(s.input, *s.args))
+        assert repr(m) == repr(module)
+    assert "=" in repr(module)
+
+
+# ---- the same bits ------------------------------------------------------------------------------------------------
+
+
+@specs
+@dtypes
+@pytest.mark.parametrize("shape", [(64, 10), (5, 9000), (3, 50257)], ids=str)
+def test_same_bits_alone_in_a_batch_and_with_any_threads(spec, device, dtype, shape):
+    x = torch.randn(shape, device=device).to(dtype)
+    args = tuple(a.to(device) for a in spec.bench_args(x))
+    kwargs = {"reduction": "none"} if spec.name == "cross_entropy" else {}
+
+    def run(x, *args):
+        x = x.detach().requires_grad_()
+        y = spec.op(x, *args, **kwargs)
+        g = torch.linspace(1, 2, x.shape[1], device=device).to(y.dtype).expand_as(y) if y.dim() > 1 else torch.ones_like(y)
+        return y.detach(), torch.autograd.grad(y, x, g)[0]
+
+    y, g = run(x, *args)
+    threads = torch.get_num_threads()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        try:
+            assert all(torch.equal(a, b) for a, b in zip(run(x, *args), (y, g), strict=True))
+            y1, g1 = run(*spec.rows(x, *args))
+        finally:
+            torch.set_num_threads(threads)
+        assert torch.equal(y1, y[:1])
+        assert torch.equal(g1, g[:1])
+
+
+@specs
+def test_many_python_threads(spec, device):
+    s = first(spec, device, torch.float32)
+    want = s.call(spec.op)
+    wrong = []
+
+    def work():
+        for _ in range(50):
+            if not torch.equal(s.call(spec.op), want):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+# ---- torch.func and forward mode ----------------------------------------------------------------------------------
+
+
+@small_samples
+def test_func_transforms(spec, sample, device):
+    s = get(spec, sample, device, torch.float64)
+    x, v = s.input, torch.randn_like(s.input)
+
+    def ours(x):
+        return s.call(spec.op, x)
+
+    def reference(x):
+        return s.call(spec.reference, x)
+
+    close = torch.testing.assert_close
+    close(torch.func.grad(lambda x: ours(x).square().sum())(x), torch.func.grad(lambda x: reference(x).square().sum())(x))
+    for a, b in zip(torch.func.jvp(ours, (x,), (v,)), torch.func.jvp(reference, (x,), (v,)), strict=True):
+        close(a, b)
+    y, vjp = torch.func.vjp(ours, x)
+    g = torch.randn_like(y)
+    close(vjp(g)[0], torch.func.vjp(reference, x)[1](g)[0])
+    close(torch.func.hessian(lambda x: ours(x).sum())(x), torch.func.hessian(lambda x: reference(x).sum())(x))
+    batch = torch.stack([x, x + v, v])
+    want = torch.stack([reference(b) for b in batch])
+    close(torch.func.vmap(ours)(batch), want)
+    close(torch.func.vmap(ours, in_dims=-1)(batch.movedim(0, -1)), want)
+    grads = torch.func.vmap(torch.func.grad(lambda x: ours(x).square().sum()))(batch)
+    close(grads, torch.stack([torch.func.grad(lambda x: reference(x).square().sum())(b) for b in batch]))
+    with forward_ad.dual_level():
+        y, t = forward_ad.unpack_dual(ours(forward_ad.make_dual(x, v)))
+    close((y, t), torch.func.jvp(reference, (x,), (v,)))
+
+
+@specs
+def test_vmap_does_not_loop(spec, device, recwarn):
+    s = first(spec, device, torch.float32)
+    torch.func.vmap(lambda x: s.call(spec.op, x))(s.input.expand(3, *s.input.shape))
+    assert not [w for w in recwarn if "performance drop" in str(w.message)]

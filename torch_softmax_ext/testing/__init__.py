@@ -1,0 +1,13 @@
+"""One OpSpec per operator: what the tests and the benchmarks need to know of it.
+
+A new operator adds a file here and its spec to ``SPECS``; it then has every test of ``tests/test_all_ops.py`` and a row
+in every benchmark.
+"""
+
+from torch_softmax_ext.testing.cross_entropy import SPEC as CROSS_ENTROPY
+from torch_softmax_ext.testing.sparsemax import SPEC as SPARSEMAX
+from torch_softmax_ext.testing.spec import BenchShape, ErrorCase, OpSpec, Sample
+
+SPECS = (CROSS_ENTROPY, SPARSEMAX)
+
+__all__ = ["SPECS", "BenchShape", "ErrorCase", "OpSpec", "Sample"]

@@ -1,0 +1,131 @@
+"""Specification of cross_entropy."""
+
+import torch
+import torch.nn.functional as F
+
+import torch_softmax_ext as tse
+from torch_softmax_ext.testing.spec import BenchShape, ErrorCase, OpSpec, Sample
+
+_INF = float("inf")
+
+
+def _reference(input, target, **kwargs):
+    if input.dim() == 1:  # torch's own backward does not know a target of shape (1) there
+        target = target.reshape(())
+    return F.cross_entropy(input, target.long(), **kwargs)
+
+
+def _samples(device, dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def logits(*shape, scale=3.0):
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
+
+    def target(classes, *shape, ignored=0):
+        t = torch.randint(0, classes, shape, generator=generator).to(device)
+        t.view(-1)[:ignored] = -100
+        return t
+
+    for reduction in ("none", "mean", "sum"):
+        kwargs = {"reduction": reduction}
+        yield Sample(f"2d-{reduction}", logits(7, 10), (target(10, 7),), kwargs, small=True)
+        yield Sample(f"ignored-{reduction}", logits(6, 9), (target(9, 6, ignored=2),), kwargs, small=True)
+        yield Sample(f"images-{reduction}", logits(2, 21, 5, 7), (target(21, 2, 5, 7, ignored=3),), kwargs)
+        yield Sample(f"1d-{reduction}", logits(5), (target(5),), kwargs, small=True)
+    yield Sample("1d-target-of-one", logits(5), (target(5, 1),), small=True)
+    yield Sample("3d", logits(3, 4, 5), (target(4, 3, 5),), small=True)
+    yield Sample("int32", logits(7, 10), (target(10, 7).int(),), small=True)
+    yield Sample("ignore-index-a-class", logits(7, 4), (target(4, 7),), {"ignore_index": 2}, small=True)
+    yield Sample("one-class", logits(4, 1), (target(1, 4),), {"reduction": "none"}, small=True)
+    yield Sample("no-rows-sum", logits(0, 5), (target(5, 0),), {"reduction": "sum"})
+    yield Sample("no-rows-none", logits(0, 5), (target(5, 0),), {"reduction": "none"})
+    yield Sample("no-rows-mean", logits(0, 5), (target(5, 0),), finite=False)
+    yield Sample("all-ignored-sum", logits(3, 5), (target(5, 3, ignored=3),), {"reduction": "sum"})
+    yield Sample("all-ignored-mean", logits(3, 5), (target(5, 3, ignored=3),), finite=False)
+
+    yield Sample("channels-last", logits(2, 6, 3, 5).to(memory_format=torch.channels_last), (target(6, 2, 3, 5),))
+    yield Sample("transposed", logits(12, 40).t(), (target(12, 40),))
+    yield Sample("every-other-class", logits(7, 20)[:, ::2], (target(10, 7),))
+    yield Sample("every-other-row", logits(14, 33)[::2], (target(33, 7),))
+    yield Sample("expanded-rows", logits(1, 33).expand(7, 33), (target(33, 7),))
+    yield Sample("expanded-classes", logits(7, 1).expand(7, 5), (target(5, 7),))
+    yield Sample("permuted", logits(3, 5, 2, 4).permute(2, 1, 3, 0), (target(5, 2, 4, 3),))
+    yield Sample("misaligned", logits(5 * 37 + 1)[1:].view(5, 37), (target(37, 5),), {"reduction": "none"})
+
+    yield Sample("wide", logits(3, 5000), (target(5000, 3),), {"reduction": "none"})
+    yield Sample("odd-vocabulary", logits(3, 50257), (target(50257, 3),))
+    yield Sample("llama-vocabulary", logits(2, 128256, scale=1.0), (target(128256, 2),))
+    yield Sample("many-rows", logits(3000, 10), (target(10, 3000),))
+
+    peaky = logits(6, 50)
+    peaky[torch.arange(6), torch.arange(6)] += 60
+    yield Sample("peaky", peaky, (torch.arange(6, device=device),), {"reduction": "none"})
+    yield Sample("tied", torch.ones(4, 17, dtype=dtype, device=device), (target(17, 4),))
+    yield Sample("offset", logits(4, 100) + (100 if dtype == torch.float16 else 1e4), (target(100, 4),))
+    holes = logits(4, 40)
+    holes[:, ::3] = -_INF
+    yield Sample("minus-inf", holes, (torch.full((4,), 1, device=device),), {"reduction": "none"})
+    impossible = logits(3, 40)
+    impossible[1, 5] = -_INF
+    yield Sample("minus-inf-at-target", impossible, (torch.full((3,), 5, device=device),), {"reduction": "none"}, finite=False)
+    broken = logits(5, 5000)
+    broken[0, 4900] = float("nan")
+    broken[1, 3] = _INF
+    broken[2] = -_INF
+    yield Sample("nan-inf", broken, (target(5000, 5),), {"reduction": "none"}, finite=False)
+
+
+def _x(device, *shape):
+    return torch.zeros(shape, device=device)
+
+
+def _t(device, *values):
+    return torch.tensor(values, device=device)
+
+
+_ERRORS = (
+    ErrorCase("class-too-large", lambda d: tse.cross_entropy(_x(d, 3, 5), _t(d, 0, 5, 1)), IndexError,
+              r"target: .*\[0, 5\).* got 5 at row 1", cpu_only=True),
+    ErrorCase("class-negative", lambda d: tse.cross_entropy(_x(d, 2, 5), _t(d, 0, -1)), IndexError,
+              r"target: .* got -1 at row 1", cpu_only=True),
+    ErrorCase("batch", lambda d: tse.cross_entropy(_x(d, 3, 5), _t(d, 0, 1)), ValueError, r"target: expected batch size 3"),
+    ErrorCase("shape", lambda d: tse.cross_entropy(_x(d, 2, 5, 4), _t(d, 0, 1)), RuntimeError, r"target: expected the shape"),
+    ErrorCase("inner-shape", lambda d: tse.cross_entropy(_x(d, 2, 5, 4), _t(d, 0, 1, 2)[None].expand(2, 3)), RuntimeError,
+              r"target: expected the shape"),
+    ErrorCase("1d", lambda d: tse.cross_entropy(_x(d, 5), _t(d, 0, 1)), ValueError, r"target: expected one class index"),
+    ErrorCase("scalar", lambda d: tse.cross_entropy(_x(d), torch.tensor(0, device=d)), RuntimeError, r"input: .* scalar"),
+    ErrorCase("integer-logits", lambda d: tse.cross_entropy(_x(d, 2, 5).long(), _t(d, 0, 1)), NotImplementedError,
+              r"input: expected float32.* got Long"),
+    ErrorCase("int16-target", lambda d: tse.cross_entropy(_x(d, 2, 5), _t(d, 0, 1).short()), RuntimeError,
+              r"target: expected int64 or int32.* got Short"),
+    ErrorCase("probabilities", lambda d: tse.cross_entropy(_x(d, 2, 5), _x(d, 2, 5)), NotImplementedError,
+              r"target: expected class indices"),
+    ErrorCase("reduction", lambda d: tse.cross_entropy(_x(d, 2, 5), _t(d, 0, 1), reduction="avg"), ValueError,
+              r"reduction: expected 'none', 'mean' or 'sum', got 'avg'"),
+    ErrorCase("device", lambda d: tse.cross_entropy(_x(d, 2, 5), _t("meta", 0, 1)), RuntimeError,
+              r"target: expected device .* got meta"),
+)  # fmt: skip
+
+SPEC = OpSpec(
+    name="cross_entropy",
+    op=tse.cross_entropy,
+    module=tse.CrossEntropyLoss,
+    reference=_reference,
+    torch_op=_reference,
+    samples=_samples,
+    errors=_ERRORS,
+    bench_shapes=(
+        BenchShape((8, 10)),
+        BenchShape((256, 1000)),
+        BenchShape((4096, 1000)),
+        BenchShape((8, 21, 256, 256), note="segmentation"),
+        BenchShape((1024, 32000)),
+        BenchShape((256, 128256)),
+        BenchShape((1024, 32000), torch.bfloat16),
+        BenchShape((256, 128256), torch.bfloat16),
+        BenchShape((1, 128256), note="one row"),
+    ),
+    bench_args=lambda x: (torch.randint(0, x.shape[1], (x.shape[0], *x.shape[2:])),),
+    passes={"forward": 1, "forward+backward": 3},
+    rows=lambda x, target: (x[:1], target[:1]),
+)

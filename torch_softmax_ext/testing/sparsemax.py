@@ -1,0 +1,114 @@
+"""Specification of sparsemax."""
+
+import torch
+
+import torch_softmax_ext as tse
+from torch_softmax_ext.testing.spec import BenchShape, ErrorCase, OpSpec, Sample
+
+_INF = float("inf")
+
+
+def _reference(input, dim=-1):
+    """By sorting, as in the paper; rows of -inf alone give zeros."""
+    if input.numel() == 0:
+        return input.clone()
+    z = input.unsqueeze(0) if input.dim() == 0 else input
+    masked = (z == -_INF).all(dim, keepdim=True)
+    z = torch.where(masked, torch.zeros_like(z), z)
+    ordered = z.sort(dim=dim, descending=True).values
+    shape = [-1 if d == dim % z.dim() else 1 for d in range(z.dim())]
+    k = torch.arange(1, z.shape[dim] + 1, dtype=z.dtype, device=z.device).view(shape)
+    sums = ordered.cumsum(dim)
+    support = (1 + k * ordered > sums).sum(dim, keepdim=True)
+    tau = (sums.gather(dim, (support - 1).clamp_min(0)) - 1) / support
+    p = torch.where(~masked & (z > tau), z - tau, torch.zeros_like(z))
+    bad = z.isnan().any(dim, keepdim=True) | (z == _INF).any(dim, keepdim=True)
+    return torch.where(bad, float("nan"), p).reshape(input.shape)
+
+
+def _differentiable(input, dim=-1):
+    """Rows with no element on the edge of the support, where half precision logits often lie exactly."""
+    if input.numel() == 0:
+        return torch.ones_like(input, dtype=torch.bool)
+    p = _reference(input, dim)
+    tau = (input - p).where(p > 0, _INF).amin(dim, keepdim=True)
+    return ((input - tau).abs() > 1e-6).all(dim, keepdim=True).expand_as(input)
+
+
+def _samples(device, dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def logits(*shape, scale=1.0):
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
+
+    yield Sample("2d", logits(7, 10), small=True)
+    yield Sample("2d-dim0", logits(7, 10), (0,), small=True)
+    yield Sample("1d", logits(9), small=True)
+    yield Sample("scalar", logits(), small=True)
+    yield Sample("3d-middle", logits(3, 4, 5), (1,), small=True)
+    yield Sample("4d", logits(2, 3, 4, 5), (-2,), small=True)
+    yield Sample("keyword", logits(3, 8), (), {"dim": 0}, small=True)
+    yield Sample("one-element", logits(4, 1), small=True)
+    yield Sample("no-rows", logits(0, 5))
+    yield Sample("no-elements", logits(3, 0))
+    yield Sample("attention", logits(2, 3, 16, 64))
+
+    yield Sample("channels-last", logits(2, 6, 3, 5).to(memory_format=torch.channels_last), (1,))
+    yield Sample("transposed", logits(12, 40).t())
+    yield Sample("every-other", logits(7, 20)[:, ::2])
+    yield Sample("every-other-row", logits(14, 33)[::2])
+    yield Sample("expanded-rows", logits(1, 33).expand(7, 33))
+    yield Sample("expanded-elements", logits(7, 1).expand(7, 5))
+    yield Sample("permuted", logits(3, 5, 2, 4).permute(2, 1, 3, 0), (1,))
+    yield Sample("misaligned", logits(5 * 37 + 1)[1:].view(5, 37))
+
+    yield Sample("wide", logits(3, 5000))
+    yield Sample("widest", logits(2, 131072))
+    yield Sample("wide-support", logits(2, 20000, scale=1e-4 if dtype == torch.float64 else 1e-2))
+    yield Sample("many-rows", logits(3000, 16))
+    yield Sample("columns", logits(3, 700, 40), (1,))
+    yield Sample("peaky", logits(6, 50, scale=100.0))
+    yield Sample("tied", torch.ones(4, 17, dtype=dtype, device=device))
+    yield Sample("offset", logits(4, 100) + 100)
+    holes = logits(4, 40)
+    holes[:, ::3] = -_INF
+    yield Sample("minus-inf", holes)
+    masked = logits(3, 40)
+    masked[1] = -_INF
+    yield Sample("masked-row", masked)
+    broken = logits(4, 600)
+    broken[0, 500] = float("nan")
+    broken[2, 3] = _INF
+    yield Sample("nan-inf", broken, finite=False)
+
+
+_ERRORS = (
+    ErrorCase("dim", lambda d: tse.sparsemax(torch.zeros(2, 3, device=d), 2), IndexError,
+              r"dim: expected a dimension in \[-2, 1\].* got 2"),
+    ErrorCase("dim-negative", lambda d: tse.sparsemax(torch.zeros(2, 3, device=d), -3), IndexError, r"dim: .* got -3"),
+    ErrorCase("integer", lambda d: tse.sparsemax(torch.zeros(2, 3, device=d).long()), NotImplementedError,
+              r"input: expected float32.* got Long"),
+    ErrorCase("complex", lambda d: tse.sparsemax(torch.zeros(2, 3, device=d) + 0j), NotImplementedError,
+              r"input: expected float32.* got ComplexFloat"),
+)  # fmt: skip
+
+SPEC = OpSpec(
+    name="sparsemax",
+    op=tse.sparsemax,
+    module=tse.Sparsemax,
+    reference=_reference,
+    torch_op=_reference,
+    samples=_samples,
+    errors=_ERRORS,
+    bench_shapes=(
+        BenchShape((4096, 64)),
+        BenchShape((1024, 512)),
+        BenchShape((256, 8192)),
+        BenchShape((64, 32000)),
+        BenchShape((16, 131072)),
+    ),
+    bench_args=lambda x: (),
+    passes={"forward": 2, "forward+backward": 5},
+    rows=lambda x: (x[:1],),
+    differentiable=_differentiable,
+)

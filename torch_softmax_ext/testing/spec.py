@@ -1,0 +1,66 @@
+"""The form of an operator's specification."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call: ``op(input, *args, **kwargs)``. ``input`` is what is differentiated."""
+
+    name: str
+    input: Tensor
+    args: tuple = ()
+    kwargs: dict = field(default_factory=dict)
+    small: bool = False  # affordable for gradcheck, opcheck and compilation
+    finite: bool = True  # False: the reference gives infinities or NaN somewhere
+
+    def call(self, function: Callable, input: Tensor | None = None) -> Tensor:
+        return function(self.input if input is None else input, *self.args, **self.kwargs)
+
+
+@dataclass(frozen=True)
+class ErrorCase:
+    """A call that must raise ``error`` with a text that names operator and argument and matches ``match``."""
+
+    name: str
+    call: Callable[[torch.device], object]
+    error: type[Exception]
+    match: str
+    cpu_only: bool = False  # on CUDA a device-side assertion
+
+
+@dataclass(frozen=True)
+class BenchShape:
+    """A row of the benchmark; ``kind`` groups the table."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    name: str  # of the public function and of torch.ops.torch_softmax_ext.<name>
+    op: Callable  # the public function
+    module: Callable | None  # its nn.Module, without arguments
+    reference: Callable  # the same call in plain torch, differentiable any number of times; tested in float64
+    torch_op: Callable  # what a user has today, in the same dtype: the yardstick for half types
+    samples: Callable[[torch.device, torch.dtype], Iterator[Sample]]
+    errors: tuple[ErrorCase, ...]
+    bench_shapes: tuple[BenchShape, ...]
+    bench_args: Callable  # (input) -> further arguments for the benchmark
+    passes: dict[str, int]  # elements read or written per element of input, by "forward" and "forward+backward"
+    rows: Callable  # (input, *args) -> the same call for its first row alone: batch invariance
+    # (input in float64, *args) -> where the gradient exists, by a margin; None: everywhere
+    differentiable: Callable | None = None
+    dtypes: tuple[torch.dtype, ...] = FLOATING
+
+    @property
+    def overload(self):
+        return getattr(torch.ops.torch_softmax_ext, self.name).default
