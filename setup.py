@@ -89,4 +89,5 @@ def build_ext():
     return BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=True)
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": build_ext()})
+if __name__ == "__main__":
+    setup(ext_modules=[extension()], cmdclass={"build_ext": build_ext()})

@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+import torch_softmax_ext  # noqa: F401  (registers the operators)
+
 # Set by tests/test_cuda_on_host.py, which runs the suite once more on the CUDA kernels executed on the host.
 CUDA_ON_HOST = "TORCH_SOFTMAX_EXT_LIBRARY" in os.environ
 

@@ -4,14 +4,12 @@
 // Forward reads each logit once from memory, in blocks that stay in L1 between the search for the maximum and the sum.
 // Backward reads it once more and writes the gradient once. Log-probabilities are never stored.
 //
-// exp is taken in base 2 and its reference point is an integer m ≥ max · log2(e), so that x · log2(e) - m is one exact
-// fused multiply-add, and sums with different reference points are joined by powers of two, without rounding.
+// exp is taken in base 2 and its reference point is an integer m ≥ max · log2(e), so that x · log2(e) - m is exact
+// in one fused multiply-add, and sums with different reference points are joined by powers of two, without rounding.
 // L = log2(e) rounded to the type stands for the base on the way there and back: only differences feel its error.
 // A target that has nearly all of the probability is compared with the sum in the same arithmetic that built the sum,
 // so that a loss and a gradient that must be 0 are 0.
 
-template <class A>
-constexpr A kLog2e = A(1.4426950408889634);
 constexpr int64_t kBlock = 4096;
 
 // Σ exp2(x · L) = sum · 2^m.
@@ -65,7 +63,8 @@ inline ExpSum block_exp_sum(const T* x, int64_t n) {
     return nothing;
   }
   const A m = std::ceil(max * kLog2e<A>);
-  const auto term = [m](Vec<T> v) { return exp2(v * kLog2e<A> - m); };
+  const Vec<T> reference = splat<Vec<T>>(m);
+  const auto term = [reference](Vec<T> v) { return exp2(exponent(v, reference)); };
   Vec<T> s0 = {}, s1 = {}, s2 = {}, s3 = {};
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
@@ -89,7 +88,7 @@ inline ExpSum row_exp_sum(const T* x, int64_t n) {
 // exp2(x · L - m), the term of one logit, with the bits that it has in the sum.
 template <class T>
 inline Acc<T> term_of(const T* x, Acc<T> m) {
-  return exp2(splat<Vec<T>>(load_one(x)) * kLog2e<Acc<T>> - m)[0];
+  return exp2(exponent(splat<Vec<T>>(load_one(x)), splat<Vec<T>>(m)))[0];
 }
 
 // -log p of the target.
@@ -120,8 +119,9 @@ inline void grad_row(const T* x, T* g, int64_t n, int64_t target, double lse, Ac
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const GradScale<A> s(lse, factor);
-  const A m = s.m, scale = s.scale, at_target = s.at_target(term_of(x + target, m));
-  const auto value = [m, scale](Vec<T> v) { return exp2(v * kLog2e<A> - m) * scale; };
+  const A at_target = s.at_target(term_of(x + target, s.m));
+  const Vec<T> m = splat<Vec<T>>(s.m);
+  const auto value = [m, scale = s.scale](Vec<T> v) { return exp2(exponent(v, m)) * scale; };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(g + i, value(load(x + i)));
   if (i < n) store_part(g + i, n - i, value(load_part(x + i, n - i, A(0))));
@@ -143,7 +143,7 @@ inline void fwd_columns(const T* x, int64_t n, int64_t stride, int64_t count, Ac
   for (int64_t c = 0; c < n; ++c) max = vmax(column(c), max);
   for (int i = 0; i < kLanes; ++i) max[i] = max[i] == low ? A(0) : std::ceil(max[i] * kLog2e<A>);
   Vec<T> sum = {};
-  for (int64_t c = 0; c < n; ++c) sum += exp2(column(c) * kLog2e<A> - max);
+  for (int64_t c = 0; c < n; ++c) sum += exp2(exponent(column(c), max));
   store(m_out, max);
   store(sum_out, sum);
 }
@@ -154,8 +154,9 @@ inline void bwd_columns(const T* x, int64_t stride, T* g, int64_t grad_stride, i
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   for (int64_t c = 0; c < n; ++c) {
-    if (count == kLanes) store(g + c * grad_stride, exp2(load(x + c * stride) * kLog2e<A> - m) * scale);
-    else store_part(g + c * grad_stride, count, exp2(load_part(x + c * stride, count, A(0)) * kLog2e<A> - m) * scale);
+    const auto value = [&](Vec<T> v) { return exp2(exponent(v, m)) * scale; };
+    if (count == kLanes) store(g + c * grad_stride, value(load(x + c * stride)));
+    else store_part(g + c * grad_stride, count, value(load_part(x + c * stride, count, A(0))));
   }
 }
 

@@ -26,6 +26,12 @@ __device__ inline ExpSum<A> join(ExpSum<A> a, ExpSum<A> b) {
   return {m, sa + sb};
 }
 
+// exp2(x · L - m), the term of one logit. The fused multiply-add is exact: m is near x · L.
+template <class A>
+__device__ inline A term_of(A x, A m) {
+  return exp2_of(fma(x, kLog2e<A>, -m));
+}
+
 // Adds count logits: one exp2 each, and one for the scaling.
 template <int kCount, class T, class A>
 __device__ inline void add(ExpSum<A>& s, const T* x) {
@@ -43,12 +49,6 @@ __device__ inline void add(ExpSum<A>& s, const T* x) {
   const A reference = s.m == -infinity<A>() ? A(0) : s.m;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) s.sum += term_of(A(to_acc(x[k])), reference);
-}
-
-// exp2(x · L - m), the term of one logit, as it stands in the sum.
-template <class A>
-__device__ inline A term_of(A x, A m) {
-  return exp2_of(x * kLog2e<A> - m);
 }
 
 template <class A>

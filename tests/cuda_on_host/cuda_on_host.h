@@ -48,6 +48,11 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, TSE_HER
 
 namespace tse {
 
+using std::ceil;  // CUDA's are overloaded for float, the host's in the global namespace are not
+using std::exp2;
+using std::fma;
+using std::log2;
+
 inline void device_assert(bool condition, const char* text) {
   if (!condition) ::cuda_on_host::fail(std::string("device-side assertion: ") + text);
 }

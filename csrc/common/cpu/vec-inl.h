@@ -187,6 +187,27 @@ inline VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
 inline VecD vmax(VecD a, VecD b) { return a > b ? a : b; }
 #endif
 
+template <class A>
+constexpr A kLog2e = A(1.4426950408889634);
+
+// x · log2(e) - m with one rounding, that of the difference: where x and m are large and near each other, it is exact.
+#if TSE_ISA == 0
+inline VecF exponent(VecF x, VecF m) {
+  // No fused multiply-add: both factors are split in halves of 12 bits, whose products are exact.
+  constexpr float kHigh = 0x1.714p+0f, kLow = kLog2e<float> - kHigh;
+  x = vmax(splat<VecF>(-std::numeric_limits<float>::max()), x);  // -inf has no halves
+  VecU bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits &= 0xfffff000u;
+  VecF high;
+  std::memcpy(&high, &bits, sizeof high);
+  return ((high * kHigh - m) + (x - high) * kHigh) + x * kLow;
+}
+#else
+inline VecF exponent(VecF x, VecF m) { return x * kLog2e<float> - m; }  // contracted to one instruction
+#endif
+inline VecD exponent(VecD x, VecD m) { return x * kLog2e<double> - m; }
+
 // 2^t for t ≤ 0 (and a rounding error above): 2^floor(t) times a minimax polynomial of degree 5 for 2^f on [0, 1),
 // relative error 1e-7. -inf gives 0, NaN gives NaN. Below 2^-126 AVX-512 is gradual, the other levels give 0.
 inline VecF exp2_fraction(VecF f) {

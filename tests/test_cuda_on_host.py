@@ -1,0 +1,109 @@
+"""The CUDA kernels executed on the host: every value test of the CPU, the sanitizers, and bugs that must be found."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import CUDA_ON_HOST
+from cuda_on_host import build
+
+pytestmark = [
+    pytest.mark.skipif(CUDA_ON_HOST, reason="this is the run on the host executor"),
+    pytest.mark.skipif(build.cuda_include() is None, reason="no CUDA headers (toolkit or nvidia-cuda-runtime package)"),
+]
+
+ORDERS = ("ascending", "descending")  # a race inside a barrier interval goes wrong in one of them
+
+
+@pytest.fixture(scope="module")
+def library():
+    return build.library()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_all_value_tests_pass_on_the_cuda_kernels(library, order):
+    # The second order needs only the values: what is above the kernels does not depend on it.
+    tests = ["tests/test_all_ops.py"] if order == "ascending" else ["tests/test_all_ops.py", "-k", "values or same_bits"]
+    env = {**os.environ, "TORCH_SOFTMAX_EXT_LIBRARY": str(library), "TSE_CUDA_ORDER": order}
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *tests]
+    run = subprocess.run(command, cwd=build.ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:]
+    passed = int(re.search(r"(\d+) passed", run.stdout)[1])
+    assert passed > (300 if order == "ascending" else 200), run.stdout[-500:]
+
+
+def run_program(mode, order, plant=None):
+    env = {**os.environ, "TSE_CUDA_ORDER": order, "TSAN_OPTIONS": "history_size=0 halt_on_error=1"}
+    command = [str(build.program(mode, plant)), *(["tsan"] if mode == "tsan" else [])]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    return run.returncode, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("mode", ["asan", "tsan"])
+def test_sanitizers_find_nothing(mode, order):
+    code, output = run_program(mode, order)
+    assert (code, output) == (0, "ok\n"), output[-3000:]
+
+
+REDUCE = "common/cuda/reduce.cuh"
+PLANTS = {
+    # name: (file, pattern, replacement), who must find it, with what words
+    "no-barrier-after-write": (
+        (REDUCE, r"^    __syncthreads\(\);\n(    v = partial)", r"\1"),
+        ("tsan", "data race"),
+    ),
+    "no-barrier-before-reuse": (
+        (REDUCE, r"^    __syncthreads\(\);  // the next.*$", ""),
+        ("tsan", "data race"),
+    ),
+    "barrier-in-one-warp": (
+        (REDUCE, r"^(    v = partial.*)$", r"if (threadIdx.x < 32) __syncthreads();\n\1"),
+        ("plain", "divergent barrier"),
+    ),
+    "read-past-the-row": (
+        ("common/cuda/vec.cuh", r"if \(tail \+ lane < n\)", "if (tail + lane <= n)"),
+        ("asan", "heap-buffer-overflow"),
+    ),
+    "unaligned-load": (
+        ("common/cuda/vec.cuh", r"const int64_t head = unaligned_head\(x, n\),", "const int64_t head = 0,"),
+        ("plain", "misaligned 16-byte load"),
+    ),
+    "shared-memory-too-small": (
+        ("entmax/entmax_fwd.cu", r"p\.rows\.n \* sizeof\(Acc<T>\) : 0;", "(p.rows.n - 1) * sizeof(Acc<T>) : 0;"),
+        ("asan", "heap-buffer-overflow"),
+    ),
+    "lanes-missing-from-a-shuffle": (
+        (REDUCE, r"^  v = warp_reduce\(v, op\);$", "  if (threadIdx.x % 32 < 20) v = warp_reduce(v, op);"),
+        ("plain", "deadlock|waits for a lane|stand at"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_planted_bug_is_found(name):
+    (file, pattern, replacement), (mode, words) = PLANTS[name]
+    code, output = run_program(mode, "ascending", (name, file, pattern, replacement))
+    assert code != 0
+    assert re.search(words, output), output[-3000:]
+
+
+def test_rows_behind_two_to_the_31(library):
+    """Only the last row of 5.6 GB of logits is touched: the pages of the others never exist."""
+    code = (
+        "import torch, torch_softmax_ext as tse, mmap\n"
+        "rows, n = 40000, 69999\n"
+        "m = mmap.mmap(-1, rows * n * 2, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)\n"  # MAP_NORESERVE
+        "x = torch.frombuffer(m, dtype=torch.bfloat16).view(rows, n)[rows - 2:]\n"
+        "x[1, 5] = 8\n"
+        "assert x.storage_offset() > 2**31\n"
+        "got = tse.cross_entropy(x, torch.tensor([5, 5]), reduction='none')\n"
+        "want = torch.nn.functional.cross_entropy(x.double(), torch.tensor([5, 5]), reduction='none')\n"
+        "torch.testing.assert_close(got, want.float())\n"
+        "assert int(tse.sparsemax(x)[1].argmax()) == 5\n"
+    )
+    env = {**os.environ, "TORCH_SOFTMAX_EXT_LIBRARY": str(library)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=build.ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
