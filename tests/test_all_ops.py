@@ -218,7 +218,11 @@ def test_same_bits_alone_in_a_batch_and_with_any_threads(spec, device, dtype, sh
     def run(x, *args):
         x = x.detach().requires_grad_()
         y = spec.op(x, *args, **kwargs)
-        g = torch.linspace(1, 2, x.shape[1], device=device).to(y.dtype).expand_as(y) if y.dim() > 1 else torch.ones_like(y)
+        g = (
+            torch.linspace(1, 2, x.shape[1], device=device).to(y.dtype).expand_as(y)
+            if y.dim() > 1
+            else torch.ones_like(y)
+        )
         return y.detach(), torch.autograd.grad(y, x, g)[0]
 
     y, g = run(x, *args)
@@ -268,7 +272,9 @@ def test_func_transforms(spec, sample, device):
         return s.call(spec.reference, x)
 
     close = torch.testing.assert_close
-    close(torch.func.grad(lambda x: ours(x).square().sum())(x), torch.func.grad(lambda x: reference(x).square().sum())(x))
+    close(
+        torch.func.grad(lambda x: ours(x).square().sum())(x), torch.func.grad(lambda x: reference(x).square().sum())(x)
+    )
     for a, b in zip(torch.func.jvp(ours, (x,), (v,)), torch.func.jvp(reference, (x,), (v,)), strict=True):
         close(a, b)
     y, vjp = torch.func.vjp(ours, x)

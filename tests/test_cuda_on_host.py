@@ -25,7 +25,9 @@ def library():
 @pytest.mark.parametrize("order", ORDERS)
 def test_all_value_tests_pass_on_the_cuda_kernels(library, order):
     # The second order needs only the values: what is above the kernels does not depend on it.
-    tests = ["tests/test_all_ops.py"] if order == "ascending" else ["tests/test_all_ops.py", "-k", "values or same_bits"]
+    tests = (
+        ["tests/test_all_ops.py"] if order == "ascending" else ["tests/test_all_ops.py", "-k", "values or same_bits"]
+    )
     env = {**os.environ, "TORCH_SOFTMAX_EXT_LIBRARY": str(library), "TSE_CUDA_ORDER": order}
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *tests]
     run = subprocess.run(command, cwd=build.ROOT, env=env, capture_output=True, text=True)

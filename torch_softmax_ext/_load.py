@@ -20,8 +20,8 @@ def load():
         )
     try:
         torch.ops.load_library(str(path))
-    except OSError as error:
-        message = str(error)
+    except OSError as error:  # torch puts the loader's own words into the cause
+        message = str(error.__cause__ or error)
         if "undefined symbol" in message:
             why = f"it was built for another version of PyTorch than {torch.__version__}"
         elif "cannot open shared object file" in message:

@@ -20,8 +20,8 @@ namespace tse {
 // float32, float64, float16 or bfloat16 (torch raises NotImplementedError for others), strided.
 inline void check_floating(const char* op, const char* arg, const at::Tensor& t) {
   const auto type = t.scalar_type();
-  TSE_CHECK_NOT_IMPLEMENTED(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16,
-                            op, arg, "expected float32, float64, float16 or bfloat16, got ", type);
+  TSE_CHECK_NOT_IMPLEMENTED(type == at::kFloat || type == at::kDouble || type == at::kHalf || type == at::kBFloat16, op,
+                            arg, "expected float32, float64, float16 or bfloat16, got ", type);
   TSE_CHECK(t.layout() == at::kStrided, op, arg, "expected a strided tensor, got layout ", t.layout());
 }
 

@@ -64,9 +64,8 @@ int64_t count_targets(const Index* target, int64_t count, int64_t classes, int64
 
 int64_t count_targets(const CrossEntropyParams& p) {
   const int64_t count = row_count(p.rows);
-  return p.target_is_int32
-             ? count_targets(static_cast<const int32_t*>(p.target), count, p.rows.n, p.ignore_index)
-             : count_targets(static_cast<const int64_t*>(p.target), count, p.rows.n, p.ignore_index);
+  return p.target_is_int32 ? count_targets(static_cast<const int32_t*>(p.target), count, p.rows.n, p.ignore_index)
+                           : count_targets(static_cast<const int64_t*>(p.target), count, p.rows.n, p.ignore_index);
 }
 
 CrossEntropyParams make_params(const RowTensor& input, const at::Tensor& target, int64_t ignore_index,
@@ -107,7 +106,8 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input
   const auto loss_options = input.options().dtype(accumulate_type(input.scalar_type()));
 
   at::Tensor stats = at::empty({count + 1}, input.options().dtype(at::kDouble));
-  at::Tensor loss = reduction == Reduction::kNone ? at::empty(target.sizes(), loss_options) : at::empty({}, loss_options);
+  at::Tensor loss =
+      reduction == Reduction::kNone ? at::empty(target.sizes(), loss_options) : at::empty({}, loss_options);
   at::Tensor row_loss = reduction == Reduction::kNone ? loss : at::empty({count}, loss_options);
 
   CrossEntropyParams p = make_params(x, t, ignore_index, reduction);
@@ -141,8 +141,8 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
 
   const at::Tensor grad_input = at::empty_like(input);
   RowTensor x = as_rows(input, class_dim(input)), out = as_rows(grad_input, class_dim(input));
-  const bool alike = (x.rows.stride_n == 1 && out.rows.stride_n == 1) ||
-                     (x.rows.stride_inner == 1 && out.rows.stride_inner == 1);
+  const bool alike =
+      (x.rows.stride_n == 1 && out.rows.stride_n == 1) || (x.rows.stride_inner == 1 && out.rows.stride_inner == 1);
   if (!alike) {  // only where input is not dense
     x = as_rows(x.tensor.contiguous(), class_dim(input));
     out = as_rows(at::empty_like(x.tensor), class_dim(input));
@@ -195,15 +195,21 @@ at::Tensor cross_entropy_meta(const at::Tensor& input, const at::Tensor& target,
 TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def("cross_entropy(Tensor input, Tensor target, *, int ignore_index=-100, str reduction=\"mean\") -> Tensor", tags);
-  m.def("_cross_entropy_forward(Tensor input, Tensor target, int ignore_index, str reduction) -> (Tensor loss, Tensor stats)", tags);
-  m.def("_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor stats, int ignore_index, str reduction) -> Tensor", tags);
+  m.def(
+      "_cross_entropy_forward(Tensor input, Tensor target, int ignore_index, str reduction) -> (Tensor loss, Tensor "
+      "stats)",
+      tags);
+  m.def(
+      "_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor stats, int ignore_index, str "
+      "reduction) -> Tensor",
+      tags);
 }
 
-#define TSE_REGISTER(key, suffix)                                            \
-  TORCH_LIBRARY_IMPL(torch_softmax_ext, key, m) {                            \
-    m.impl("cross_entropy", cross_entropy##suffix);                          \
-    m.impl("_cross_entropy_forward", cross_entropy_forward##suffix);         \
-    m.impl("_cross_entropy_backward", cross_entropy_backward##suffix);       \
+#define TSE_REGISTER(key, suffix)                                      \
+  TORCH_LIBRARY_IMPL(torch_softmax_ext, key, m) {                      \
+    m.impl("cross_entropy", cross_entropy##suffix);                    \
+    m.impl("_cross_entropy_forward", cross_entropy_forward##suffix);   \
+    m.impl("_cross_entropy_backward", cross_entropy_backward##suffix); \
   }
 TSE_REGISTER(CPU, )
 TSE_REGISTER(CUDA, )

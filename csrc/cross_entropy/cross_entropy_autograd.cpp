@@ -78,9 +78,12 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
 at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
                                   std::string_view reduction) {
   switch (gradient_path(input)) {
-    case GradientPath::kFused: return CrossEntropy::apply(input, target, ignore_index, reduction);
-    case GradientPath::kComposed: return composed(input, target, ignore_index, reduction);
-    default: return call_cross_entropy(input, target, ignore_index, reduction);
+    case GradientPath::kFused:
+      return CrossEntropy::apply(input, target, ignore_index, reduction);
+    case GradientPath::kComposed:
+      return composed(input, target, ignore_index, reduction);
+    default:
+      return call_cross_entropy(input, target, ignore_index, reduction);
   }
 }
 
@@ -89,7 +92,11 @@ at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& tar
 TORCH_LIBRARY_IMPL(torch_softmax_ext, Autograd, m) { m.impl("cross_entropy", cross_entropy_autograd); }
 
 // Under autocast the logits stay as they are: the kernels compute in fp32 and return an fp32 loss, so no upcast copy.
-TORCH_LIBRARY_IMPL(torch_softmax_ext, AutocastCPU, m) { m.impl("cross_entropy", torch::CppFunction::makeFallthrough()); }
-TORCH_LIBRARY_IMPL(torch_softmax_ext, AutocastCUDA, m) { m.impl("cross_entropy", torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(torch_softmax_ext, AutocastCPU, m) {
+  m.impl("cross_entropy", torch::CppFunction::makeFallthrough());
+}
+TORCH_LIBRARY_IMPL(torch_softmax_ext, AutocastCUDA, m) {
+  m.impl("cross_entropy", torch::CppFunction::makeFallthrough());
+}
 
 }  // namespace tse

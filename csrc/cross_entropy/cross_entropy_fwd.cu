@@ -1,8 +1,8 @@
 // Cross-entropy forward on CUDA. [CUDA]
 //
 // Each logit is read once: every thread keeps the sum of exp2(x · log2(e) - m) of its part with a running reference
-// point m, an integer, so that sums are joined by powers of two. Then, for mean and sum, one block adds the rows' losses
-// in double and in a fixed order. Log-probabilities are never stored.
+// point m, an integer, so that sums are joined by powers of two. Then, for mean and sum, one block adds the rows'
+// losses in double and in a fixed order. Log-probabilities are never stored.
 #include "common/cuda/reduce.cuh"
 #include "cross_entropy/cross_entropy.h"
 #include "cross_entropy/exp_sum.cuh"
@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>) cross_entropy_fwd_
     if (threadIdx.x % kRowThreads != 0) continue;
     const int64_t target = target_of(p, row);
     const bool counted = target != p.ignore_index;
-    device_assert(!counted || (target >= 0 && target < n), "cross_entropy: target: expected a class index or ignore_index");
+    device_assert(!counted || (target >= 0 && target < n),
+                  "cross_entropy: target: expected a class index or ignore_index");
     static_cast<A*>(p.row_loss)[row] = counted ? A(loss_of(s, A(to_acc(x[target * stride])))) : A(0);
     p.lse[row] = natural_lse(s);
   }

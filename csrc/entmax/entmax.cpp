@@ -82,10 +82,10 @@ TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
   m.def("_sparsemax_backward(Tensor grad_output, Tensor output, int dim) -> Tensor", tags);
 }
 
-#define TSE_REGISTER(key, suffix)                                  \
-  TORCH_LIBRARY_IMPL(torch_softmax_ext, key, m) {                  \
-    m.impl("sparsemax", sparsemax##suffix);                        \
-    m.impl("_sparsemax_backward", sparsemax_backward##suffix);     \
+#define TSE_REGISTER(key, suffix)                              \
+  TORCH_LIBRARY_IMPL(torch_softmax_ext, key, m) {              \
+    m.impl("sparsemax", sparsemax##suffix);                    \
+    m.impl("_sparsemax_backward", sparsemax_backward##suffix); \
   }
 TSE_REGISTER(CPU, )
 TSE_REGISTER(CUDA, )

@@ -33,9 +33,7 @@ struct Support {
       : mask((output <= 0).logical_not()),  // NaN belongs to it, so that it spreads
         size(mask.sum(dim, /*keepdim=*/true).clamp_min(1)) {}
 
-  at::Tensor sum(const at::Tensor& t, int64_t dim) const {
-    return at::where(mask, t, 0).sum(dim, /*keepdim=*/true);
-  }
+  at::Tensor sum(const at::Tensor& t, int64_t dim) const { return at::where(mask, t, 0).sum(dim, /*keepdim=*/true); }
 };
 
 at::Tensor composed(const at::Tensor& input, int64_t dim) {
@@ -68,9 +66,12 @@ struct Sparsemax : torch::autograd::Function<Sparsemax> {
 
 at::Tensor sparsemax_autograd(const at::Tensor& input, int64_t dim) {
   switch (gradient_path(input)) {
-    case GradientPath::kFused: return Sparsemax::apply(input, dim);
-    case GradientPath::kComposed: return composed(input, dim);
-    default: return call_sparsemax(input, dim);
+    case GradientPath::kFused:
+      return Sparsemax::apply(input, dim);
+    case GradientPath::kComposed:
+      return composed(input, dim);
+    default:
+      return call_sparsemax(input, dim);
   }
 }
 

@@ -32,7 +32,8 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>) sparsemax_bwd_kern
     const A mean = A(s.sum / double(s.count));
     for (int64_t i = lane; i < n; i += kRowThreads) {
       const A probability = to_acc(y[i * p.output_rows.stride_n]);
-      const A inside = (to_acc(g[i * p.grad_output_rows.stride_n]) - mean) + (probability - probability);  // NaN spreads
+      const A inside =
+          (to_acc(g[i * p.grad_output_rows.stride_n]) - mean) + (probability - probability);  // NaN spreads
       out[i * p.grad_input_rows.stride_n] = from_acc<T>(probability <= 0 ? A(0) : inside);
     }
   }

@@ -3,9 +3,9 @@
 // p = max(x - tau, 0) with Σ p = 1 (Martins & Astudillo 2016). tau without sorting: only elements above max - 1 can be
 // in the support, these candidates are compacted, and Newton's (= Michelot's) step from below,
 //   tau ← tau + (Σ (x - tau)_+ - 1) / #{x > tau},
-// ends exactly when the support stops changing. Passes over the row: max, candidates, result; from memory only the first.
-// All is relative to the row's maximum, and tau is held as the sum of two numbers: in a support of 10^5 elements of
-// 10^-5 the rounding of tau alone would show in Σ p.
+// ends exactly when the support stops changing. Passes over the row: max, candidates, result; from memory only the
+// first. All is relative to the row's maximum, and tau is held as the sum of two numbers: in a support of 10^5 elements
+// of 10^-5 the rounding of tau alone would show in Σ p.
 
 template <class A>
 struct Threshold {
@@ -115,9 +115,7 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n) {
     for (int lane = 0; lane < kLanes; ++lane) support -= above[lane];
   }
   const A mean = A(total / double(support));
-  const auto value = [mean](Vec<T> pv, Vec<T> gv) {
-    return pv <= Vec<T>{} ? Vec<T>{} : (gv - mean) + (pv - pv);
-  };
+  const auto value = [mean](Vec<T> pv, Vec<T> gv) { return pv <= Vec<T>{} ? Vec<T>{} : (gv - mean) + (pv - pv); };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(out + i, value(load(p + i), load(g + i)));
   if (i < n) store_part(out + i, n - i, value(load_part(p + i, n - i, A(0)), load_part(g + i, n - i, A(0))));

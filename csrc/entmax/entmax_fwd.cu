@@ -43,9 +43,8 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>) sparsemax_fwd_kern
       r.max = v > r.max ? v : r.max;
       r.has_nan |= v != v;
     }
-    r = row_reduce<kRowThreads>(r, [](RowMax<A> a, RowMax<A> b) {
-      return RowMax<A>{a.max > b.max ? a.max : b.max, a.has_nan | b.has_nan};
-    });
+    r = row_reduce<kRowThreads>(
+        r, [](RowMax<A> a, RowMax<A> b) { return RowMax<A>{a.max > b.max ? a.max : b.max, a.has_nan | b.has_nan}; });
     if (r.has_nan || !(r.max < infinity<A>()) || r.max == -infinity<A>()) {  // the same in every thread of the row
       const A fill = r.has_nan || r.max == infinity<A>() ? infinity<A>() - infinity<A>() : A(0);
       for (int64_t i = lane; i < n; i += kRowThreads) y[i * p.output_rows.stride_n] = from_acc<T>(fill);

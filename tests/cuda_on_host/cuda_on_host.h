@@ -1,6 +1,6 @@
 // What CUDA kernels see when they are compiled as ordinary C++ for the host executor (executor.h).
-// Included by common/cuda/launch.h alone, under TSE_CUDA_ON_HOST. NVIDIA's own headers supply the vector and half types,
-// which are exact on the host; everything here is the part of CUDA C++ that the kernels of this project use.
+// Included by common/cuda/launch.h alone, under TSE_CUDA_ON_HOST. NVIDIA's own headers supply the vector and half
+// types, which are exact on the host; everything here is the part of CUDA C++ that the kernels of this project use.
 #pragma once
 #define __global__
 #define __device__
@@ -29,10 +29,10 @@
 #define TSE_HERE ::cuda_on_host::Location here = {__builtin_FILE(), __builtin_LINE()}
 
 // One array per block and place in the source (and template instantiation), with red zones under AddressSanitizer.
-#define TSE_SHARED(type, name, count)                                                                    \
-  type* const name = []() {                                                                              \
-    static char place;                                                                                   \
-    return static_cast<type*>(::cuda_on_host::shared_array(&place, sizeof(type) * (count)));             \
+#define TSE_SHARED(type, name, count)                                                        \
+  type* const name = []() {                                                                  \
+    static char place;                                                                       \
+    return static_cast<type*>(::cuda_on_host::shared_array(&place, sizeof(type) * (count))); \
   }()
 #define TSE_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::cuda_on_host::dynamic_shared())
 

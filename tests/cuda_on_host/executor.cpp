@@ -165,9 +165,9 @@ void switch_to(Fibre* to) {
   e.running = to == &e.main ? nullptr : to;
   current = &to->index;
   IF_TSAN(__tsan_switch_to_fiber(to->tsan, /*no synchronisation*/ 1);)
-  IF_ASAN(const bool to_main = to == &e.main;
-          __sanitizer_start_switch_fiber(from->state == State::kDone ? nullptr : &from->asan_fake_stack,
-                                         to_main ? e.main_stack : to->stack, to_main ? e.main_stack_bytes : kStackBytes);)
+  IF_ASAN(const bool to_main = to == &e.main; __sanitizer_start_switch_fiber(
+              from->state == State::kDone ? nullptr : &from->asan_fake_stack, to_main ? e.main_stack : to->stack,
+              to_main ? e.main_stack_bytes : kStackBytes);)
 #if defined(__x86_64__)
   cuda_on_host_switch(&from->stack_pointer, to->stack_pointer);
 #else
@@ -222,7 +222,8 @@ void check_barrier() {
     if (f->state != State::kAtBarrier) continue;
     if (first == nullptr) first = f;
     if (f->here.line != first->here.line || std::strcmp(f->here.file, first->here.file) != 0) {
-      e.error = "divergent barrier: " + name(first) + " at " + text(first->here) + ", " + name(f) + " at " + text(f->here);
+      e.error =
+          "divergent barrier: " + name(first) + " at " + text(first->here) + ", " + name(f) + " at " + text(f->here);
       return;
     }
   }
@@ -239,7 +240,10 @@ void check_barrier() {
 void entry() {
   Engine& e = *engine;
   IF_ASAN(const void* old = nullptr; size_t bytes = 0; __sanitizer_finish_switch_fiber(nullptr, &old, &bytes);
-          if (e.main_stack == nullptr) { e.main_stack = old; e.main_stack_bytes = bytes; })
+          if (e.main_stack == nullptr) {
+            e.main_stack = old;
+            e.main_stack_bytes = bytes;
+          })
   Fibre* f = e.running;
   IF_TSAN(__tsan_acquire(&e.launch_word);)
   (*e.body)();
@@ -256,7 +260,8 @@ Fibre* fibre(size_t i) {
   Engine& e = *engine;
   while (e.pool.size() <= i) {
     auto f = std::make_unique<Fibre>();
-    void* memory = mmap(nullptr, kStackBytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory =
+        mmap(nullptr, kStackBytes + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     mprotect(memory, kPage, PROT_NONE);  // an overflow must not reach the neighbour
     f->stack = static_cast<char*>(memory) + kPage;
@@ -288,7 +293,8 @@ void block_barrier(Location here) {
   IF_TSAN(__tsan_acquire(word);)
 }
 
-// Lanes meet by mask; the last one to come takes the values around. A shuffle orders no memory: ThreadSanitizer is not told.
+// Lanes meet by mask; the last one to come takes the values around. A shuffle orders no memory: ThreadSanitizer is not
+// told.
 void warp_exchange(Location here, unsigned mask, const void* value, size_t bytes, int source, void* result) {
   Engine& e = *engine;
   Fibre* f = e.running;

@@ -31,7 +31,10 @@ constexpr DType kDType = std::is_same_v<T, float>    ? DType::kFloat32
                          : std::is_same_v<T, __half> ? DType::kFloat16
                                                      : DType::kBFloat16;
 template <class T>
-constexpr double kEps = std::is_same_v<T, double> ? 1e-12 : std::is_same_v<T, float> ? 2e-6 : std::is_same_v<T, __half> ? 1e-3 : 8e-3;
+constexpr double kEps = std::is_same_v<T, double>   ? 1e-12
+                        : std::is_same_v<T, float>  ? 2e-6
+                        : std::is_same_v<T, __half> ? 1e-3
+                                                    : 8e-3;
 
 // rows × n elements; `offset` elements before the first row (misalignment), which is the first byte of nothing.
 template <class T>
@@ -103,7 +106,8 @@ void check_sparsemax(int64_t count, int64_t n, int64_t offset, bool columns, flo
   using A = Acc<T>;
   std::mt19937 random(unsigned(n * 17 + count));
   std::normal_distribution<float> normal(0, scale);
-  Matrix<T> x(count, n, offset, columns), y(count, n, offset, columns), g(count, n, 0, columns), out(count, n, 0, columns);
+  Matrix<T> x(count, n, offset, columns), y(count, n, offset, columns), g(count, n, 0, columns),
+      out(count, n, 0, columns);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t c = 0; c < n; ++c) {
       x.at(i, c) = from_acc<T>(A(normal(random)));

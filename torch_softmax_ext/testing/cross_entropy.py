@@ -67,7 +67,9 @@ def _samples(device, dtype):
     yield Sample("minus-inf", holes, (torch.full((4,), 1, device=device),), {"reduction": "none"})
     impossible = logits(3, 40)
     impossible[1, 5] = -_INF
-    yield Sample("minus-inf-at-target", impossible, (torch.full((3,), 5, device=device),), {"reduction": "none"}, finite=False)
+    yield Sample(
+        "minus-inf-at-target", impossible, (torch.full((3,), 5, device=device),), {"reduction": "none"}, finite=False
+    )
     broken = logits(5, 5000)
     broken[0, 4900] = float("nan")
     broken[1, 3] = _INF
@@ -84,27 +86,69 @@ def _t(device, *values):
 
 
 _ERRORS = (
-    ErrorCase("class-too-large", lambda d: tse.cross_entropy(_x(d, 3, 5), _t(d, 0, 5, 1)), IndexError,
-              r"target: .*\[0, 5\).* got 5 at row 1", cpu_only=True),
-    ErrorCase("class-negative", lambda d: tse.cross_entropy(_x(d, 2, 5), _t(d, 0, -1)), IndexError,
-              r"target: .* got -1 at row 1", cpu_only=True),
-    ErrorCase("batch", lambda d: tse.cross_entropy(_x(d, 3, 5), _t(d, 0, 1)), ValueError, r"target: expected batch size 3"),
-    ErrorCase("shape", lambda d: tse.cross_entropy(_x(d, 2, 5, 4), _t(d, 0, 1)), RuntimeError, r"target: expected the shape"),
-    ErrorCase("inner-shape", lambda d: tse.cross_entropy(_x(d, 2, 5, 4), _t(d, 0, 1, 2)[None].expand(2, 3)), RuntimeError,
-              r"target: expected the shape"),
-    ErrorCase("1d", lambda d: tse.cross_entropy(_x(d, 5), _t(d, 0, 1)), ValueError, r"target: expected one class index"),
-    ErrorCase("scalar", lambda d: tse.cross_entropy(_x(d), torch.tensor(0, device=d)), RuntimeError, r"input: .* scalar"),
-    ErrorCase("integer-logits", lambda d: tse.cross_entropy(_x(d, 2, 5).long(), _t(d, 0, 1)), NotImplementedError,
-              r"input: expected float32.* got Long"),
-    ErrorCase("int16-target", lambda d: tse.cross_entropy(_x(d, 2, 5), _t(d, 0, 1).short()), RuntimeError,
-              r"target: expected int64 or int32.* got Short"),
-    ErrorCase("probabilities", lambda d: tse.cross_entropy(_x(d, 2, 5), _x(d, 2, 5)), NotImplementedError,
-              r"target: expected class indices"),
-    ErrorCase("reduction", lambda d: tse.cross_entropy(_x(d, 2, 5), _t(d, 0, 1), reduction="avg"), ValueError,
-              r"reduction: expected 'none', 'mean' or 'sum', got 'avg'"),
-    ErrorCase("device", lambda d: tse.cross_entropy(_x(d, 2, 5), _t("meta", 0, 1)), RuntimeError,
-              r"target: expected device .* got meta"),
-)  # fmt: skip
+    ErrorCase(
+        "class-too-large",
+        lambda d: tse.cross_entropy(_x(d, 3, 5), _t(d, 0, 5, 1)),
+        IndexError,
+        r"target: .*\[0, 5\).* got 5 at row 1",
+        cpu_only=True,
+    ),
+    ErrorCase(
+        "class-negative",
+        lambda d: tse.cross_entropy(_x(d, 2, 5), _t(d, 0, -1)),
+        IndexError,
+        r"target: .* got -1 at row 1",
+        cpu_only=True,
+    ),
+    ErrorCase(
+        "batch", lambda d: tse.cross_entropy(_x(d, 3, 5), _t(d, 0, 1)), ValueError, r"target: expected batch size 3"
+    ),
+    ErrorCase(
+        "shape", lambda d: tse.cross_entropy(_x(d, 2, 5, 4), _t(d, 0, 1)), RuntimeError, r"target: expected the shape"
+    ),
+    ErrorCase(
+        "inner-shape",
+        lambda d: tse.cross_entropy(_x(d, 2, 5, 4), _t(d, 0, 1, 2)[None].expand(2, 3)),
+        RuntimeError,
+        r"target: expected the shape",
+    ),
+    ErrorCase(
+        "1d", lambda d: tse.cross_entropy(_x(d, 5), _t(d, 0, 1)), ValueError, r"target: expected one class index"
+    ),
+    ErrorCase(
+        "scalar", lambda d: tse.cross_entropy(_x(d), torch.tensor(0, device=d)), RuntimeError, r"input: .* scalar"
+    ),
+    ErrorCase(
+        "integer-logits",
+        lambda d: tse.cross_entropy(_x(d, 2, 5).long(), _t(d, 0, 1)),
+        NotImplementedError,
+        r"input: expected float32.* got Long",
+    ),
+    ErrorCase(
+        "int16-target",
+        lambda d: tse.cross_entropy(_x(d, 2, 5), _t(d, 0, 1).short()),
+        RuntimeError,
+        r"target: expected int64 or int32.* got Short",
+    ),
+    ErrorCase(
+        "probabilities",
+        lambda d: tse.cross_entropy(_x(d, 2, 5), _x(d, 2, 5)),
+        NotImplementedError,
+        r"target: expected class indices",
+    ),
+    ErrorCase(
+        "reduction",
+        lambda d: tse.cross_entropy(_x(d, 2, 5), _t(d, 0, 1), reduction="avg"),
+        ValueError,
+        r"reduction: expected 'none', 'mean' or 'sum', got 'avg'",
+    ),
+    ErrorCase(
+        "device",
+        lambda d: tse.cross_entropy(_x(d, 2, 5), _t("meta", 0, 1)),
+        RuntimeError,
+        r"target: expected device .* got meta",
+    ),
+)
 
 SPEC = OpSpec(
     name="cross_entropy",

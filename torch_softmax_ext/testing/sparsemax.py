@@ -83,14 +83,26 @@ def _samples(device, dtype):
 
 
 _ERRORS = (
-    ErrorCase("dim", lambda d: tse.sparsemax(torch.zeros(2, 3, device=d), 2), IndexError,
-              r"dim: expected a dimension in \[-2, 1\].* got 2"),
+    ErrorCase(
+        "dim",
+        lambda d: tse.sparsemax(torch.zeros(2, 3, device=d), 2),
+        IndexError,
+        r"dim: expected a dimension in \[-2, 1\].* got 2",
+    ),
     ErrorCase("dim-negative", lambda d: tse.sparsemax(torch.zeros(2, 3, device=d), -3), IndexError, r"dim: .* got -3"),
-    ErrorCase("integer", lambda d: tse.sparsemax(torch.zeros(2, 3, device=d).long()), NotImplementedError,
-              r"input: expected float32.* got Long"),
-    ErrorCase("complex", lambda d: tse.sparsemax(torch.zeros(2, 3, device=d) + 0j), NotImplementedError,
-              r"input: expected float32.* got ComplexFloat"),
-)  # fmt: skip
+    ErrorCase(
+        "integer",
+        lambda d: tse.sparsemax(torch.zeros(2, 3, device=d).long()),
+        NotImplementedError,
+        r"input: expected float32.* got Long",
+    ),
+    ErrorCase(
+        "complex",
+        lambda d: tse.sparsemax(torch.zeros(2, 3, device=d) + 0j),
+        NotImplementedError,
+        r"input: expected float32.* got ComplexFloat",
+    ),
+)
 
 SPEC = OpSpec(
     name="sparsemax",

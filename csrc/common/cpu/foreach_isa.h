@@ -29,12 +29,16 @@
 #endif
 
 // return function<T>(…) for the storage type of p.dtype.
-#define TSE_EACH_DTYPE(function, ...)                               \
-  switch (p.dtype) {                                                \
-    case DType::kFloat32: return function<float>(__VA_ARGS__);      \
-    case DType::kFloat64: return function<double>(__VA_ARGS__);     \
-    case DType::kFloat16: return function<Half>(__VA_ARGS__);       \
-    case DType::kBFloat16: return function<BFloat16>(__VA_ARGS__);  \
+#define TSE_EACH_DTYPE(function, ...)         \
+  switch (p.dtype) {                          \
+    case DType::kFloat32:                     \
+      return function<float>(__VA_ARGS__);    \
+    case DType::kFloat64:                     \
+      return function<double>(__VA_ARGS__);   \
+    case DType::kFloat16:                     \
+      return function<Half>(__VA_ARGS__);     \
+    case DType::kBFloat16:                    \
+      return function<BFloat16>(__VA_ARGS__); \
   }
 
 #define TSE_ISA 0
@@ -65,11 +69,14 @@ namespace tse::isa_avx512 {
 #undef TSE_ISA
 #pragma GCC pop_options
 
-#define TSE_CALL_ISA(function, ...)                                         \
-  switch (active_isa()) {                                                   \
-    case Isa::kAvx512: return isa_avx512::function(__VA_ARGS__);            \
-    case Isa::kAvx2: return isa_avx2::function(__VA_ARGS__);                \
-    default: return isa_default::function(__VA_ARGS__);                     \
+#define TSE_CALL_ISA(function, ...)              \
+  switch (active_isa()) {                        \
+    case Isa::kAvx512:                           \
+      return isa_avx512::function(__VA_ARGS__);  \
+    case Isa::kAvx2:                             \
+      return isa_avx2::function(__VA_ARGS__);    \
+    default:                                     \
+      return isa_default::function(__VA_ARGS__); \
   }
 #else
 #define TSE_CALL_ISA(function, ...) return isa_default::function(__VA_ARGS__)

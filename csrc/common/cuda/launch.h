@@ -16,7 +16,7 @@
 #include <string>
 
 #define TSE_SHARED(type, name, count) __shared__ type name[count]
-#define TSE_DYNAMIC_SHARED(type, name)                       \
+#define TSE_DYNAMIC_SHARED(type, name)                        \
   extern __shared__ __align__(16) unsigned char name##_raw[]; \
   type* const name = reinterpret_cast<type*>(name##_raw)
 
@@ -41,13 +41,13 @@ __device__ inline float fast_exp2(float x) {
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes,
             cudaStream_t stream, Args... args) {
-  kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes, stream>>>(args...);
+  kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes, stream> > >(args...);
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("torch_softmax_ext: the launch of ") + name + " with " +
                              std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads and " +
-                             std::to_string(shared_bytes) + " bytes of shared memory failed: " +
-                             cudaGetErrorString(error));
+                             std::to_string(shared_bytes) +
+                             " bytes of shared memory failed: " + cudaGetErrorString(error));
 }
 
 }  // namespace tse

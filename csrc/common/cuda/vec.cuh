@@ -114,12 +114,16 @@ __device__ inline void map_row(const T* x, int64_t x_stride, T* y, int64_t y_str
 
 // launcher<T, kRowThreads>(…) for the storage type and the width of a row. Narrow rows get a warp: a block of 128 would
 // leave threads idle below 16 bytes × 128.
-#define TSE_LAUNCH_BY_DTYPE(p, launcher, ...)                             \
-  switch ((p).dtype) {                                                    \
-    case DType::kFloat32: return launcher<float>(__VA_ARGS__);            \
-    case DType::kFloat64: return launcher<double>(__VA_ARGS__);           \
-    case DType::kFloat16: return launcher<__half>(__VA_ARGS__);           \
-    case DType::kBFloat16: return launcher<__nv_bfloat16>(__VA_ARGS__);   \
+#define TSE_LAUNCH_BY_DTYPE(p, launcher, ...)      \
+  switch ((p).dtype) {                             \
+    case DType::kFloat32:                          \
+      return launcher<float>(__VA_ARGS__);         \
+    case DType::kFloat64:                          \
+      return launcher<double>(__VA_ARGS__);        \
+    case DType::kFloat16:                          \
+      return launcher<__half>(__VA_ARGS__);        \
+    case DType::kBFloat16:                         \
+      return launcher<__nv_bfloat16>(__VA_ARGS__); \
   }
 
 }  // namespace tse

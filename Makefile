@@ -1,0 +1,43 @@
+# `make demo` and `make test` each do all the set-up on a fresh machine: Python 3.10+, g++ and make are enough.
+PYTHON ?= python3
+# Any torch from 2.11 on; TORCH="torch==2.13.0" chooses one.
+TORCH ?= torch>=2.11
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help demo test build lint bench clean
+help: ## this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# Torch first: the package is compiled against the torch that is there, not in an isolated environment.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet --upgrade pip
+	pip install --quiet "setuptools>=77" wheel ninja "numpy>=1.26" "$(TORCH)"
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(shell find csrc -type f)
+	pip install --quiet --no-build-isolation --editable ".[test,demo,bench]"
+	touch $@
+
+demo: $(VENV)/.built ## set up, build, train a small language model with and without the package
+	python examples/train_language_model.py
+
+test: $(VENV)/.built ## set up, build, run every test
+	python -m pytest
+
+build: $(VENV)/.built ## set up and compile in place
+	@python -c "import torch, torch_softmax_ext; o = torch.ops.torch_softmax_ext; \
+	print('torch', torch.__version__, '- CUDA kernels:', o._has_cuda(), '- CPU level:', o._cpu_isa())"
+
+lint: ## ruff and clang-format, in the versions that .pre-commit-config.yaml pins; mends what it can
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	pip install --quiet "pre-commit>=4"
+	pre-commit run --all-files --show-diff-on-failure
+
+bench: $(VENV)/.built ## measure against eager, torch.compile and entmax; writes benchmarks/results/
+	python -m benchmarks
+
+clean: ## remove the environment and all that was built
+	rm -rf $(VENV) build demo *.egg-info torch_softmax_ext/*.so .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,106 @@
+"""torch.compile, torch.export, AOTInductor and compiled autograd: static and dynamic, without graph breaks."""
+
+import pytest
+import torch
+from conftest import CUDA_ON_HOST
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config as inductor_config
+
+from torch_softmax_ext.testing import SPECS
+
+pytestmark = pytest.mark.skipif(CUDA_ON_HOST, reason="nothing here depends on the kernels")
+specs = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def batch(spec, rows, device="cpu", dtype=torch.float32):
+    x = torch.randn(rows, 30, device=device, dtype=dtype)
+    return x, tuple(a.to(device) for a in spec.bench_args(x))
+
+
+def value_and_grad(function, x, *args):
+    x = x.detach().requires_grad_()
+    y = function(x * 1.5, *args)
+    return y.detach(), torch.autograd.grad(y.square().sum(), x)[0]
+
+
+@specs
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_compile_fullgraph(spec, device, dynamic, dtype):
+    compiled = torch.compile(spec.op, fullgraph=True, dynamic=dynamic)
+    x, args = batch(spec, 7, device, dtype)
+    for got, want in zip(value_and_grad(compiled, x, *args), value_and_grad(spec.op, x, *args), strict=True):
+        torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, *args), spec.op(x, *args))
+
+
+@specs
+def test_batch_size_does_not_recompile(spec, device):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(spec.op, fullgraph=True, backend=counter, dynamic=True)
+    for rows in (7, 9, 16, 33):
+        x, args = batch(spec, rows, device)
+        for got, want in zip(value_and_grad(compiled, x, *args), value_and_grad(spec.op, x, *args), strict=True):
+            torch.testing.assert_close(got, want)
+    assert counter.frame_count == 1
+
+
+@specs
+def test_the_graph_holds_the_operator(spec, device):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    x, args = batch(spec, 7, device)
+    torch.compile(spec.op, fullgraph=True, backend=backend)(x, *args)
+    assert [n.target for n in graphs[0].graph.nodes if n.op == "call_function"] == [spec.overload]
+
+
+@specs
+def test_compiled_autograd(spec, device):
+    x, args = batch(spec, 7, device)
+    want = value_and_grad(spec.op, x, *args)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        got = value_and_grad(spec.op, x, *args)
+    torch.testing.assert_close(got, want)
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, op):
+        super().__init__()
+        self.op = op
+
+    def forward(self, x, *args):
+        return self.op(x, *args)
+
+
+@specs
+def test_export_with_dynamic_batch(spec, device):
+    x, args = batch(spec, 7, device)
+    rows = torch.export.Dim("rows", min=2, max=1000)
+    shapes = {"x": {0: rows}, **({"args": tuple({0: rows} for _ in args)} if args else {})}
+    program = torch.export.export(Wrapper(spec.op), (x, *args), dynamic_shapes=shapes)
+    assert spec.overload in [n.target for n in program.graph.nodes]
+    for size in (7, 12):
+        x, args = batch(spec, size, device)
+        assert torch.equal(program.module()(x, *args), spec.op(x, *args))
+        assert torch.equal(program.run_decompositions().module()(x, *args), spec.op(x, *args))
+
+
+@specs
+def test_aot_inductor(spec, device, tmp_path):
+    x, args = batch(spec, 7, device)
+    program = torch.export.export(Wrapper(spec.op), (x, *args))
+    with inductor_config.patch({"compile_threads": 1}):
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    assert torch.equal(torch._inductor.aoti_load_package(package)(x, *args), spec.op(x, *args))

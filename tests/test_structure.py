@@ -1,0 +1,117 @@
+"""The house rules that a test can hold: who includes what, and that every operator has all of its parts."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import torch_softmax_ext as tse
+from torch_softmax_ext.testing import SPECS
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+TORCH = re.compile(r"^(torch|ATen|c10)/")
+CUDA = re.compile(r"^(cuda|vector_types)")
+NAMESPACE = "torch_softmax_ext"
+
+
+def kind(path):
+    """What a file promises, by its name: csrc/README.md."""
+    if path.suffix in (".cu", ".cuh") or path.match("common/cuda/*"):
+        return "cuda"
+    if path.name.endswith("-inl.h") or path.name == "foreach_isa.h":
+        return "isa"
+    if path.name.endswith("_cpu.cpp") or path.match("common/cpu/*") or path.name == "types.h":
+        return "plain"
+    if path.suffix == ".h" and path.parent.name != "common":
+        return "plain"
+    return "torch"
+
+
+def includes(path, seen=None):
+    """All headers that a file reaches through the project's own, as they are written."""
+    seen = set() if seen is None else seen
+    for name in re.findall(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', path.read_text(), re.M):
+        if name in seen:
+            continue
+        seen.add(name)
+        if (CSRC / name).exists():
+            includes(CSRC / name, seen)
+    return seen
+
+
+FILES = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(CSRC)))
+def test_include_rule(path):
+    found, k = includes(path), kind(path)
+    if k != "torch":
+        assert not [n for n in found if TORCH.match(n)], "only host entries and autograd files know torch"
+    if k in ("plain", "isa"):
+        assert not [n for n in found if CUDA.match(n)]
+    if k == "isa" and path.name != "foreach_isa.h":
+        assert not found, "a file compiled once per level includes nothing: foreach_isa.h does, before the first region"
+
+
+def test_only_launch_h_launches():
+    assert [p.name for p in FILES if "<<<" in re.sub(r"//.*", "", p.read_text())] == ["launch.h"]
+
+
+def test_no_intrinsics_outside_vec():
+    assert {p.name for p in FILES if "_mm" in p.read_text()} == {"vec-inl.h"}
+
+
+def schemas():
+    return [s for s in torch._C._jit_get_all_schemas() if s.name.startswith(NAMESPACE + "::")]
+
+
+def test_every_schema_has_its_kernels():
+    """CPU, CUDA and Meta for each operator; CUDA where this build has it; autograd for the public ones."""
+    names = {s.name for s in schemas()} - {f"{NAMESPACE}::_cpu_isa", f"{NAMESPACE}::_has_cuda"}
+    assert {s.name for s in SPECS} == {n.split("::")[1] for n in names if not n.split("::")[1].startswith("_")}
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name in names:
+        assert has(name, "CPU"), name
+        assert has(name, "CUDA"), name
+        assert has(name, "Meta"), name
+        if not name.split("::")[1].startswith("_"):
+            assert has(name, "Autograd"), name
+            assert has(name, "AutocastCPU"), name
+            assert has(name, "AutocastCUDA"), name
+            assert has(name, "FuncTorchBatched"), name
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+def test_documentation_of_the_operator(spec):
+    assert spec.name in tse.__all__
+    assert spec.module.__name__ in tse.__all__
+    for word in (r".. math::", "Args:", "Returns:", "Raises:", "shape"):
+        assert word in spec.op.__doc__, word
+    schema = next(s for s in schemas() if s.name == f"{NAMESPACE}::{spec.name}")
+    for argument in schema.arguments:
+        assert f"{argument.name}:" in spec.op.__doc__, f"{argument.name} is not documented"
+
+
+def test_the_readme_matrix_is_true():
+    """A row of the support matrix per operator; each ✓ stands for tests that run over every spec."""
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("<!-- support matrix -->") : text.index("<!-- end of support matrix -->")]
+    rows = {
+        r[0].strip(" `"): [c.strip() for c in r[1:]]
+        for r in (x.strip("|\n").split("|") for x in table.splitlines()[3:])
+    }
+    assert set(rows) == {s.name for s in SPECS}
+    header = [c.strip() for c in table.splitlines()[1].strip("|").split("|")][1:]
+    for spec in SPECS:
+        cells = dict(zip(header, rows[spec.name], strict=True))
+        have = {str(d).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf") for d in spec.dtypes}
+        assert set(cells.pop("dtypes").split(", ")) == have
+        assert set(cells.values()) == {"✓"}
+
+
+def test_all_is_sorted_and_importable():
+    assert sorted(tse.__all__) == list(tse.__all__)
+    for name in tse.__all__:
+        assert getattr(tse, name).__doc__
