@@ -1,5 +1,6 @@
-"""Trains a small character-level transformer on Python's own reference text, with PyTorch's cross-entropy and with this
-package's, from the same seed; then with sparsemax attention, and under torch.compile. Ends with a table and a figure."""
+"""Trains a small character-level transformer on Python's own reference text, with PyTorch's cross-entropy and with
+this package's, from the same seed; then with sparsemax attention, and under torch.compile. Ends with a table and a
+figure."""
 
 import argparse
 import os
@@ -177,9 +178,7 @@ def main():
 
     data = load_text()
     characters = len(data[0]) + len(data[1])
-    print(
-        f"{characters:,} characters of Python's reference text, {len(data[2])} different ones; torch {torch.__version__}"
-    )
+    print(f"{characters:,} characters of Python's reference text, {len(data[2])} different; torch {torch.__version__}")
     runs = {}
     for compiled in {"both": (False, True), "yes": (True,), "no": (False,)}[args.compile]:
         for attention in ("softmax", "sparsemax") if args.attention == "both" else (args.attention,):

@@ -1,0 +1,1 @@
+"""One driver over the operators' specs: ``python -m benchmarks --help``."""

@@ -1,0 +1,85 @@
+"""Interleaved medians: every provider of a row is timed in turn, several times over, so that a slow minute of the
+machine is everybody's."""
+
+import datetime
+import os
+import platform
+import statistics
+from pathlib import Path
+
+import torch
+from torch.utils.benchmark import Timer
+from tqdm import tqdm
+
+import torch_softmax_ext as tse
+from benchmarks.providers import call, providers, roofs
+from torch_softmax_ext.testing.memory import peak_memory
+
+# Memory that a call returns stays with the process, so that the next call finds it warm.
+WARM_ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"}
+MODES = {"cross_entropy": ("forward", "forward+backward"), "sparsemax": ("forward", "backward")}
+
+
+def environment(threads):
+    cpu = next(
+        (x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), platform.machine()
+    )
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "isa": torch.ops.torch_softmax_ext._cpu_isa(),
+        "torch": torch.__version__,
+        "torch_softmax_ext": tse.__version__,
+        "python": platform.python_version(),
+        "allocator": "warm" if os.environ.get("GLIBC_TUNABLES") == WARM_ALLOCATOR["GLIBC_TUNABLES"] else "default",
+    }
+
+
+def interleaved(calls, threads, rounds, seconds=0.02):
+    """Median seconds a call of each of `calls`, {name: function}."""
+    timers, numbers = {}, {}
+    for name, function in calls.items():
+        timers[name] = Timer("f()", globals={"f": function}, num_threads=threads)
+        function()
+        once = timers[name].timeit(1).mean
+        numbers[name] = max(1, int(seconds / max(once, 1e-7)))
+    times = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            times[name].append(timer.timeit(numbers[name]).mean)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def rows_of(specs, pattern=""):
+    for spec in specs:
+        for shape in spec.bench_shapes:
+            for mode in MODES[spec.name]:
+                name = f"{spec.name} {'x'.join(map(str, shape.shape))} {str(shape.dtype)[6:]} {mode}"
+                if pattern in name:
+                    yield name, spec, shape, mode
+
+
+def measure(specs, threads, rounds=7, pattern="", skip=()):
+    """One dictionary a row: seconds and peak bytes of every provider, seconds of the roofs."""
+    torch.set_num_threads(threads)
+    results = []
+    bar = tqdm(list(rows_of(specs, pattern)), mininterval=1)
+    for name, spec, shape, mode in bar:
+        bar.set_description(name)
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        x = torch.randn(shape.shape).to(shape.dtype)
+        args = spec.bench_args(x)
+        calls = {n: call(f, mode, x, args) for n, f in providers(spec).items() if n not in skip}
+        seconds = interleaved({**calls, **roofs(x)}, threads, rounds)
+        memory = {n: peak_memory(f) for n, f in calls.items()} if x.numel() >= 1 << 16 else {}
+        results.append({
+            "name": name, "operator": spec.name, "shape": list(shape.shape), "dtype": str(shape.dtype)[6:], "mode": mode,
+            "bytes": x.nbytes, "seconds": seconds, "peak_bytes": memory,
+        })  # fmt: skip
+    return {"environment": environment(threads), "rows": results}
+
+
+RESULTS = Path(__file__).parent / "results"

@@ -1,0 +1,50 @@
+"""Who is measured: for each operator the functions that do the same work, and the roofs of the machine."""
+
+import torch
+import torch.nn.functional as F
+
+
+def providers(spec):
+    """{name: function(input, *args)}; "ours" first."""
+    result = {"ours": spec.op}
+    if spec.name == "cross_entropy":
+        result["eager"] = F.cross_entropy
+    else:
+        result["eager"] = spec.torch_op  # a composition of torch's operators: torch has no such operator
+    result["compile"] = torch.compile(result["eager"], fullgraph=True, dynamic=False)
+    if spec.name == "sparsemax":
+        import entmax
+
+        result["entmax"] = lambda x: entmax.sparsemax(x, dim=-1)
+        result["entmax k=64"] = lambda x: entmax.sparsemax(x, dim=-1, k=64)
+    return result
+
+
+def roofs(x):
+    """Reading the input's bytes once, and copying them into warm memory: what no operator on them can beat."""
+    whole = x.reshape(-1).view(torch.int16 if x.element_size() == 2 else torch.int32)
+    other = torch.empty_like(whole)
+    return {"read": lambda: whole.max(), "copy": lambda: other.copy_(whole)}
+
+
+def call(function, mode, x, args):
+    """A call without arguments that does the work of `mode`."""
+    if mode == "forward":
+
+        def run():
+            with torch.no_grad():
+                return function(x, *args)
+
+        return run
+    leaf = x.detach().requires_grad_()
+    y = function(leaf, *args)
+    g = torch.ones_like(y) if y.dim() == 0 else torch.randn_like(y)
+    if mode == "backward":
+        return lambda: torch.autograd.grad(y, leaf, g, retain_graph=True)
+    del y
+
+    def run():
+        function(leaf, *args).backward(g)
+        leaf.grad = None
+
+    return run
