@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler's greetings
 
@@ -31,7 +32,7 @@ def main():
     from benchmarks import measure, report
 
     if args.command == "compare":
-        before, after = (json.load(open(f)) for f in args.files)
+        before, after = (json.loads(Path(f).read_text()) for f in args.files)
         print(report.compare(before, after))
         return
     if args.allocator == "both":

@@ -21,9 +21,8 @@ MODES = {"cross_entropy": ("forward", "forward+backward"), "sparsemax": ("forwar
 
 
 def environment(threads):
-    cpu = next(
-        (x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), platform.machine()
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.machine())
     return {
         "date": datetime.date.today().isoformat(),
         "cpu": cpu,
@@ -75,10 +74,9 @@ def measure(specs, threads, rounds=7, pattern="", skip=()):
         calls = {n: call(f, mode, x, args) for n, f in providers(spec).items() if n not in skip}
         seconds = interleaved({**calls, **roofs(x)}, threads, rounds)
         memory = {n: peak_memory(f) for n, f in calls.items()} if x.numel() >= 1 << 16 else {}
-        results.append({
-            "name": name, "operator": spec.name, "shape": list(shape.shape), "dtype": str(shape.dtype)[6:], "mode": mode,
-            "bytes": x.nbytes, "seconds": seconds, "peak_bytes": memory,
-        })  # fmt: skip
+        row = {"name": name, "operator": spec.name, "mode": mode, "bytes": x.nbytes}
+        row |= {"shape": list(shape.shape), "dtype": str(shape.dtype)[6:]}
+        results.append(row | {"seconds": seconds, "peak_bytes": memory})
     return {"environment": environment(threads), "rows": results}
 
 

@@ -37,11 +37,12 @@ def call(function, mode, x, args):
 
         return run
     leaf = x.detach().requires_grad_()
-    y = function(leaf, *args)
-    g = torch.ones_like(y) if y.dim() == 0 else torch.randn_like(y)
+    with torch.no_grad():
+        g = torch.randn_like(function(leaf, *args))
+    g = torch.ones_like(g) if g.dim() == 0 else g
     if mode == "backward":
+        y = function(leaf, *args)
         return lambda: torch.autograd.grad(y, leaf, g, retain_graph=True)
-    del y
 
     def run():
         function(leaf, *args).backward(g)

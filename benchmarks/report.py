@@ -27,10 +27,10 @@ def markdown(run):
     names = [n for row in run["rows"] for n in row["seconds"] if n not in ("ours", "read", "copy")]
     others = list(dict.fromkeys(names))
     lines = [
-        f"{e['cpu']}, {e['threads']} threads, {e['isa']}, torch {e['torch']}, {e['allocator']} allocator, {e['date']}; "
-        "medians of interleaved runs.",
+        f"{e['cpu']}, {e['threads']} threads, {e['isa']}, torch {e['torch']}, {e['allocator']} allocator, {e['date']}. "
+        "Medians of interleaved runs; peak memory of the call in units of the logits.",
         "",
-        "| operator | shape | mode | ours | × roof | " + " | ".join(f"{n} / ours" for n in others) + " | peak bytes / logits, ours : eager |",
+        f"| operator | shape | mode | ours | × roof | {' | '.join(f'{n} / ours' for n in others)} | peak, ours : eager |",
         "|---|---|---|--:|--:|" + "--:|" * len(others) + "--:|",
     ]  # fmt: skip
     for row in run["rows"]:
@@ -38,13 +38,12 @@ def markdown(run):
         roof = f"{s['ours'] / roof_of(row)[1]:.2f}" if row["bytes"] > 1 << 20 else "–"
         ratios = [f"{s[n] / s['ours']:.1f}" if n in s else "–" for n in others]
         memory = row["peak_bytes"]
-        peak = (
-            f"{memory['ours'] / row['bytes']:.2f} : {memory['eager'] / row['bytes']:.2f}" if "eager" in memory else "–"
-        )
+        peak = "–"
+        if "eager" in memory:
+            peak = f"{memory['ours'] / row['bytes']:.2f} : {memory['eager'] / row['bytes']:.2f}"
         shape = "×".join(map(str, row["shape"])) + " " + dtype_name(row)
-        lines.append(
-            f"| {row['operator']} | {shape} | {row['mode']} | {duration(s['ours'])} | {roof} | {' | '.join(ratios)} | {peak} |"
-        )
+        cells = [row["operator"], shape, row["mode"], duration(s["ours"]), roof, *ratios, peak]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -57,9 +56,8 @@ def compare(before, after):
             continue
         a, b = old[row["name"]], row
         sa, sb = a["seconds"]["ours"], b["seconds"]["ours"]
-        lines.append(
-            f"| {row['name']} | {duration(sa)} | {duration(sb)} | {sa / sb:.2f} | {sa / roof_of(a)[1]:.2f} | {sb / roof_of(b)[1]:.2f} |"
-        )
+        roofs = f"{sa / roof_of(a)[1]:.2f} | {sb / roof_of(b)[1]:.2f}"
+        lines.append(f"| {row['name']} | {duration(sa)} | {duration(sb)} | {sa / sb:.2f} | {roofs} |")
     return "\n".join(lines) + "\n"
 
 
