@@ -85,8 +85,13 @@ def extension():
 def build_ext():
     from torch.utils.cpp_extension import BuildExtension
 
+    class Build(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            self.build_temp = str(ROOT / "build" / "temp")  # pip would compile everything anew in a folder of its own
+
     # No Python in the library: it is loaded by torch.ops.load_library, so one file serves every Python version.
-    return BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=True)
+    return Build.with_options(no_python_abi_suffix=True, use_ninja=True)
 
 
 if __name__ == "__main__":

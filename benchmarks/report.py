@@ -30,7 +30,7 @@ def markdown(run):
         f"{e['cpu']}, {e['threads']} threads, {e['isa']}, torch {e['torch']}, {e['allocator']} allocator, {e['date']}. "
         "Medians of interleaved runs; peak memory of the call in units of the logits.",
         "",
-        f"| operator | shape | mode | ours | × roof | {' | '.join(f'{n} / ours' for n in others)} | peak, ours : eager |",
+        f"| operator | shape | mode | ours | × roof | {' | '.join(n + ' / ours' for n in others)} | peak, ours : eager |",
         "|---|---|---|--:|--:|" + "--:|" * len(others) + "--:|",
     ]  # fmt: skip
     for row in run["rows"]:

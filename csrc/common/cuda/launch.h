@@ -41,7 +41,9 @@ __device__ inline float fast_exp2(float x) {
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes,
             cudaStream_t stream, Args... args) {
-  kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes, stream> > >(args...);
+  // clang-format off: it takes >>> for three tokens
+  kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes, stream>>>(args...);
+  // clang-format on
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)
     throw std::runtime_error(std::string("torch_softmax_ext: the launch of ") + name + " with " +
