@@ -7,6 +7,10 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <utility>
 
@@ -79,6 +83,20 @@ template <class F>
 void parallel_rows(const Rows& rows, const F& f) {
   if (row_count(rows) == 0) return;
   at::parallel_for(0, row_count(rows), std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, rows.n)), f);
+}
+
+// Asks for huge pages where a large output has none yet: most of the time of writing into fresh memory is the kernel's,
+// page by page. Outputs below 4 MiB come out of malloc's heap and are mostly warm.
+inline const at::Tensor& with_huge_pages(const at::Tensor& t) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHuge = uintptr_t(1) << 21;
+  if (t.is_cpu() && t.nbytes() >= 2 * kHuge) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
+    const uintptr_t first = (begin + kHuge - 1) & ~(kHuge - 1), last = (begin + t.nbytes()) & ~(kHuge - 1);
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a hint: may fail
+  }
+#endif
+  return t;
 }
 
 // Three worlds: TSE_WITH_CUDA (CUDA kernels in the library), neither (CPU only), and TSE_CUDA_ON_HOST, which the test

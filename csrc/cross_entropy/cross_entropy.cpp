@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "common/host.h"
+#include "cross_entropy/cross_entropy_host.h"
 
 namespace tse {
 namespace {
@@ -68,21 +69,71 @@ int64_t count_targets(const CrossEntropyParams& p) {
                            : count_targets(static_cast<const int64_t*>(p.target), count, p.rows.n, p.ignore_index);
 }
 
-CrossEntropyParams make_params(const RowTensor& input, const at::Tensor& target, int64_t ignore_index,
-                               Reduction reduction) {
-  CrossEntropyParams p{};
-  p.dtype = dtype_of(input.tensor);
-  p.rows = input.rows;
-  p.input = input.tensor.const_data_ptr();
-  p.target = target.const_data_ptr();
-  p.target_is_int32 = target.scalar_type() == at::kInt;
-  p.ignore_index = ignore_index;
-  p.reduction = reduction;
-  return p;
-}
+// Rows of the logits and of their gradient that can be walked alike: classes or rows are neighbours in memory in both.
+// Copies only where the logits are not dense, and without a gradient in the same cases, so that the loss has the same
+// bits with and without.
+struct Operands {
+  RowTensor input, grad;
+  at::Tensor grad_input;  // what the caller gets
 
-// The CPU rows need elements or rows that are neighbours in memory.
-bool is_walkable(const Rows& rows) { return rows.stride_n == 1 || rows.stride_inner == 1; }
+  Operands(const at::Tensor& logits, bool backward) : input(as_rows(logits, class_dim(logits))) {
+    const bool columns = input.rows.stride_inner == 1 && input.tensor.is_non_overlapping_and_dense();
+    if (input.rows.stride_n != 1 && !columns) input = as_rows(input.tensor.contiguous(), class_dim(logits));
+    if (!backward) return;
+    grad_input = with_huge_pages(at::empty_like(logits));
+    grad = as_rows(grad_input, class_dim(logits));
+    const bool alike = input.rows.stride_n == 1 ? grad.rows.stride_n == 1 : grad.rows.stride_inner == 1;
+    if (!alike) grad = as_rows(at::empty_like(input.tensor), class_dim(logits));
+  }
+
+  CrossEntropyParams params(const at::Tensor& target, int64_t ignore_index, Reduction reduction) const {
+    CrossEntropyParams p{};
+    p.dtype = dtype_of(input.tensor);
+    p.rows = input.rows;
+    p.input = input.tensor.const_data_ptr();
+    p.target = target.const_data_ptr();
+    p.target_is_int32 = target.scalar_type() == at::kInt;
+    p.ignore_index = ignore_index;
+    p.reduction = reduction;
+    if (grad.tensor.defined()) {
+      p.grad_rows = grad.rows;
+      p.grad_input = grad.tensor.mutable_data_ptr();
+    }
+    return p;
+  }
+
+  at::Tensor finished_grad() const {
+    if (!grad.tensor.is_same(grad_input)) grad_input.copy_(grad.tensor);
+    return grad_input;
+  }
+};
+
+// Rows over threads; where rows are fewer than threads and wide, the blocks of each row over threads.
+void run_cpu(const CrossEntropyParams& p, bool forward, bool backward) {
+  const int64_t rows = row_count(p.rows), blocks = (p.rows.n + kCrossEntropyBlock - 1) / kCrossEntropyBlock;
+  const bool contiguous = p.rows.stride_n == 1 && (!backward || p.grad_rows.stride_n == 1);
+  constexpr int64_t kBlocksPerTask = kElementsPerTask / kCrossEntropyBlock;
+  if (!contiguous || rows >= at::get_num_threads() || blocks < 2 * kBlocksPerTask) {
+    return parallel_rows(p.rows, [&](int64_t begin, int64_t end) {
+      if (forward && backward) cross_entropy_fwd_bwd_rows(p, begin, end);
+      else if (forward) cross_entropy_fwd_rows(p, begin, end);
+      else cross_entropy_bwd_rows(p, begin, end);
+    });
+  }
+  std::vector<BlockSum> sums(blocks);
+  for (int64_t row = 0; row < rows; ++row) {
+    if (forward) {
+      at::parallel_for(0, blocks, kBlocksPerTask, [&](int64_t begin, int64_t end) {
+        cross_entropy_block_sums(p, row, begin, end, sums.data());
+      });
+      cross_entropy_finish_row(p, row, sums.data());
+    }
+    if (backward) {
+      at::parallel_for(0, blocks, kBlocksPerTask,
+                       [&](int64_t begin, int64_t end) { cross_entropy_bwd_blocks(p, row, begin, end); });
+    }
+  }
+}
 
 // Σ row_loss, and divided by the counted targets for the mean: in double and in the order of the rows.
 template <class A>
@@ -93,80 +144,78 @@ void reduce_loss(const CrossEntropyParams& p, A* loss) {
   *loss = A(p.reduction == Reduction::kMean ? sum / *p.total_weight : sum);  // 0 / 0 is NaN, as in torch
 }
 
-// Returns the loss and the statistics that backward needs: lse of each row, then the number of counted targets.
-std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
-                                                         int64_t ignore_index, std::string_view reduction_name) {
+CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
+                          std::string_view reduction_name, std::optional<double> grad_output) {
   check(input, target);
   const Reduction reduction = parse_reduction(kOp, reduction_name);
   const c10::OptionalDeviceGuard guard(input.device());
-  RowTensor x = as_rows(input, class_dim(input));
-  if (!is_walkable(x.rows)) x = as_rows(x.tensor.contiguous(), class_dim(input));
+  const Operands operands(input, grad_output.has_value());
   const at::Tensor t = target.contiguous();
   const int64_t count = t.numel();
   const auto loss_options = input.options().dtype(accumulate_type(input.scalar_type()));
 
-  at::Tensor stats = at::empty({count + 1}, input.options().dtype(at::kDouble));
-  at::Tensor loss =
-      reduction == Reduction::kNone ? at::empty(target.sizes(), loss_options) : at::empty({}, loss_options);
-  at::Tensor row_loss = reduction == Reduction::kNone ? loss : at::empty({count}, loss_options);
+  CrossEntropyResult r;
+  r.stats = at::empty({count + 1}, input.options().dtype(at::kDouble));
+  const bool reduce = reduction != Reduction::kNone;
+  r.loss = reduce ? at::empty({}, loss_options) : at::empty(target.sizes(), loss_options);
+  const at::Tensor row_loss = reduce ? at::empty({count}, loss_options) : r.loss;
 
-  CrossEntropyParams p = make_params(x, t, ignore_index, reduction);
+  CrossEntropyParams p = operands.params(t, ignore_index, reduction);
   p.row_loss = row_loss.mutable_data_ptr();
-  p.loss = reduction == Reduction::kNone ? nullptr : loss.mutable_data_ptr();
-  p.lse = stats.mutable_data_ptr<double>();
+  p.loss = reduce ? r.loss.mutable_data_ptr() : nullptr;
+  p.lse = r.stats.mutable_data_ptr<double>();
   p.total_weight = p.lse + count;
   if (use_cuda(input)) {
     if constexpr (kHasCuda) launch_cross_entropy_fwd(p, current_stream(input));
-    return {loss, stats};
+    return r;
   }
   *p.total_weight = double(count_targets(p));
-  parallel_rows(p.rows, [&](int64_t begin, int64_t end) { cross_entropy_fwd_rows(p, begin, end); });
-  if (reduction != Reduction::kNone) {
-    if (loss.scalar_type() == at::kDouble) reduce_loss(p, loss.mutable_data_ptr<double>());
-    else reduce_loss(p, loss.mutable_data_ptr<float>());
+  const double factor = grad_output.value_or(0);
+  const float factor32 = float(factor);
+  p.grad_output = p.dtype == DType::kFloat64 ? static_cast<const void*>(&factor) : &factor32;
+  run_cpu(p, /*forward=*/true, /*backward=*/grad_output.has_value());
+  if (grad_output) r.grad_input = operands.finished_grad();
+  if (reduce) {
+    if (p.dtype == DType::kFloat64) reduce_loss(p, static_cast<double*>(p.loss));
+    else reduce_loss(p, static_cast<float*>(p.loss));
   }
-  return {loss, stats};
+  return r;
+}
+
+std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
+                                                         int64_t ignore_index, std::string_view reduction) {
+  const CrossEntropyResult r = run_forward(input, target, ignore_index, reduction, std::nullopt);
+  return {r.loss, r.stats};
 }
 
 at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
                                   const at::Tensor& stats, int64_t ignore_index, std::string_view reduction_name) {
   const Reduction reduction = parse_reduction(kOp, reduction_name);
   const c10::OptionalDeviceGuard guard(input.device());
+  const Operands operands(input, /*backward=*/true);
   const at::Tensor t = target.contiguous();
-  const bool per_row = reduction == Reduction::kNone;
   // A gradient that is one number expanded over the rows, as sum() sends it back, is read as that one number.
-  const bool one_number = !per_row || std::all_of(grad_output.strides().begin(), grad_output.strides().end(),
-                                                  [](int64_t stride) { return stride == 0; });
+  const bool one_number = reduction != Reduction::kNone ||
+                          std::all_of(grad_output.strides().begin(), grad_output.strides().end(),
+                                      [](int64_t stride) { return stride == 0; });
   const at::Tensor g = one_number ? grad_output : grad_output.contiguous();
 
-  const at::Tensor grad_input = at::empty_like(input);
-  RowTensor x = as_rows(input, class_dim(input)), out = as_rows(grad_input, class_dim(input));
-  const bool alike =
-      (x.rows.stride_n == 1 && out.rows.stride_n == 1) || (x.rows.stride_inner == 1 && out.rows.stride_inner == 1);
-  if (!alike) {  // only where input is not dense
-    x = as_rows(x.tensor.contiguous(), class_dim(input));
-    out = as_rows(at::empty_like(x.tensor), class_dim(input));
-  }
-
-  CrossEntropyParams p = make_params(x, t, ignore_index, reduction);
+  CrossEntropyParams p = operands.params(t, ignore_index, reduction);
   p.lse = const_cast<double*>(stats.const_data_ptr<double>());
   p.total_weight = p.lse + t.numel();
-  p.grad_rows = out.rows;
-  p.grad_input = out.tensor.mutable_data_ptr();
   p.grad_output = g.const_data_ptr();
   p.grad_output_stride = one_number ? 0 : 1;
   if (use_cuda(input)) {
     if constexpr (kHasCuda) launch_cross_entropy_bwd(p, current_stream(input));
   } else {
-    parallel_rows(p.rows, [&](int64_t begin, int64_t end) { cross_entropy_bwd_rows(p, begin, end); });
+    run_cpu(p, /*forward=*/false, /*backward=*/true);
   }
-  if (!out.tensor.is_same(grad_input)) grad_input.copy_(out.tensor);
-  return grad_input;
+  return operands.finished_grad();
 }
 
 at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
                          std::string_view reduction) {
-  return std::get<0>(cross_entropy_forward(input, target, ignore_index, reduction));
+  return run_forward(input, target, ignore_index, reduction, std::nullopt).loss;
 }
 
 // ---- shapes only: fake tensors, whose sizes may be symbolic -------------------------------------------------------
@@ -191,6 +240,12 @@ at::Tensor cross_entropy_meta(const at::Tensor& input, const at::Tensor& target,
 }
 
 }  // namespace
+
+CrossEntropyResult cross_entropy_forward_backward(const at::Tensor& input, const at::Tensor& target,
+                                                  int64_t ignore_index, std::string_view reduction,
+                                                  double grad_output) {
+  return run_forward(input, target, ignore_index, reduction, grad_output);
+}
 
 TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};

@@ -37,9 +37,22 @@ TSE_HOST_DEVICE inline A factor_of(const CrossEntropyParams& p, int64_t row) {
   return A(p.reduction == Reduction::kMean ? g / *p.total_weight : g);
 }
 
-// CPU: rows [begin, end). The targets were checked.
+// CPU: rows [begin, end). The targets were checked. fwd_bwd reads a row's logits again for its gradient while they are
+// in cache.
 void cross_entropy_fwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end);
 void cross_entropy_bwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end);
+void cross_entropy_fwd_bwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end);
+
+// CPU, fewer rows than threads: blocks [begin, end) of one row with contiguous elements. First the sums of the blocks,
+// then (all blocks known) the row's loss, then the gradient of the blocks' elements. The same bits as by rows.
+struct BlockSum {
+  double m;    // Σ exp2(x · log2(e)) = sum · 2^m; -inf and 0: nothing was added
+  double sum;
+};
+constexpr int64_t kCrossEntropyBlock = 4096;  // elements: what stays in L1
+void cross_entropy_block_sums(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end, BlockSum* sums);
+void cross_entropy_finish_row(const CrossEntropyParams& p, int64_t row, const BlockSum* sums);
+void cross_entropy_bwd_blocks(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end);
 
 // CUDA: all rows, on `stream`, no synchronisation. A target outside [0, n) trips a device-side assertion.
 void launch_cross_entropy_fwd(const CrossEntropyParams& p, cudaStream_t stream);

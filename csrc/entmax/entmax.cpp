@@ -24,7 +24,7 @@ int64_t check(const at::Tensor& input, int64_t dim) {
 at::Tensor sparsemax(const at::Tensor& input, int64_t dim) {
   dim = check(input, dim);
   const c10::OptionalDeviceGuard guard(input.device());
-  const at::Tensor output = at::empty_like(input);
+  const at::Tensor output = with_huge_pages(at::empty_like(input));
   if (input.numel() == 0) return output;
   const RowTensor x = as_rows(input, dim), y = as_rows(output, dim);
   EntmaxParams p{};
@@ -45,7 +45,7 @@ at::Tensor sparsemax(const at::Tensor& input, int64_t dim) {
 at::Tensor sparsemax_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim) {
   dim = check(output, dim);
   const c10::OptionalDeviceGuard guard(output.device());
-  const at::Tensor grad_input = at::empty_like(output);
+  const at::Tensor grad_input = with_huge_pages(at::empty_like(output));
   if (output.numel() == 0) return grad_input;
   const RowTensor y = as_rows(output, dim), g = as_rows(grad_output, dim), out = as_rows(grad_input, dim);
   EntmaxParams p{};

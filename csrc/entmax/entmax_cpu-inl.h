@@ -1,11 +1,15 @@
 // Sparsemax rows on the CPU. [per ISA]
 //
-// p = max(x - tau, 0) with Σ p = 1 (Martins & Astudillo 2016). tau without sorting: only elements above max - 1 can be
-// in the support, these candidates are compacted, and Newton's (= Michelot's) step from below,
-//   tau ← tau + (Σ (x - tau)_+ - 1) / #{x > tau},
-// ends exactly when the support stops changing. Passes over the row: max, candidates, result; from memory only the
-// first. All is relative to the row's maximum, and tau is held as the sum of two numbers: in a support of 10^5 elements
-// of 10^-5 the rounding of tau alone would show in Σ p.
+// p = max(x - tau, 0) with Σ p = 1 (Martins & Astudillo 2016). tau without sorting: Newton's (= Michelot's) step from
+// below, tau ← tau + (Σ (x - tau)_+ - 1) / #{x > tau}, ends exactly when the support stops changing. Only elements above
+// max - 1 can be in the support. Mostly these candidates are few: they are collected while the row is read, block by
+// block against the maximum so far, and the result is zeros with some elements set. Where they are many, or the row is
+// short, the row itself takes their place. From memory the row is read once and written once.
+// All is relative to the row's maximum, and tau is held as the sum of two numbers: in a support of 10^5 elements of
+// 10^-5 the rounding of tau alone would show in Σ p.
+
+constexpr int64_t kBlock = 4096;    // what stays in L1 between maximum and candidates
+constexpr int64_t kShortRow = 512;  // collecting candidates pays above
 
 template <class A>
 struct Threshold {
@@ -13,82 +17,111 @@ struct Threshold {
   explicit Threshold(double tau) : hi(A(tau)), lo(A(tau - double(hi))) {}
 };
 
-template <class A>
-struct RowMax {
-  A max;
-  bool has_nan;
-};
-
+// The largest element, and NaN if there is one.
 template <class T>
-inline RowMax<Acc<T>> row_max(const T* x, int64_t n) {
+inline Acc<T> max_or_nan(const T* x, int64_t n) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const A low = -std::numeric_limits<A>::infinity();
   Vec<T> m0 = splat<Vec<T>>(low), m1 = m0;
-  auto nan0 = m0 != m0, nan1 = nan0;
+  auto nan = m0 != m0;
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Vec<T> a = load(x + i), b = load(x + i + kLanes);
-    m0 = vmax(a, m0);
-    m1 = vmax(b, m1);
-    nan0 |= a != a;
-    nan1 |= b != b;
+    const Pair<Vec<T>> v = load2(x + i);
+    m0 = vmax(v.a, m0);
+    m1 = vmax(v.b, m1);
+    nan |= (v.a != v.a) | (v.b != v.b);
   }
   for (; i < n; i += kLanes) {
-    const Vec<T> a = i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, low);
-    m0 = vmax(a, m0);
-    nan0 |= a != a;
+    const Vec<T> v = i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, low);
+    m0 = vmax(v, m0);
+    nan |= v != v;
   }
-  nan0 |= nan1;
-  bool has_nan = false;
-  for (int lane = 0; lane < kLanes; ++lane) has_nan |= nan0[lane] != 0;
-  return {reduce_max(vmax(m0, m1)), has_nan};
+  return reduce_add(nan) != 0 ? std::numeric_limits<A>::quiet_NaN() : reduce_max(vmax(m0, m1));
 }
 
-// The threshold relative to the maximum, from the `count` candidates d = x - max > -1, behind which lie -2s up to a
-// whole vector.
-template <class A, class V, int kLanes>
-inline Threshold<A> find_threshold(const A* d, int64_t count) {
+// tau relative to `max` for the elements x, of which those at or below max - 1 have no say.
+template <class T>
+inline Threshold<Acc<T>> find_threshold(const T* x, int64_t n, Acc<T> max) {
+  using A = Acc<T>;
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  const A low = -std::numeric_limits<A>::infinity();
   double tau = -1;
-  int64_t support = count + 1;
-  while (true) {
+  for (int64_t support = n + 1;;) {
     const Threshold<A> t(tau);
-    V sum = {};
-    auto above = sum > sum;  // counts downwards: true is -1
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const V p = (load(d + i) - t.hi) - t.lo;
-      const auto positive = p > V{};
-      sum += positive ? p : V{};
-      above += positive;
-    }
+    double total = 0;
     int64_t active = 0;
-    for (int lane = 0; lane < kLanes; ++lane) active -= above[lane];
-    tau += (double(reduce_add(sum)) - 1) / double(active);
+    for (int64_t begin = 0; begin < n; begin += kBlock) {  // sums of a block in the type, of blocks in double
+      const int64_t end = std::min(begin + kBlock, n);
+      Vec<T> sum = {};
+      auto above = sum > sum;  // counts downwards: true is -1
+      for (int64_t i = begin; i < end; i += kLanes) {
+        const Vec<T> v = i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, low);
+        const Vec<T> p = vmax(((v - max) - t.hi) - t.lo, Vec<T>{});
+        sum += p;
+        above += p > Vec<T>{};
+      }
+      total += double(reduce_add(sum));
+      active -= int64_t(reduce_add(above));
+    }
+    tau += (total - 1) / double(active);
     if (active >= support) return Threshold<A>(tau);
     support = active;
   }
 }
 
+// Room for the candidates of a row: a whole vector may be written behind them.
+template <class A>
+struct Candidates {
+  std::unique_ptr<A[]> values;
+  std::unique_ptr<int32_t[]> indices;
+  explicit Candidates(int64_t n) : values(new A[n + kFloats]), indices(new int32_t[n + kFloats]) {}
+};
+
 template <class T>
-inline void sparsemax_row(const T* x, T* y, int64_t n, Acc<T>* candidates) {
+inline void sparsemax_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& candidates) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const A low = -std::numeric_limits<A>::infinity();
-  const RowMax<A> row = row_max(x, n);
-  if (row.has_nan || !(row.max < -low) || row.max == low) {  // NaN and +inf make the row NaN, -inf alone makes it zero
-    T fill;
-    store_one(&fill, row.has_nan || row.max != low ? std::numeric_limits<A>::quiet_NaN() : A(0));
-    std::fill_n(y, n, fill);
-    return;
+  A max = low;
+  int64_t count = 0;
+  bool collect = n > kShortRow && n <= std::numeric_limits<int32_t>::max();
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, n);
+    const A block = max_or_nan(x + begin, end - begin);
+    max = block > max || block != block ? block : max;
+    if (!(max < -low)) break;  // NaN or +inf
+    if (!collect || block - max <= A(-1)) continue;
+    for (int64_t i = begin; i < end; i += kLanes) {
+      const Vec<T> v = i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, low);
+      count += append_above(v - max, A(-1), int32_t(i), &candidates.values[count], &candidates.indices[count]);
+    }
+    collect = count <= end / 8;
   }
-  int64_t count = 0, i = 0;
-  for (; i + kLanes <= n; i += kLanes) count += append_above(candidates + count, load(x + i) - row.max, A(-1));
-  if (i < n) count += append_above(candidates + count, load_part(x + i, n - i, low) - row.max, A(-1));
-  store(candidates + count, splat<Vec<T>>(A(-2)));
-  const Threshold<A> t = find_threshold<A, Vec<T>, kLanes>(candidates, count);
-  const auto probability = [&](Vec<T> v) { return vmax(((v - row.max) - t.hi) - t.lo, Vec<T>{}); };
-  for (i = 0; i + kLanes <= n; i += kLanes) store(y + i, probability(load(x + i)));
-  if (i < n) store_part(y + i, n - i, probability(load_part(x + i, n - i, low)));
+  if (!(max < -low) || max == low) {  // NaN and +inf make the row NaN, -inf alone makes it zero
+    T fill;
+    store_one(&fill, max == low ? A(0) : std::numeric_limits<A>::quiet_NaN());
+    std::fill_n(y, n, fill);
+  } else if (collect) {
+    // The values were taken relative to the maximum so far; the row's own elements tell them exactly.
+    for (int64_t j = 0; j < count; ++j) candidates.values[j] = load_one(x + candidates.indices[j]);
+    const Threshold<A> t = find_threshold(candidates.values.get(), count, max);
+    std::fill_n(y, n, T{});
+    for (int64_t j = 0; j < count; ++j) {
+      const A p = ((candidates.values[j] - max) - t.hi) - t.lo;
+      if (p > 0) store_one(y + candidates.indices[j], p);
+    }
+  } else {
+    const Threshold<A> t = find_threshold(x, n, max);
+    const auto probability = [&](Vec<T> v) { return vmax(((v - max) - t.hi) - t.lo, Vec<T>{}); };
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+      const Pair<Vec<T>> v = load2(x + i);
+      store2(y + i, {probability(v.a), probability(v.b)});
+    }
+    for (; i + kLanes <= n; i += kLanes) store(y + i, probability(load(x + i)));
+    if (i < n) store_part(y + i, n - i, probability(load_part(x + i, n - i, low)));
+  }
 }
 
 // grad_input = g - mean of g over the support on the support, 0 elsewhere; NaN where p is NaN.
@@ -96,7 +129,6 @@ template <class T>
 inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
-  constexpr int64_t kBlock = 4096;  // sums of a block in the type, of blocks in double
   double total = 0;
   int64_t support = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
@@ -112,7 +144,7 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n) {
       above += ~outside;
     }
     total += double(reduce_add(sum));
-    for (int lane = 0; lane < kLanes; ++lane) support -= above[lane];
+    support -= int64_t(reduce_add(above));
   }
   const A mean = A(total / double(support));
   const auto value = [mean](Vec<T> pv, Vec<T> gv) { return pv <= Vec<T>{} ? Vec<T>{} : (gv - mean) + (pv - pv); };
@@ -143,17 +175,17 @@ void fwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
   const T* input = static_cast<const T*>(p.input);
   T* output = static_cast<T*>(p.output);
   const int64_t n = p.rows.n;
-  const std::unique_ptr<Acc<T>[]> candidates(new Acc<T>[n + Accumulate<T>::kLanes]);
+  Candidates<Acc<T>> candidates(n);
   if (p.rows.stride_n == 1 && p.output_rows.stride_n == 1) {
     for (int64_t row = begin; row < end; ++row)
-      sparsemax_row(input + row_offset(p.rows, row), output + row_offset(p.output_rows, row), n, candidates.get());
+      sparsemax_row(input + row_offset(p.rows, row), output + row_offset(p.output_rows, row), n, candidates);
     return;
   }
   const std::unique_ptr<T[]> tile(new T[kTileRows * n]);
   for (int64_t row = begin; row < end;) {
     const int64_t count = std::min<int64_t>({kTileRows, end - row, p.rows.inner - row % p.rows.inner});
     gather(input + row_offset(p.rows, row), n, p.rows, count, tile.get());
-    for (int64_t i = 0; i < count; ++i) sparsemax_row(&tile[i * n], &tile[i * n], n, candidates.get());
+    for (int64_t i = 0; i < count; ++i) sparsemax_row(&tile[i * n], &tile[i * n], n, candidates);
     scatter(tile.get(), n, p.output_rows, count, output + row_offset(p.output_rows, row));
     row += count;
   }

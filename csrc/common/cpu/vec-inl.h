@@ -51,13 +51,15 @@ inline VecF widen(VecH h, BFloat16) {
   return f;
 }
 
-inline VecH narrow(VecF f, BFloat16) {  // to nearest even; NaN stays NaN
+// f rounded to nearest even in its upper 16 bits; NaN stays NaN.
+inline VecU rounded_bits(VecF f) {
   VecU u;
   std::memcpy(&u, &f, sizeof u);
-  const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const VecU is_nan = (VecU)(f != f);
-  return __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), VecH);
+  return ((u + 0x7fffu + ((u >> 16) & 1u)) & ~is_nan) | (is_nan & 0x7fc00000u);
 }
+
+inline VecH narrow(VecF f, BFloat16) { return __builtin_convertvector(rounded_bits(f) >> 16, VecH); }
 
 #if TSE_ISA == 2
 inline VecF widen(VecH h, Half) { return (VecF)_mm512_cvtph_ps((__m256i)h); }
@@ -158,6 +160,35 @@ inline void store_part(float* p, int64_t count, VecF v) {
 }
 #endif
 
+// Two vectors of neighbouring elements. Which lane holds which element is the type's own affair: bf16 is cheapest by
+// even and odd elements, which need no shuffle. store2 puts back what load2 took.
+template <class V>
+struct Pair {
+  V a, b;
+};
+template <class T>
+inline Pair<Vec<T>> load2(const T* p) {
+  return {load(p), load(p + Accumulate<T>::kLanes)};
+}
+template <class T>
+inline void store2(T* p, Pair<Vec<T>> v) {
+  store(p, v.a);
+  store(p + Accumulate<T>::kLanes, v.b);
+}
+inline Pair<VecF> load2(const BFloat16* p) {
+  VecU u;
+  std::memcpy(&u, p, sizeof u);
+  const VecU even = u << 16, odd = u & 0xffff0000u;
+  Pair<VecF> v;
+  std::memcpy(&v.a, &even, sizeof even);
+  std::memcpy(&v.b, &odd, sizeof odd);
+  return v;
+}
+inline void store2(BFloat16* p, Pair<VecF> v) {
+  const VecU u = (rounded_bits(v.a) >> 16) | (rounded_bits(v.b) & 0xffff0000u);
+  std::memcpy(p, &u, sizeof u);
+}
+
 inline float load_one(const float* p) { return *p; }
 inline double load_one(const double* p) { return *p; }
 template <class T>
@@ -239,43 +270,62 @@ inline VecD exp2(VecD t) {  // fp64 is for checking gradients, not for speed
   return t;
 }
 
-template <class V>
-inline auto reduce_max(V v) {  // NaN lanes lose
-  auto m = v[0];
-  for (unsigned i = 1; i < sizeof(V) / sizeof(v[0]); ++i) m = v[i] > m || m != m ? v[i] : m;
-  return m;
+// Reductions fold halves onto each other, always in the same order: every build of a level gives the same bits.
+template <class V, class Op>
+inline auto fold(V v, const Op& op) {
+  using A = std::remove_reference_t<decltype(v[0])>;
+  if constexpr (sizeof(V) == 2 * sizeof(A)) {
+    typedef A Two __attribute__((vector_size(2 * sizeof(A))));
+    Two a = v, b = {v[1], v[0]};
+    return op(a, b)[0];
+  } else {
+    typedef A HalfVec __attribute__((vector_size(sizeof(V) / 2)));
+    HalfVec a, b;
+    std::memcpy(&a, &v, sizeof a);
+    std::memcpy(&b, reinterpret_cast<const char*>(&v) + sizeof a, sizeof b);
+    return fold(op(a, b), op);
+  }
 }
-// Always in the same order, halves folded onto each other, so that every build of a level gives the same bits.
 template <class V>
 inline auto reduce_add(V v) {
-  for (unsigned half = sizeof(V) / sizeof(v[0]) / 2; half > 0; half /= 2)
-    for (unsigned i = 0; i < half; ++i) v[i] += v[i + half];
-  return v[0];
+  return fold(v, [](auto a, auto b) { return a + b; });
+}
+template <class V>
+inline auto reduce_max(V v) {  // of a vector without NaN
+  return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // ---- compaction ---------------------------------------------------------------------------------------------------
 
-// Appends the lanes of v that are > threshold to out and returns how many; may write a whole vector at out.
+// Appends the lanes of v that are > threshold to `values`, and their indices (`index` is the first lane's) to `indices`.
+// Returns how many; may write a whole vector at both.
 #if TSE_ISA == 2
-inline int64_t append_above(float* out, VecF v, float threshold) {
+inline int64_t append_above(VecF v, float threshold, int32_t index, float* values, int32_t* indices) {
   const __mmask16 mask = _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(threshold), _CMP_GT_OQ);
   if (mask == 0) return 0;
-  _mm512_storeu_ps(out, _mm512_maskz_compress_ps(mask, (__m512)v));
+  const VecI lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  _mm512_storeu_ps(values, _mm512_maskz_compress_ps(mask, (__m512)v));
+  _mm512_storeu_si512(indices, _mm512_maskz_compress_epi32(mask, (__m512i)(lanes + index)));
   return __builtin_popcount(mask);
 }
 #elif TSE_ISA == 1
-inline int64_t append_above(float* out, VecF v, float threshold) {
+inline int64_t append_above(VecF v, float threshold, int32_t index, float* values, int32_t* indices) {
   unsigned mask = _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(threshold), _CMP_GT_OQ));
   int64_t count = 0;
-  for (; mask != 0; mask &= mask - 1) out[count++] = v[__builtin_ctz(mask)];
+  for (; mask != 0; mask &= mask - 1, ++count) {
+    const int lane = __builtin_ctz(mask);
+    values[count] = v[lane];
+    indices[count] = index + lane;
+  }
   return count;
 }
 #endif
 template <class A, class V>
-inline int64_t append_above(A* out, V v, A threshold) {
+inline int64_t append_above(V v, A threshold, int32_t index, A* values, int32_t* indices) {
   int64_t count = 0;
   for (unsigned i = 0; i < sizeof(V) / sizeof(A); ++i) {
-    out[count] = v[i];
+    values[count] = v[i];
+    indices[count] = index + int32_t(i);
     count += v[i] > threshold;
   }
   return count;

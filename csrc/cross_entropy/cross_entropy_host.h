@@ -1,0 +1,19 @@
+// What autograd calls without the dispatcher: plain CPU tensors in eager mode. [torch]
+#pragma once
+#include <ATen/core/Tensor.h>
+
+#include <string_view>
+
+namespace tse {
+
+struct CrossEntropyResult {
+  at::Tensor loss;
+  at::Tensor stats;       // what backward needs: lse of each row, then the number of counted targets
+  at::Tensor grad_input;  // of cross_entropy_forward_backward
+};
+
+// Mean or sum: loss and gradient in one go, for an incoming gradient that is known beforehand.
+CrossEntropyResult cross_entropy_forward_backward(const at::Tensor& input, const at::Tensor& target,
+                                                  int64_t ignore_index, std::string_view reduction, double grad_output);
+
+}  // namespace tse
