@@ -6,8 +6,11 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <limits>
+#include <algorithm>
+#include <atomic>
+#include <numeric>
 #include <tuple>
+#include <vector>
 
 #include "common/host.h"
 #include "cross_entropy/cross_entropy_host.h"
@@ -45,28 +48,58 @@ void check(const at::Tensor& input, const at::Tensor& target) {
   TSE_CHECK(same, kOp, "target", "expected the shape of input without its class dimension, input ", x, ", got ", t);
 }
 
+// Σ f(begin, end) over chunks of the rows, which run in parallel and are added in order: the same bits for any threads.
+template <class F>
+double sum_by_chunks(int64_t rows, const F& f) {
+  constexpr int64_t kChunk = 8192;
+  if (rows <= kChunk) return f(0, rows);
+  std::vector<double> chunks((rows + kChunk - 1) / kChunk);
+  at::parallel_for(0, int64_t(chunks.size()), 2, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) chunks[c] = f(c * kChunk, std::min((c + 1) * kChunk, rows));
+  });
+  return std::accumulate(chunks.begin(), chunks.end(), 0.0);
+}
+
 // Counts the targets that are not ignored. A target that is no class raises before anything is written.
 template <class Index>
-int64_t count_targets(const Index* target, int64_t count, int64_t classes, int64_t ignore_index) {
-  int64_t counted = 0, bad = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const bool ignored = target[i] == ignore_index;
-    counted += !ignored;
-    bad += !ignored && (target[i] < 0 || target[i] >= classes);
-  }
-  if (bad != 0) {
-    int64_t i = 0;
-    while (target[i] == ignore_index || (target[i] >= 0 && target[i] < classes)) ++i;
+double count_targets(const Index* target, int64_t rows, int64_t classes, int64_t ignore_index) {
+  std::atomic<bool> bad = false;
+  const double counted = sum_by_chunks(rows, [&](int64_t begin, int64_t end) {
+    int64_t count = 0, outside = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t is_counted = target[i] != ignore_index;
+      count += is_counted;
+      outside += is_counted & int64_t(uint64_t(target[i]) >= uint64_t(classes));
+    }
+    if (outside != 0) bad = true;
+    return double(count);
+  });
+  if (bad) {
+    const Index* t = std::find_if(target, target + rows, [&](int64_t v) {
+      return v != ignore_index && (v < 0 || v >= classes);
+    });
     TSE_CHECK_INDEX(false, kOp, "target", "expected a class index in [0, ", classes, ") or ignore_index ", ignore_index,
-                    ", got ", int64_t(target[i]), " at row ", i);
+                    ", got ", int64_t(*t), " at row ", t - target);
   }
   return counted;
 }
 
-int64_t count_targets(const CrossEntropyParams& p) {
-  const int64_t count = row_count(p.rows);
-  return p.target_is_int32 ? count_targets(static_cast<const int32_t*>(p.target), count, p.rows.n, p.ignore_index)
-                           : count_targets(static_cast<const int64_t*>(p.target), count, p.rows.n, p.ignore_index);
+double count_targets(const CrossEntropyParams& p) {
+  return p.target_is_int32
+             ? count_targets(static_cast<const int32_t*>(p.target), row_count(p.rows), p.rows.n, p.ignore_index)
+             : count_targets(static_cast<const int64_t*>(p.target), row_count(p.rows), p.rows.n, p.ignore_index);
+}
+
+// Σ row_loss, and divided by the counted targets for the mean.
+template <class A>
+void reduce_loss(const CrossEntropyParams& p) {
+  const A* row_loss = static_cast<const A*>(p.row_loss);
+  const double sum = sum_by_chunks(row_count(p.rows), [&](int64_t begin, int64_t end) {
+    double s[4] = {};  // four sums: one would wait for each addition
+    for (int64_t i = begin; i < end; ++i) s[i % 4] += double(row_loss[i]);
+    return (s[0] + s[1]) + (s[2] + s[3]);
+  });
+  *static_cast<A*>(p.loss) = A(p.reduction == Reduction::kMean ? sum / *p.total_weight : sum);  // 0 / 0 is NaN
 }
 
 // Rows of the logits and of their gradient that can be walked alike: classes or rows are neighbours in memory in both.
@@ -135,15 +168,6 @@ void run_cpu(const CrossEntropyParams& p, bool forward, bool backward) {
   }
 }
 
-// Σ row_loss, and divided by the counted targets for the mean: in double and in the order of the rows.
-template <class A>
-void reduce_loss(const CrossEntropyParams& p, A* loss) {
-  const A* row_loss = static_cast<const A*>(p.row_loss);
-  double sum = 0;
-  for (int64_t row = 0; row < row_count(p.rows); ++row) sum += row_loss[row];
-  *loss = A(p.reduction == Reduction::kMean ? sum / *p.total_weight : sum);  // 0 / 0 is NaN, as in torch
-}
-
 CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
                           std::string_view reduction_name, std::optional<double> grad_output) {
   check(input, target);
@@ -169,15 +193,15 @@ CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target
     if constexpr (kHasCuda) launch_cross_entropy_fwd(p, current_stream(input));
     return r;
   }
-  *p.total_weight = double(count_targets(p));
+  *p.total_weight = count_targets(p);
   const double factor = grad_output.value_or(0);
   const float factor32 = float(factor);
   p.grad_output = p.dtype == DType::kFloat64 ? static_cast<const void*>(&factor) : &factor32;
   run_cpu(p, /*forward=*/true, /*backward=*/grad_output.has_value());
   if (grad_output) r.grad_input = operands.finished_grad();
   if (reduce) {
-    if (p.dtype == DType::kFloat64) reduce_loss(p, static_cast<double*>(p.loss));
-    else reduce_loss(p, static_cast<float*>(p.loss));
+    if (p.dtype == DType::kFloat64) reduce_loss<double>(p);
+    else reduce_loss<float>(p);
   }
   return r;
 }

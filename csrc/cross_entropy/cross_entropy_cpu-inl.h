@@ -21,11 +21,6 @@ inline BlockSum join(BlockSum a, BlockSum b) {
   return a;
 }
 
-template <class T>
-inline double natural_lse(const BlockSum& s) {
-  return (s.m + std::log2(s.sum)) / double(kLog2e<Acc<T>>);
-}
-
 // Max of `x`, NaN aside.
 template <class T>
 inline Acc<T> block_max(const T* x, int64_t n) {
@@ -102,14 +97,6 @@ inline Acc<T> term_of(const T* x, Acc<T> m) {
   return exp2(exponent(splat<Vec<T>>(load_one(x)), splat<Vec<T>>(m)))[0];
 }
 
-// -log p of the target.
-template <class T>
-inline Acc<T> loss_of(const BlockSum& s, const T* target) {
-  const double term = term_of(target, Acc<T>(s.m));
-  if (term > 0.25 * s.sum) return Acc<T>(std::max(0.0, std::log2(s.sum / term) / double(kLog2e<Acc<T>>)));
-  return Acc<T>(natural_lse<T>(s) - double(load_one(target)));
-}
-
 // Turns exp2(x · L - m) into exp(x - lse) · factor.
 template <class A>
 struct GradScale {
@@ -144,46 +131,90 @@ inline void grad_row(const T* x, T* g, int64_t begin, int64_t end, int64_t targe
   if (target >= begin && target < end) store_one(g + target, at_target);
 }
 
-// ---- the class dimension is not the last one: the lanes of a vector are neighbouring rows -------------------------
+// ---- the class dimension is not the last one: the lanes of vectors are neighbouring rows --------------------------
+//
+// Columns are walked in tiles of up to kColumns, class by class, so that memory is read in runs. Forward keeps the tile:
+// classes lie a power of two apart as often as not, and would push each other out of the cache.
 
-// Columns [0, count) of rows that lie `stride` apart; count ≤ kLanes. `loss` is row-wise, not reduced.
+constexpr int64_t kColumns = 2048;
+constexpr int64_t kTileElements = 65536;  // of the copy: half of L2 in fp32
+
 template <class T>
-inline void fwd_columns(const T* x, int64_t n, int64_t stride, int64_t count, Acc<T>* m_out, Acc<T>* sum_out) {
+struct ColumnTile {
+  int64_t width;                 // a multiple of the lanes
+  std::unique_ptr<T[]> logits;   // (n, width)
+  alignas(64) Acc<T> m[kColumns], sum[kColumns];     // forward's statistics
+  alignas(64) Acc<T> scale[kColumns], keep[kColumns];  // backward's factors; keep has all bits set, or none if ignored
+  alignas(64) Acc<T> at_target[kColumns];
+
+  ColumnTile(int64_t n, bool forward)
+      : width(std::clamp<int64_t>(kTileElements / std::max<int64_t>(n, 1), Accumulate<T>::kLanes, kColumns) /
+              Accumulate<T>::kLanes * Accumulate<T>::kLanes),
+        logits(forward ? new T[n * width]() : nullptr) {}
+};
+
+template <class T>
+inline void fwd_columns(const T* x, int64_t n, int64_t stride, int64_t count, ColumnTile<T>& tile) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const A low = -std::numeric_limits<A>::infinity();
-  const auto column = [&](int64_t c) {
-    return count == kLanes ? load(x + c * stride) : load_part(x + c * stride, count, A(0));
-  };
-  Vec<T> max = splat<Vec<T>>(low);
-  for (int64_t c = 0; c < n; ++c) max = vmax(column(c), max);
-  for (int i = 0; i < kLanes; ++i) max[i] = max[i] == low ? A(0) : std::ceil(max[i] * kLog2e<A>);
-  Vec<T> sum = {};
-  for (int64_t c = 0; c < n; ++c) sum += exp2(exponent(column(c), max));
-  store(m_out, max);
-  store(sum_out, sum);
+  for (int64_t j = 0; j < count; j += kLanes) {
+    store(tile.m + j, splat<Vec<T>>(low));
+    store(tile.sum + j, Vec<T>{});
+  }
+  for (int64_t c = 0; c < n; ++c) {
+    T* row = &tile.logits[c * tile.width];
+    if (c + 1 < n) prefetch(x + (c + 1) * stride, count);  // the hardware's prefetcher does not see this far
+    std::memcpy(row, x + c * stride, count * sizeof(T));
+    for (int64_t j = 0; j < count; j += kLanes) store(tile.m + j, vmax(load(row + j), load(tile.m + j)));
+  }
+  for (int64_t j = 0; j < count; ++j) tile.m[j] = tile.m[j] == low ? A(0) : std::ceil(tile.m[j] * kLog2e<A>);
+  for (int64_t c = 0; c < n; ++c) {
+    const T* row = &tile.logits[c * tile.width];
+    for (int64_t j = 0; j < count; j += kLanes)
+      store(tile.sum + j, load(tile.sum + j) + exp2(exponent(load(row + j), load(tile.m + j))));
+  }
 }
 
+// Writes the gradient of `count` columns; x may be the tile's own copy.
 template <class T>
-inline void bwd_columns(const T* x, int64_t stride, T* g, int64_t grad_stride, int64_t n, int64_t count, Vec<T> m,
-                        Vec<T> scale) {
-  using A = Acc<T>;
+inline void bwd_columns(const T* x, int64_t stride, T* g, int64_t grad_stride, int64_t n, int64_t count,
+                        const ColumnTile<T>& tile) {
   constexpr int kLanes = Accumulate<T>::kLanes;
+  const auto value = [&](Vec<T> v, int64_t j) {
+    const Vec<T> p = exp2(exponent(v, load(tile.m + j))) * load(tile.scale + j);
+    return bits_and(p, load(tile.keep + j));  // an ignored row's gradient is 0 even where its logits are not finite
+  };
   for (int64_t c = 0; c < n; ++c) {
-    const auto value = [&](Vec<T> v) { return exp2(exponent(v, m)) * scale; };
-    if (count == kLanes) store(g + c * grad_stride, value(load(x + c * stride)));
-    else store_part(g + c * grad_stride, count, value(load_part(x + c * stride, count, A(0))));
+    const T* row = x + c * stride;
+    T* out = g + c * grad_stride;
+    int64_t j = 0;
+    for (; j + kLanes <= count; j += kLanes) store(out + j, value(load(row + j), j));
+    if (j < count) store_part(out + j, count - j, value(load_part(row + j, count - j, Acc<T>(0)), j));
   }
 }
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
 
+// lse and loss of a row from its sum; `target` points to the target's logit, and is null where it is not counted.
 template <class T>
-inline void finish_row(const CrossEntropyParams& p, int64_t row, const BlockSum& s, const T* x) {
+inline void finish_row(const CrossEntropyParams& p, int64_t row, const BlockSum& s, const T* target) {
+  constexpr double kLn2 = 1 / double(kLog2e<Acc<T>>);
+  const double log_sum = std::log2(s.sum);
+  p.lse[row] = (s.m + log_sum) * kLn2;
+  double loss = 0;
+  if (target != nullptr) {
+    const double term = term_of(target, Acc<T>(s.m));
+    loss = term > 0.25 * s.sum ? std::max(0.0, (log_sum - std::log2(term)) * kLn2) : p.lse[row] - load_one(target);
+  }
+  static_cast<Acc<T>*>(p.row_loss)[row] = Acc<T>(loss);
+}
+
+// The logit of the row's target, null where it is ignored.
+template <class T>
+inline const T* target_logit(const CrossEntropyParams& p, int64_t row, const T* x, int64_t stride) {
   const int64_t target = target_of(p, row);
-  const bool counted = target != p.ignore_index;
-  static_cast<Acc<T>*>(p.row_loss)[row] = counted ? loss_of(s, x + target * p.rows.stride_n) : Acc<T>(0);
-  p.lse[row] = natural_lse<T>(s);
+  return target == p.ignore_index ? nullptr : x + target * stride;
 }
 
 template <class T>
@@ -195,44 +226,35 @@ inline void finish_row_grad(const CrossEntropyParams& p, int64_t row, int64_t be
   else grad_row(x, g, begin, end, target, p.lse[row], factor_of<Acc<T>>(p, row));
 }
 
-// How many rows from `row` on can share vectors: those that are neighbours in memory.
 template <class T>
-inline int64_t neighbours(const Rows& rows, int64_t row, int64_t end) {
-  return std::min<int64_t>({Accumulate<T>::kLanes, end - row, rows.inner - row % rows.inner});
-}
-
-template <class T>
-inline void fwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t count) {
+inline void fwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t count, ColumnTile<T>& tile) {
   const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
-  Acc<T> m[Accumulate<T>::kLanes], sum[Accumulate<T>::kLanes];
-  fwd_columns(x, p.rows.n, p.rows.stride_n, count, m, sum);
-  for (int64_t i = 0; i < count; ++i) finish_row(p, row + i, {double(m[i]), double(sum[i])}, x + i);
+  fwd_columns(x, p.rows.n, p.rows.stride_n, count, tile);
+  for (int64_t i = 0; i < count; ++i)
+    finish_row(p, row + i, {double(tile.m[i]), double(tile.sum[i])},
+               target_logit<T>(p, row + i, &tile.logits[i], tile.width));
 }
 
 template <class T>
-inline void bwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t count) {
+inline void bwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t count, ColumnTile<T>& tile) {
   using A = Acc<T>;
-  const int64_t n = p.rows.n, stride = p.rows.stride_n, grad_stride = p.grad_rows.stride_n;
-  const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
   T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
-  Vec<T> m = {}, scale = {};
-  A at_target[Accumulate<T>::kLanes];
+  const bool copied = tile.logits != nullptr;
+  const T* x = copied ? tile.logits.get() : static_cast<const T*>(p.input) + row_offset(p.rows, row);
+  const int64_t n = p.rows.n, stride = copied ? tile.width : p.rows.stride_n, grad_stride = p.grad_rows.stride_n;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t target = target_of(p, row + i);
-    if (target == p.ignore_index) continue;
-    const GradScale<A> s(p.lse[row + i], factor_of<A>(p, row + i));
-    m[i] = s.m;
-    scale[i] = s.scale;
-    at_target[i] = s.at_target(term_of(x + target * stride + i, s.m));
+    const bool counted = target != p.ignore_index;
+    const GradScale<A> s(counted ? p.lse[row + i] : 0, counted ? factor_of<A>(p, row + i) : A(0));
+    tile.m[i] = s.m;
+    tile.scale[i] = s.scale;
+    std::memset(&tile.keep[i], counted ? 0xff : 0, sizeof(A));
+    tile.at_target[i] = counted ? s.at_target(term_of(x + target * stride + i, s.m)) : A(0);
   }
-  bwd_columns(x, stride, g, grad_stride, n, count, m, scale);
+  bwd_columns(x, stride, g, grad_stride, n, count, tile);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t target = target_of(p, row + i);
-    if (target != p.ignore_index) {
-      store_one(g + target * grad_stride + i, at_target[i]);
-    } else {  // exp2(…) · 0 is NaN where the ignored logits are not finite
-      for (int64_t c = 0; c < n; ++c) g[c * grad_stride + i] = T{};
-    }
+    if (target != p.ignore_index) store_one(g + target * grad_stride + i, tile.at_target[i]);
   }
 }
 
@@ -242,15 +264,16 @@ void rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   if (p.rows.stride_n == 1 && (!kBackward || p.grad_rows.stride_n == 1)) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
-      if (kForward) finish_row(p, row, row_exp_sum(x, n), x);
+      if (kForward) finish_row(p, row, row_exp_sum(x, n), target_logit(p, row, x, 1));
       if (kBackward) finish_row_grad<T>(p, row, 0, n);
     }
     return;
   }
+  ColumnTile<T> tile(n, kForward);
   for (int64_t row = begin; row < end;) {
-    const int64_t count = neighbours<T>(p.rows, row, end);
-    if (kForward) fwd_column_rows<T>(p, row, count);
-    if (kBackward) bwd_column_rows<T>(p, row, count);
+    const int64_t count = std::min<int64_t>({tile.width, end - row, p.rows.inner - row % p.rows.inner});
+    if (kForward) fwd_column_rows(p, row, count, tile);
+    if (kBackward) bwd_column_rows(p, row, count, tile);
     row += count;
   }
 }
@@ -267,7 +290,8 @@ template <class T>
 void finish_blocks(const CrossEntropyParams& p, int64_t row, const BlockSum* sums) {
   BlockSum s = kNothing;
   for (int64_t b = 0; b * kBlock < p.rows.n; ++b) s = join(s, sums[b]);
-  finish_row(p, row, s, static_cast<const T*>(p.input) + row_offset(p.rows, row));
+  const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
+  finish_row(p, row, s, target_logit(p, row, x, 1));
 }
 
 template <class T>

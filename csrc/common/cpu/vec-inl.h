@@ -160,6 +160,12 @@ inline void store_part(float* p, int64_t count, VecF v) {
 }
 #endif
 
+template <class T>
+inline void prefetch(const T* p, int64_t count) {
+  const char* bytes = reinterpret_cast<const char*>(p);
+  for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(bytes + i);
+}
+
 // Two vectors of neighbouring elements. Which lane holds which element is the type's own affair: bf16 is cheapest by
 // even and odd elements, which need no shuffle. store2 puts back what load2 took.
 template <class V>
@@ -217,6 +223,16 @@ inline VecD vmax(VecD a, VecD b) { return (VecD)_mm256_max_pd((__m256d)a, (__m25
 inline VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
 inline VecD vmax(VecD a, VecD b) { return a > b ? a : b; }
 #endif
+
+template <class V>
+inline V bits_and(V a, V b) {
+  decltype(a > b) i, j;
+  std::memcpy(&i, &a, sizeof i);
+  std::memcpy(&j, &b, sizeof j);
+  i &= j;
+  std::memcpy(&a, &i, sizeof a);
+  return a;
+}
 
 template <class A>
 constexpr A kLog2e = A(1.4426950408889634);
