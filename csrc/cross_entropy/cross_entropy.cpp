@@ -119,7 +119,9 @@ struct Operands {
     if (!alike) grad = as_rows(at::empty_like(input.tensor), class_dim(logits));
   }
 
-  CrossEntropyParams params(const at::Tensor& target, int64_t ignore_index, Reduction reduction) const {
+  // `stats` is backward's: the counted targets, then row_m and row_sum in the loss' dtype.
+  CrossEntropyParams params(const at::Tensor& target, int64_t ignore_index, Reduction reduction,
+                            const at::Tensor& stats) const {
     CrossEntropyParams p{};
     p.dtype = dtype_of(input.tensor);
     p.rows = input.rows;
@@ -128,6 +130,9 @@ struct Operands {
     p.target_is_int32 = target.scalar_type() == at::kInt;
     p.ignore_index = ignore_index;
     p.reduction = reduction;
+    p.total_weight = const_cast<double*>(stats.const_data_ptr<double>());
+    p.row_m = p.total_weight + 1;
+    p.row_sum = static_cast<char*>(p.row_m) + target.numel() * (p.dtype == DType::kFloat64 ? 8 : 4);
     if (grad.tensor.defined()) {
       p.grad_rows = grad.rows;
       p.grad_input = grad.tensor.mutable_data_ptr();
@@ -179,16 +184,14 @@ CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target
   const auto loss_options = input.options().dtype(accumulate_type(input.scalar_type()));
 
   CrossEntropyResult r;
-  r.stats = at::empty({count + 1}, input.options().dtype(at::kDouble));
+  r.stats = at::empty({1 + count * (loss_options.dtype() == at::kDouble ? 2 : 1)}, input.options().dtype(at::kDouble));
   const bool reduce = reduction != Reduction::kNone;
   r.loss = reduce ? at::empty({}, loss_options) : at::empty(target.sizes(), loss_options);
   const at::Tensor row_loss = reduce ? at::empty({count}, loss_options) : r.loss;
 
-  CrossEntropyParams p = operands.params(t, ignore_index, reduction);
+  CrossEntropyParams p = operands.params(t, ignore_index, reduction, r.stats);
   p.row_loss = row_loss.mutable_data_ptr();
   p.loss = reduce ? r.loss.mutable_data_ptr() : nullptr;
-  p.lse = r.stats.mutable_data_ptr<double>();
-  p.total_weight = p.lse + count;
   if (use_cuda(input)) {
     if constexpr (kHasCuda) launch_cross_entropy_fwd(p, current_stream(input));
     return r;
@@ -224,9 +227,7 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
                                       [](int64_t stride) { return stride == 0; });
   const at::Tensor g = one_number ? grad_output : grad_output.contiguous();
 
-  CrossEntropyParams p = operands.params(t, ignore_index, reduction);
-  p.lse = const_cast<double*>(stats.const_data_ptr<double>());
-  p.total_weight = p.lse + t.numel();
+  CrossEntropyParams p = operands.params(t, ignore_index, reduction, stats);
   p.grad_output = g.const_data_ptr();
   p.grad_output_stride = one_number ? 0 : 1;
   if (use_cuda(input)) {
@@ -248,7 +249,8 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_forward_meta(const at::Tensor& 
                                                               int64_t, std::string_view reduction) {
   check(input, target);
   const auto options = input.options().dtype(accumulate_type(input.scalar_type()));
-  at::Tensor stats = at::empty_symint({target.sym_numel() + 1}, input.options().dtype(at::kDouble));
+  const auto size = target.sym_numel() * (options.dtype() == at::kDouble ? 2 : 1) + 1;
+  at::Tensor stats = at::empty_symint({size}, input.options().dtype(at::kDouble));
   if (parse_reduction(kOp, reduction) != Reduction::kNone) return {at::empty({}, options), stats};
   return {at::empty_symint(target.sym_sizes(), options), stats};
 }

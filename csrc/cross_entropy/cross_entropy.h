@@ -15,7 +15,8 @@ struct CrossEntropyParams {
 
   // forward
   void* row_loss;          // (rows)     float32, or float64 for float64 logits
-  double* lse;             // (rows)     natural logarithm; in double since an error of lse is one of every gradient
+  void* row_m;             // (rows)     Σ exp2(x · log2(e)) = row_sum · 2^row_m, row_m an integer: what backward needs.
+  void* row_sum;           // (rows)     An lse of the same size would put its rounding into every gradient.
   void* loss;              // ()         CUDA with mean or sum: the reduced loss, in row_loss' dtype
   double* total_weight;    // ()         counted targets: the divisor of the mean
 

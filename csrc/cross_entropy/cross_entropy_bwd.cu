@@ -1,4 +1,4 @@
-// Cross-entropy backward on CUDA: grad = (exp(x - lse) - [c == target]) · factor. [CUDA]
+// Cross-entropy backward on CUDA: grad = (exp(x) / Σ exp(x) - [c == target]) · factor. [CUDA]
 // Each logit is read once and its gradient written once.
 #include "common/cuda/vec.cuh"
 #include "cross_entropy/cross_entropy.h"
@@ -21,9 +21,8 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>) cross_entropy_bwd_
       map_row<kRowThreads>(x, p.rows.stride_n, g, p.grad_rows.stride_n, n, [](int64_t, A) { return A(0); });
       continue;
     }
-    // exp(x - lse) = exp2(x · L - m) / sum with an integer m: no rounding of a large lse.
-    const double lse2 = p.lse[row] * double(kLog2e<A>), m2 = ceil(lse2);
-    const A m = A(m2), sum = exp2_of(A(lse2 - m2)), factor = factor_of<A>(p, row), scale = factor / sum;
+    const A m = static_cast<const A*>(p.row_m)[row], sum = static_cast<const A*>(p.row_sum)[row];
+    const A factor = factor_of<A>(p, row), scale = factor / sum;
     map_row<kRowThreads>(x, p.rows.stride_n, g, p.grad_rows.stride_n, n, [&](int64_t c, A v) {
       const A term = term_of(v, m);
       return c == target ? (term - sum) * scale : term * scale;

@@ -1,6 +1,6 @@
 // Cross-entropy rows on the CPU. [per ISA]
 //
-// loss = lse - x[target], lse = log Σ exp(x); grad = (exp(x - lse) - [c == target]) · factor.
+// loss = log Σ exp(x) - x[target]; grad = (exp(x) / Σ exp(x) - [c == target]) · factor.
 // Forward reads each logit once; backward reads it once more and writes the gradient once. Where the incoming gradient
 // is known beforehand both happen row by row, and the second reading is from cache. Log-probabilities are never stored.
 //
@@ -97,30 +97,23 @@ inline Acc<T> term_of(const T* x, Acc<T> m) {
   return exp2(exponent(splat<Vec<T>>(load_one(x)), splat<Vec<T>>(m)))[0];
 }
 
-// Turns exp2(x · L - m) into exp(x - lse) · factor.
+// A row's m and sum as backward finds them.
 template <class A>
-struct GradScale {
-  A m, scale;   // scale = factor / sum
-  double sum;   // Σ exp2(x · L - m), back from lse
-  A factor;
-  GradScale(double lse, A factor) : factor(factor) {
-    const double lse2 = lse * double(kLog2e<A>);
-    m = A(std::ceil(lse2));
-    sum = std::exp2(lse2 - double(m));
-    scale = A(factor / sum);
-  }
-  A at_target(A term) const { return A((double(term) / sum - 1) * factor); }
+struct RowSum {
+  A m, sum;
+  RowSum(const CrossEntropyParams& p, int64_t row)
+      : m(static_cast<const A*>(p.row_m)[row]), sum(static_cast<const A*>(p.row_sum)[row]) {}
+  A at_target(A term, A factor) const { return A((double(term) / double(sum) - 1) * double(factor)); }
 };
 
 // The gradient of elements [begin, end) of a row.
 template <class T>
-inline void grad_row(const T* x, T* g, int64_t begin, int64_t end, int64_t target, double lse, Acc<T> factor) {
+inline void grad_row(const T* x, T* g, int64_t begin, int64_t end, int64_t target, RowSum<Acc<T>> s, Acc<T> factor) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
-  const GradScale<A> s(lse, factor);
-  const A at_target = s.at_target(term_of(x + target, s.m));  // before the gradient may overwrite the logits
+  const A at_target = s.at_target(term_of(x + target, s.m), factor);  // before the gradient may overwrite the logits
   const Vec<T> m = splat<Vec<T>>(s.m);
-  const auto value = [m, scale = s.scale](Vec<T> v) { return exp2(exponent(v, m)) * scale; };
+  const auto value = [m, scale = factor / s.sum](Vec<T> v) { return exp2(exponent(v, m)) * scale; };
   int64_t i = begin;
   for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
     const Pair<Vec<T>> v = load2(x + i);
@@ -143,9 +136,10 @@ template <class T>
 struct ColumnTile {
   int64_t width;                 // a multiple of the lanes
   std::unique_ptr<T[]> logits;   // (n, width)
-  alignas(64) Acc<T> m[kColumns], sum[kColumns];     // forward's statistics
-  alignas(64) Acc<T> scale[kColumns], keep[kColumns];  // backward's factors; keep has all bits set, or none if ignored
-  alignas(64) Acc<T> at_target[kColumns];
+  alignas(64) Acc<T> m[kColumns], sum[kColumns];
+  alignas(64) Acc<T> factor[kColumns];
+  alignas(64) Acc<T> at_target[kColumns];  // the target's logit, then the gradient there
+  alignas(64) Acc<T> keep[kColumns];       // all bits set, or none where the target is ignored
 
   ColumnTile(int64_t n, bool forward)
       : width(std::clamp<int64_t>(kTileElements / std::max<int64_t>(n, 1), Accumulate<T>::kLanes, kColumns) /
@@ -176,13 +170,13 @@ inline void fwd_columns(const T* x, int64_t n, int64_t stride, int64_t count, Co
   }
 }
 
-// Writes the gradient of `count` columns; x may be the tile's own copy.
+// Writes the gradient of `count` columns, whose tile.sum has become factor / sum; x may be the tile's own copy.
 template <class T>
 inline void bwd_columns(const T* x, int64_t stride, T* g, int64_t grad_stride, int64_t n, int64_t count,
                         const ColumnTile<T>& tile) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   const auto value = [&](Vec<T> v, int64_t j) {
-    const Vec<T> p = exp2(exponent(v, load(tile.m + j))) * load(tile.scale + j);
+    const Vec<T> p = exp2(exponent(v, load(tile.m + j))) * load(tile.sum + j);
     return bits_and(p, load(tile.keep + j));  // an ignored row's gradient is 0 even where its logits are not finite
   };
   for (int64_t c = 0; c < n; ++c) {
@@ -196,25 +190,23 @@ inline void bwd_columns(const T* x, int64_t stride, T* g, int64_t grad_stride, i
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
 
-// lse and loss of a row from its sum; `target` points to the target's logit, and is null where it is not counted.
-template <class T>
-inline void finish_row(const CrossEntropyParams& p, int64_t row, const BlockSum& s, const T* target) {
-  constexpr double kLn2 = 1 / double(kLog2e<Acc<T>>);
-  const double log_sum = std::log2(s.sum);
-  p.lse[row] = (s.m + log_sum) * kLn2;
-  double loss = 0;
-  if (target != nullptr) {
-    const double term = term_of(target, Acc<T>(s.m));
-    loss = term > 0.25 * s.sum ? std::max(0.0, (log_sum - std::log2(term)) * kLn2) : p.lse[row] - load_one(target);
-  }
-  static_cast<Acc<T>*>(p.row_loss)[row] = Acc<T>(loss);
-}
+template <class A>
+constexpr A kLn2 = A(1 / double(kLog2e<A>));
 
-// The logit of the row's target, null where it is ignored.
 template <class T>
-inline const T* target_logit(const CrossEntropyParams& p, int64_t row, const T* x, int64_t stride) {
+inline void finish_row(const CrossEntropyParams& p, int64_t row, const BlockSum& s, const T* x) {
+  using A = Acc<T>;
+  const A m = A(s.m);
+  static_cast<A*>(p.row_m)[row] = m;
+  static_cast<A*>(p.row_sum)[row] = A(s.sum);
   const int64_t target = target_of(p, row);
-  return target == p.ignore_index ? nullptr : x + target * stride;
+  double loss = 0;
+  if (target != p.ignore_index) {
+    const double t = exponent(splat<Vec<T>>(load_one(x + target)), splat<Vec<T>>(m))[0], term = term_of(x + target, m);
+    loss = term > 0.25 * s.sum ? std::log2(s.sum / term) : std::log2(s.sum) - t;
+    if (loss < 0) loss = 0;  // rounding of a probability next to 1
+  }
+  static_cast<A*>(p.row_loss)[row] = A(loss * kLn2<A>);
 }
 
 template <class T>
@@ -223,33 +215,64 @@ inline void finish_row_grad(const CrossEntropyParams& p, int64_t row, int64_t be
   T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
   const int64_t target = target_of(p, row);
   if (target == p.ignore_index) std::fill(g + begin, g + end, T{});
-  else grad_row(x, g, begin, end, target, p.lse[row], factor_of<Acc<T>>(p, row));
+  else grad_row(x, g, begin, end, target, RowSum<Acc<T>>(p, row), factor_of<Acc<T>>(p, row));
+}
+
+// What is per row is done for all rows of the tile at once, too: with few classes it is most of the work.
+template <class T>
+inline void find_targets(const CrossEntropyParams& p, int64_t row, int64_t count, const T* x, int64_t stride,
+                         ColumnTile<T>& tile) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t target = target_of(p, row + i);
+    const bool counted = target != p.ignore_index;
+    tile.at_target[i] = counted ? load_one(x + target * stride + i) : Acc<T>(0);
+    std::memset(&tile.keep[i], counted ? 0xff : 0, sizeof(Acc<T>));
+  }
 }
 
 template <class T>
 inline void fwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t count, ColumnTile<T>& tile) {
-  const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
-  fwd_columns(x, p.rows.n, p.rows.stride_n, count, tile);
-  for (int64_t i = 0; i < count; ++i)
-    finish_row(p, row + i, {double(tile.m[i]), double(tile.sum[i])},
-               target_logit<T>(p, row + i, &tile.logits[i], tile.width));
+  using A = Acc<T>;
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  fwd_columns(static_cast<const T*>(p.input) + row_offset(p.rows, row), p.rows.n, p.rows.stride_n, count, tile);
+  find_targets(p, row, count, tile.logits.get(), tile.width, tile);
+  const auto put = [&](void* array, int64_t j, Vec<T> v) {
+    A* to = static_cast<A*>(array) + row + j;
+    if (j + kLanes <= count) store(to, v);
+    else store_part(to, count - j, v);
+  };
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const Vec<T> m = load(tile.m + j), sum = load(tile.sum + j), t = exponent(load(tile.at_target + j), m);
+    const Vec<T> term = exp2(t);
+    const auto likely = term > sum * A(0.25);
+    const Vec<T> loss = log2(likely ? sum / term : sum) - (likely ? Vec<T>{} : t);
+    put(p.row_m, j, m);
+    put(p.row_sum, j, sum);
+    put(p.row_loss, j, bits_and(vmax(Vec<T>{}, loss) * kLn2<A>, load(tile.keep + j)));
+  }
 }
 
 template <class T>
 inline void bwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t count, ColumnTile<T>& tile) {
   using A = Acc<T>;
+  constexpr int kLanes = Accumulate<T>::kLanes;
   T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
   const bool copied = tile.logits != nullptr;
   const T* x = copied ? tile.logits.get() : static_cast<const T*>(p.input) + row_offset(p.rows, row);
   const int64_t n = p.rows.n, stride = copied ? tile.width : p.rows.stride_n, grad_stride = p.grad_rows.stride_n;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t target = target_of(p, row + i);
-    const bool counted = target != p.ignore_index;
-    const GradScale<A> s(counted ? p.lse[row + i] : 0, counted ? factor_of<A>(p, row + i) : A(0));
-    tile.m[i] = s.m;
-    tile.scale[i] = s.scale;
-    std::memset(&tile.keep[i], counted ? 0xff : 0, sizeof(A));
-    tile.at_target[i] = counted ? s.at_target(term_of(x + target * stride + i, s.m)) : A(0);
+  if (!copied) {  // else forward has just left them there
+    std::memcpy(tile.m, static_cast<const A*>(p.row_m) + row, count * sizeof(A));
+    std::memcpy(tile.sum, static_cast<const A*>(p.row_sum) + row, count * sizeof(A));
+    find_targets(p, row, count, x, stride, tile);
+  }
+  std::fill_n(tile.factor, count, factor_of<A>(p, row));
+  if (p.grad_output_stride != 0)
+    for (int64_t i = 0; i < count; ++i) tile.factor[i] = factor_of<A>(p, row + i);
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const Vec<T> sum = load(tile.sum + j), factor = load(tile.factor + j);
+    const Vec<T> term = exp2(exponent(load(tile.at_target + j), load(tile.m + j)));
+    store(tile.at_target + j, (term - sum) / sum * factor);
+    store(tile.sum + j, factor / sum);
   }
   bwd_columns(x, stride, g, grad_stride, n, count, tile);
   for (int64_t i = 0; i < count; ++i) {
@@ -264,7 +287,7 @@ void rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   if (p.rows.stride_n == 1 && (!kBackward || p.grad_rows.stride_n == 1)) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
-      if (kForward) finish_row(p, row, row_exp_sum(x, n), target_logit(p, row, x, 1));
+      if (kForward) finish_row(p, row, row_exp_sum(x, n), x);
       if (kBackward) finish_row_grad<T>(p, row, 0, n);
     }
     return;
@@ -291,7 +314,7 @@ void finish_blocks(const CrossEntropyParams& p, int64_t row, const BlockSum* sum
   BlockSum s = kNothing;
   for (int64_t b = 0; b * kBlock < p.rows.n; ++b) s = join(s, sums[b]);
   const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
-  finish_row(p, row, s, target_logit(p, row, x, 1));
+  finish_row(p, row, s, x);
 }
 
 template <class T>

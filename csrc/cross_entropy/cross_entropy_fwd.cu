@@ -27,8 +27,9 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>) cross_entropy_fwd_
     const bool counted = target != p.ignore_index;
     device_assert(!counted || (target >= 0 && target < n),
                   "cross_entropy: target: expected a class index or ignore_index");
-    static_cast<A*>(p.row_loss)[row] = counted ? A(loss_of(s, A(to_acc(x[target * stride])))) : A(0);
-    p.lse[row] = natural_lse(s);
+    static_cast<A*>(p.row_loss)[row] = counted ? loss_of(s, A(to_acc(x[target * stride]))) : A(0);
+    static_cast<A*>(p.row_m)[row] = s.m;
+    static_cast<A*>(p.row_sum)[row] = s.sum;
   }
 }
 

@@ -8,7 +8,7 @@ namespace tse {
 
 struct CrossEntropyResult {
   at::Tensor loss;
-  at::Tensor stats;       // what backward needs: lse of each row, then the number of counted targets
+  at::Tensor stats;       // what backward needs of each row beside the logits
   at::Tensor grad_input;  // of cross_entropy_forward_backward
 };
 

@@ -51,19 +51,13 @@ __device__ inline void add(ExpSum<A>& s, const T* x) {
   for (int k = 0; k < kCount; ++k) s.sum += term_of(A(to_acc(x[k])), reference);
 }
 
-template <class A>
-__device__ inline double natural_lse(const ExpSum<A>& s) {
-  return (double(s.m) + log2(double(s.sum))) / double(kLog2e<A>);
-}
-
 // -log p of a target with logit x. One that has nearly all of the probability is compared with the sum in the sum's own
 // arithmetic, so that a loss that must be 0 is 0.
 template <class A>
-__device__ inline double loss_of(const ExpSum<A>& s, A x) {
-  const double term = term_of(x, s.m), sum = s.sum;
-  if (!(term > 0.25 * sum)) return natural_lse(s) - double(x);
-  const double loss = log2(sum / term) / double(kLog2e<A>);
-  return loss > 0 ? loss : 0;
+__device__ inline A loss_of(const ExpSum<A>& s, A x) {
+  const A t = fma(x, kLog2e<A>, -s.m), term = exp2_of(t);
+  const A loss = term > s.sum * A(0.25) ? log2(s.sum / term) : log2(s.sum) - t;
+  return loss < 0 ? A(0) : loss * A(1 / double(kLog2e<A>));
 }
 
 }  // namespace tse

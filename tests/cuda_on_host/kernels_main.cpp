@@ -61,7 +61,8 @@ void check_cross_entropy(int64_t count, int64_t n, int64_t offset, bool columns,
   }
   std::vector<A> row_loss(count, NAN), grad_output(reduction == Reduction::kNone ? count : 1);
   for (A& v : grad_output) v = normal(random);
-  std::vector<double> stats(count + 1, NAN);
+  std::vector<A> row_m(count, NAN), row_sum(count, NAN);
+  double total_weight = NAN;
   A loss = NAN;
   CrossEntropyParams p{};
   p.dtype = kDType<T>;
@@ -71,9 +72,10 @@ void check_cross_entropy(int64_t count, int64_t n, int64_t offset, bool columns,
   p.ignore_index = -100;
   p.reduction = reduction;
   p.row_loss = row_loss.data();
-  p.lse = stats.data();
+  p.row_m = row_m.data();
+  p.row_sum = row_sum.data();
   p.loss = &loss;
-  p.total_weight = stats.data() + count;
+  p.total_weight = &total_weight;
   p.grad_rows = g.rows;
   p.grad_input = g.data();
   p.grad_output = grad_output.data();
