@@ -67,7 +67,7 @@ def extension():
     suffixes = (".cpp", ".cu") if with_cuda else (".cpp",)
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in suffixes)
     # OpenMP: without it at::parallel_for is serial. torch brings the libgomp.so.1 that is then found.
-    cxx = ["-O2", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     macros = [("TSE_WITH_CUDA", None)] if with_cuda else []
     if with_cuda and "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
         os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_ARCHITECTURES

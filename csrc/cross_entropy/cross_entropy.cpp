@@ -95,9 +95,16 @@ template <class A>
 void reduce_loss(const CrossEntropyParams& p) {
   const A* row_loss = static_cast<const A*>(p.row_loss);
   const double sum = sum_by_chunks(row_count(p.rows), [&](int64_t begin, int64_t end) {
-    double s[4] = {};  // four sums: one would wait for each addition
-    for (int64_t i = begin; i < end; ++i) s[i % 4] += double(row_loss[i]);
-    return (s[0] + s[1]) + (s[2] + s[3]);
+    double a = 0, b = 0, c = 0, d = 0;  // one sum would wait for each addition
+    int64_t i = begin;
+    for (; i + 4 <= end; i += 4) {
+      a += double(row_loss[i]);
+      b += double(row_loss[i + 1]);
+      c += double(row_loss[i + 2]);
+      d += double(row_loss[i + 3]);
+    }
+    for (; i < end; ++i) a += double(row_loss[i]);
+    return (a + b) + (c + d);
   });
   *static_cast<A*>(p.loss) = A(p.reduction == Reduction::kMean ? sum / *p.total_weight : sum);  // 0 / 0 is NaN
 }
