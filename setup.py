@@ -90,8 +90,7 @@ def build_ext():
             super().finalize_options()
             self.build_temp = str(ROOT / "build" / "temp")  # pip would compile everything anew in a folder of its own
 
-    # No Python in the library: it is loaded by torch.ops.load_library, so one file serves every Python version.
-    return Build.with_options(no_python_abi_suffix=True, use_ninja=True)
+    return Build.with_options(use_ninja=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def kind(path):
         return "isa"
     if path.name.endswith("_cpu.cpp") or path.match("common/cpu/*") or path.name == "types.h":
         return "plain"
-    if path.suffix == ".h" and path.parent.name != "common":
+    if path.suffix == ".h" and path.parent.name != "common" and not path.name.endswith("_host.h"):
         return "plain"
     return "torch"
 

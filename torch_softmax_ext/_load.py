@@ -1,37 +1,39 @@
 """Loads the compiled library. Whatever goes wrong becomes one readable ImportError with its cause chained."""
 
+import importlib
+import importlib.util
 import os
-from pathlib import Path
+import sys
+
+NAME = "torch_softmax_ext._C"
 
 
 def load():
+    """The library's module; importing it registers the operators."""
     try:
         import torch
     except ImportError as error:
         raise ImportError("torch_softmax_ext needs PyTorch 2.11 or newer, which could not be imported") from error
-
-    # The test suite points this at a build of its own (CUDA kernels executed on the host).
-    override = os.environ.get("TORCH_SOFTMAX_EXT_LIBRARY")
-    path = Path(override) if override else Path(__file__).parent / "_C.so"
-    if not path.exists():
-        raise ImportError(
-            f"torch_softmax_ext: its compiled library {path} is not there; "
-            "build it with `pip install --no-build-isolation .` (or `make build` in a checkout)"
-        )
     try:
-        torch.ops.load_library(str(path))
-    except OSError as error:  # torch puts the loader's own words into the cause
-        message = str(error.__cause__ or error)
-        if "undefined symbol" in message:
+        # The test suite points this at a build of its own (CUDA kernels executed on the host).
+        if path := os.environ.get("TORCH_SOFTMAX_EXT_LIBRARY"):
+            spec = importlib.util.spec_from_file_location(NAME, path)
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[NAME] = module
+            spec.loader.exec_module(module)
+            return module
+        return importlib.import_module(NAME)
+    except ImportError as error:
+        message = str(error)
+        if isinstance(error, ModuleNotFoundError):
+            why = f"it was not built for this Python, {sys.version_info.major}.{sys.version_info.minor}"
+        elif "undefined symbol" in message:
             why = f"it was built for another version of PyTorch than {torch.__version__}"
         elif "cannot open shared object file" in message:
-            why = "a library that it needs was not found (for a CUDA build: CUDA's runtime)"
+            why = "the library, or one that it needs (for a CUDA build: CUDA's runtime), was not found"
         else:
             why = "the system could not load it"
         raise ImportError(
-            f"torch_softmax_ext: {path} could not be loaded: {why}; "
-            f"rebuild it with `pip install --no-build-isolation --force-reinstall .`. {message}"
+            f"torch_softmax_ext: its compiled library could not be loaded: {why}; build it with "
+            f"`pip install --no-build-isolation --force-reinstall .` (`make build` in a checkout). {message}"
         ) from error
-
-
-load()

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from torch_softmax_ext import _C
+
 _op = torch.ops.torch_softmax_ext.cross_entropy.default
+_fast = _C.cross_entropy  # plain tensors only, else NotImplemented
 
 
 def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
@@ -32,6 +35,10 @@ def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, re
         RuntimeError: other shapes that do not fit, a target that is not int64 or int32, tensors on two devices.
         NotImplementedError: logits that are not floating point; class probabilities as target.
     """
+    if not torch.compiler.is_compiling():
+        result = _fast(input, target, ignore_index, reduction)
+        if result is not NotImplemented:
+            return result
     return _op(input, target, ignore_index=ignore_index, reduction=reduction)
 
 

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from torch_softmax_ext import _C
+
 _sparsemax = torch.ops.torch_softmax_ext.sparsemax.default
+_fast = _C.sparsemax  # plain tensors only, else NotImplemented
 
 
 def sparsemax(input: Tensor, dim: int = -1) -> Tensor:
@@ -26,6 +29,10 @@ def sparsemax(input: Tensor, dim: int = -1) -> Tensor:
         IndexError: ``dim`` out of range.
         NotImplementedError: logits that are not floating point.
     """
+    if not torch.compiler.is_compiling():
+        result = _fast(input, dim)
+        if result is not NotImplemented:
+            return result
     return _sparsemax(input, dim)
 
 

@@ -75,9 +75,8 @@ double count_targets(const Index* target, int64_t rows, int64_t classes, int64_t
     return double(count);
   });
   if (bad) {
-    const Index* t = std::find_if(target, target + rows, [&](int64_t v) {
-      return v != ignore_index && (v < 0 || v >= classes);
-    });
+    const Index* t =
+        std::find_if(target, target + rows, [&](int64_t v) { return v != ignore_index && (v < 0 || v >= classes); });
     TSE_CHECK_INDEX(false, kOp, "target", "expected a class index in [0, ", classes, ") or ignore_index ", ignore_index,
                     ", got ", int64_t(*t), " at row ", t - target);
   }
@@ -168,9 +167,8 @@ void run_cpu(const CrossEntropyParams& p, bool forward, bool backward) {
   std::vector<BlockSum> sums(blocks);
   for (int64_t row = 0; row < rows; ++row) {
     if (forward) {
-      at::parallel_for(0, blocks, kBlocksPerTask, [&](int64_t begin, int64_t end) {
-        cross_entropy_block_sums(p, row, begin, end, sums.data());
-      });
+      at::parallel_for(0, blocks, kBlocksPerTask,
+                       [&](int64_t begin, int64_t end) { cross_entropy_block_sums(p, row, begin, end, sums.data()); });
       cross_entropy_finish_row(p, row, sums.data());
     }
     if (backward) {
@@ -181,7 +179,7 @@ void run_cpu(const CrossEntropyParams& p, bool forward, bool backward) {
 }
 
 CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
-                          std::string_view reduction_name, std::optional<double> grad_output) {
+                               std::string_view reduction_name, std::optional<double> grad_output) {
   check(input, target);
   const Reduction reduction = parse_reduction(kOp, reduction_name);
   const c10::OptionalDeviceGuard guard(input.device());
@@ -229,9 +227,9 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
   const Operands operands(input, /*backward=*/true);
   const at::Tensor t = target.contiguous();
   // A gradient that is one number expanded over the rows, as sum() sends it back, is read as that one number.
-  const bool one_number = reduction != Reduction::kNone ||
-                          std::all_of(grad_output.strides().begin(), grad_output.strides().end(),
-                                      [](int64_t stride) { return stride == 0; });
+  const bool one_number =
+      reduction != Reduction::kNone || std::all_of(grad_output.strides().begin(), grad_output.strides().end(),
+                                                   [](int64_t stride) { return stride == 0; });
   const at::Tensor g = one_number ? grad_output : grad_output.contiguous();
 
   CrossEntropyParams p = operands.params(t, ignore_index, reduction, stats);

@@ -15,15 +15,15 @@ struct CrossEntropyParams {
 
   // forward
   void* row_loss;          // (rows)     float32, or float64 for float64 logits
-  void* row_m;             // (rows)     Σ exp2(x · log2(e)) = row_sum · 2^row_m, row_m an integer: what backward needs.
-  void* row_sum;           // (rows)     An lse of the same size would put its rounding into every gradient.
-  void* loss;              // ()         CUDA with mean or sum: the reduced loss, in row_loss' dtype
-  double* total_weight;    // ()         counted targets: the divisor of the mean
+  void* row_m;  // (rows)     Σ exp2(x · log2(e)) = row_sum · 2^row_m, row_m an integer: what backward needs.
+  void* row_sum;  // (rows)     An lse of the same size would put its rounding into every gradient.
+  void* loss;  // ()         CUDA with mean or sum: the reduced loss, in row_loss' dtype
+  double* total_weight;  // ()         counted targets: the divisor of the mean
 
   // backward
-  Rows grad_rows;          // of grad_input; sizes as rows
-  void* grad_input;        // (rows, n)
-  const void* grad_output; // (rows) for kNone, else (); in row_loss' dtype
+  Rows grad_rows;  // of grad_input; sizes as rows
+  void* grad_input;  // (rows, n)
+  const void* grad_output;  // (rows) for kNone, else (); in row_loss' dtype
   int64_t grad_output_stride;
 };
 
@@ -47,7 +47,7 @@ void cross_entropy_fwd_bwd_rows(const CrossEntropyParams& p, int64_t begin, int6
 // CPU, fewer rows than threads: blocks [begin, end) of one row with contiguous elements. First the sums of the blocks,
 // then (all blocks known) the row's loss, then the gradient of the blocks' elements. The same bits as by rows.
 struct BlockSum {
-  double m;    // Σ exp2(x · log2(e)) = sum · 2^m; -inf and 0: nothing was added
+  double m;  // Σ exp2(x · log2(e)) = sum · 2^m; -inf and 0: nothing was added
   double sum;
 };
 constexpr int64_t kCrossEntropyBlock = 4096;  // elements: what stays in L1

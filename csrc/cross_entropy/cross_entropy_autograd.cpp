@@ -57,9 +57,9 @@ at::Tensor composed(const at::Tensor& input, const at::Tensor& target, int64_t i
 }
 
 // The incoming gradient of a mean or sum is one number, mostly the same in each step: 1, or 1 / steps of gradient
-// accumulation, or a loss scale. Knowing it in the forward pass saves backward's reading of the logits. So it is guessed:
-// the last one comes again. Backward compares: a right guess has the bits that backward would compute, a wrong one is
-// thrown away, and there is no guessing until the same number came twice (a loss divided by a varying count).
+// accumulation, or a loss scale. Knowing it in the forward pass saves backward's reading of the logits. So it is
+// guessed: the last one comes again. Backward compares: a right guess has the bits that backward would compute, a wrong
+// one is thrown away, and there is no guessing until the same number came twice (a loss divided by a varying count).
 class GradOutputGuess {
  public:
   std::optional<float> get() const {

@@ -4,13 +4,13 @@
 // Forward reads each logit once; backward reads it once more and writes the gradient once. Where the incoming gradient
 // is known beforehand both happen row by row, and the second reading is from cache. Log-probabilities are never stored.
 //
-// exp is taken in base 2 against an integer reference m, so that x · log2(e) - m is exact in one fused multiply-add, and
-// sums with different references are joined by powers of two, without rounding. The reference is ≥ the maximum of the
-// row's first block. Later blocks keep it without looking for their own maximum: terms may well be above 1, and a block
-// whose sum shows that it is not near the reference is added up again with its own.
-// L = log2(e) rounded to the type stands for the base on the way there and back: only differences feel its error.
-// A target that has nearly all of the probability is compared with the sum in the same arithmetic that built the sum,
-// so that a loss and a gradient that must be 0 are 0.
+// exp is taken in base 2 against an integer reference m, so that x · log2(e) - m is exact in one fused multiply-add,
+// and sums with different references are joined by powers of two, without rounding. The reference is ≥ the maximum of
+// the row's first block. Later blocks keep it without looking for their own maximum: terms may well be above 1, and a
+// block whose sum shows that it is not near the reference is added up again with its own. L = log2(e) rounded to the
+// type stands for the base on the way there and back: only differences feel its error. A target that has nearly all of
+// the probability is compared with the sum in the same arithmetic that built the sum, so that a loss and a gradient
+// that must be 0 are 0.
 
 constexpr int64_t kBlock = kCrossEntropyBlock;
 constexpr BlockSum kNothing = {-std::numeric_limits<double>::infinity(), 0};
@@ -126,20 +126,20 @@ inline void grad_row(const T* x, T* g, int64_t begin, int64_t end, int64_t targe
 
 // ---- the class dimension is not the last one: the lanes of vectors are neighbouring rows --------------------------
 //
-// Columns are walked in tiles of up to kColumns, class by class, so that memory is read in runs. Forward keeps the tile:
-// classes lie a power of two apart as often as not, and would push each other out of the cache.
+// Columns are walked in tiles of up to kColumns, class by class, so that memory is read in runs. Forward keeps the
+// tile: classes lie a power of two apart as often as not, and would push each other out of the cache.
 
 constexpr int64_t kColumns = 2048;
 constexpr int64_t kTileElements = 65536;  // of the copy: half of L2 in fp32
 
 template <class T>
 struct ColumnTile {
-  int64_t width;                 // a multiple of the lanes
-  std::unique_ptr<T[]> logits;   // (n, width)
+  int64_t width;  // a multiple of the lanes
+  std::unique_ptr<T[]> logits;  // (n, width)
   alignas(64) Acc<T> m[kColumns], sum[kColumns];
   alignas(64) Acc<T> factor[kColumns];
   alignas(64) Acc<T> at_target[kColumns];  // the target's logit, then the gradient there
-  alignas(64) Acc<T> keep[kColumns];       // all bits set, or none where the target is ignored
+  alignas(64) Acc<T> keep[kColumns];  // all bits set, or none where the target is ignored
 
   ColumnTile(int64_t n, bool forward)
       : width(std::clamp<int64_t>(kTileElements / std::max<int64_t>(n, 1), Accumulate<T>::kLanes, kColumns) /

@@ -1,12 +1,12 @@
 // Sparsemax rows on the CPU. [per ISA]
 //
 // p = max(x - tau, 0) with Σ p = 1 (Martins & Astudillo 2016). tau without sorting: Newton's (= Michelot's) step from
-// below, tau ← tau + (Σ (x - tau)_+ - 1) / #{x > tau}, ends exactly when the support stops changing. Only elements above
-// max - 1 can be in the support. Mostly these candidates are few: they are collected while the row is read, block by
-// block against the maximum so far, and the result is zeros with some elements set. Where they are many, or the row is
-// short, the row itself takes their place. From memory the row is read once and written once.
-// All is relative to the row's maximum, and tau is held as the sum of two numbers: in a support of 10^5 elements of
-// 10^-5 the rounding of tau alone would show in Σ p.
+// below, tau ← tau + (Σ (x - tau)_+ - 1) / #{x > tau}, ends exactly when the support stops changing. Only elements
+// above max - 1 can be in the support. Mostly these candidates are few: they are collected while the row is read, block
+// by block against the maximum so far, and the result is zeros with some elements set. Where they are many, or the row
+// is short, the row itself takes their place. From memory the row is read once and written once. All is relative to the
+// row's maximum, and tau is held as the sum of two numbers: in a support of 10^5 elements of 10^-5 the rounding of tau
+// alone would show in Σ p.
 
 constexpr int64_t kBlock = 4096;    // what stays in L1 between maximum and candidates
 constexpr int64_t kShortRow = 512;  // collecting candidates pays above

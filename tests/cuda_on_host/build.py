@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -60,7 +61,7 @@ def library():
 
     torch_flags = (
         f"-std=c++20 -O1 -g0 -fPIC -fopenmp -D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())} "
-        + " ".join(f"-isystem {p}" for p in include_paths())
+        + " ".join(f"-isystem {p}" for p in [*include_paths(), sysconfig.get_path("include")])
     )
     objects = [(HERE / "executor.cpp", f"-std=c++20 -O2 -fPIC {kernel_flags()}")]
     for source in sorted((ROOT / "csrc").rglob("*")):
@@ -69,7 +70,11 @@ def library():
         elif source.suffix == ".cpp":
             objects.append((source, f"{torch_flags} {kernel_flags()}"))
     paths = library_paths()
-    link = "-shared -fopenmp " + " ".join(f"-L{p} -Wl,-rpath,{p}" for p in paths) + " -lc10 -ltorch -ltorch_cpu"
+    link = (
+        "-shared -fopenmp "
+        + " ".join(f"-L{p} -Wl,-rpath,{p}" for p in paths)
+        + " -lc10 -ltorch -ltorch_cpu -ltorch_python"
+    )
     return ninja(BUILD / "library", objects, link, "_C.so")
 
 

@@ -336,8 +336,8 @@ inline auto reduce_max(V v) {  // of a vector without NaN
 
 // ---- compaction ---------------------------------------------------------------------------------------------------
 
-// Appends the lanes of v that are > threshold to `values`, and their indices (`index` is the first lane's) to `indices`.
-// Returns how many; may write a whole vector at both.
+// Appends the lanes of v that are > threshold to `values`, and their indices (`index` is the first lane's) to
+// `indices`. Returns how many; may write a whole vector at both.
 #if TSE_ISA == 2
 inline int64_t append_above(VecF v, float threshold, int32_t index, float* values, int32_t* indices) {
   const __mmask16 mask = _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(threshold), _CMP_GT_OQ);

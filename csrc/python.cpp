@@ -1,0 +1,89 @@
+// The short way from Python into the dispatcher. [torch, Python]
+//
+// torch.ops parses arguments by schema, which costs as much as a small operator. For plain tensors this module calls
+// the same operator handle directly; whatever else comes (tensor subclasses, modes) is answered with NotImplemented,
+// and the Python function takes torch.ops. Importing the library also registers the operators.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <cstring>
+#include <string_view>
+#include <tuple>
+
+namespace tse {
+namespace {
+
+template <class T>
+struct FromPython;
+template <>
+struct FromPython<const at::Tensor&> {
+  static bool check(PyObject* o) { return THPVariable_CheckExact(o); }
+  static const at::Tensor& convert(PyObject* o) { return THPVariable_Unpack(o); }
+};
+template <>
+struct FromPython<int64_t> {
+  static bool check(PyObject* o) { return PyLong_CheckExact(o); }
+  static int64_t convert(PyObject* o) {
+    const int64_t value = PyLong_AsLongLong(o);
+    if (value == -1 && PyErr_Occurred()) throw python_error();
+    return value;
+  }
+};
+template <>
+struct FromPython<std::string_view> {
+  static bool check(PyObject* o) { return PyUnicode_CheckExact(o); }
+  static std::string_view convert(PyObject* o) {
+    Py_ssize_t size = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(o, &size);
+    if (text == nullptr) throw python_error();
+    return {text, static_cast<size_t>(size)};
+  }
+};
+
+// One operator, Tensor(Args...), as a function of positional arguments.
+template <const char* kName, class... Args>
+struct Function {
+  template <size_t... I>
+  static PyObject* call(PyObject* const* args, std::index_sequence<I...>) {
+    if (!(FromPython<Args>::check(args[I]) && ...)) Py_RETURN_NOTIMPLEMENTED;
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kName, "").typed<at::Tensor(Args...)>();
+    const std::tuple<Args...> values(FromPython<Args>::convert(args[I])...);
+    at::Tensor result;
+    {
+      const pybind11::gil_scoped_release no_gil;
+      result = op.call(std::get<I>(values)...);
+    }
+    return THPVariable_Wrap(std::move(result));
+  }
+
+  static PyObject* from_python(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    HANDLE_TH_ERRORS
+    if (count != sizeof...(Args) || at::impl::torch_function_mode_enabled()) Py_RETURN_NOTIMPLEMENTED;
+    return call(args, std::index_sequence_for<Args...>());
+    END_HANDLE_TH_ERRORS
+  }
+
+  static PyMethodDef method() {  // the name behind the namespace
+    const auto function = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(from_python));
+    return {std::strchr(kName, ':') + 2, function, METH_FASTCALL, nullptr};
+  }
+};
+
+constexpr char kCrossEntropy[] = "torch_softmax_ext::cross_entropy";
+constexpr char kSparsemax[] = "torch_softmax_ext::sparsemax";
+
+}  // namespace
+}  // namespace tse
+
+PyMODINIT_FUNC PyInit__C() {
+  using at::Tensor;
+  static PyMethodDef methods[] = {
+      tse::Function<tse::kCrossEntropy, const Tensor&, const Tensor&, int64_t, std::string_view>::method(),
+      tse::Function<tse::kSparsemax, const Tensor&, int64_t>::method(),
+      {nullptr, nullptr, 0, nullptr},
+  };
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}
