@@ -1,17 +1,16 @@
 """Tables and a plot from the JSON of a run."""
 
-ROOF = {"forward": "read", "forward+backward": "copy", "backward": "copy"}
+ROOFS = {
+    ("cross_entropy", "forward"): "read",
+    ("cross_entropy", "forward+backward"): "copy",
+    ("sparsemax", "forward"): "copy",
+    ("sparsemax", "backward"): "add",
+}
 
 
 def roof_of(row):
-    """(name, seconds): the least that the row's bytes cost. Sparsemax writes as much as it reads."""
-    name = "copy" if row["operator"] == "sparsemax" else ROOF[row["mode"]]
-    seconds = row["seconds"][name]
-    if (
-        row["operator"] == "sparsemax" and row["mode"] == "backward"
-    ):  # two reads and a write, where a copy is one and one
-        seconds *= 1.5
-    return name, seconds
+    """Seconds that the row's bytes cost at least: each tensor that must be read or written, once."""
+    return row["seconds"][ROOFS[row["operator"], row["mode"]]]
 
 
 def dtype_name(row):
@@ -24,7 +23,7 @@ def duration(seconds):
 
 def markdown(run):
     e = run["environment"]
-    names = [n for row in run["rows"] for n in row["seconds"] if n not in ("ours", "read", "copy")]
+    names = [n for row in run["rows"] for n in row["seconds"] if n not in ("ours", "read", "copy", "add")]
     others = list(dict.fromkeys(names))
     lines = [
         f"{e['cpu']}, {e['threads']} threads, {e['isa']}, torch {e['torch']}, {e['allocator']} allocator, {e['date']}. "
@@ -35,7 +34,7 @@ def markdown(run):
     ]  # fmt: skip
     for row in run["rows"]:
         s = row["seconds"]
-        roof = f"{s['ours'] / roof_of(row)[1]:.2f}" if row["bytes"] > 1 << 20 else "–"
+        roof = f"{s['ours'] / roof_of(row):.2f}" if row["bytes"] > 1 << 20 else "–"
         ratios = [f"{s[n] / s['ours']:.1f}" if n in s else "–" for n in others]
         memory = row["peak_bytes"]
         peak = "–"
@@ -56,7 +55,7 @@ def compare(before, after):
             continue
         a, b = old[row["name"]], row
         sa, sb = a["seconds"]["ours"], b["seconds"]["ours"]
-        roofs = f"{sa / roof_of(a)[1]:.2f} | {sb / roof_of(b)[1]:.2f}"
+        roofs = f"{sa / roof_of(a):.2f} | {sb / roof_of(b):.2f}"
         lines.append(f"| {row['name']} | {duration(sa)} | {duration(sb)} | {sa / sb:.2f} | {roofs} |")
     return "\n".join(lines) + "\n"
 
@@ -69,11 +68,11 @@ def plot(run, path):
     import matplotlib.pyplot as plt
 
     rows = [r for r in run["rows"] if r["bytes"] > 1 << 20]
-    providers = list(dict.fromkeys(n for r in rows for n in r["seconds"] if n not in ("read", "copy")))
+    providers = list(dict.fromkeys(n for r in rows for n in r["seconds"] if n not in ("read", "copy", "add")))
     figure, axis = plt.subplots(figsize=(11, 0.5 * len(rows) + 1.5))
     height = 0.8 / max(1, len(providers))
     for i, provider in enumerate(providers):
-        share = [roof_of(r)[1] / r["seconds"][provider] if provider in r["seconds"] else 0 for r in rows]
+        share = [roof_of(r) / r["seconds"][provider] if provider in r["seconds"] else 0 for r in rows]
         axis.barh([y + i * height for y in range(len(rows))], share, height, label=provider)
     axis.set_yticks([y + 0.4 - height / 2 for y in range(len(rows))], [r["name"] for r in rows], fontsize=8)
     axis.invert_yaxis()

@@ -1,20 +1,24 @@
 // Sparsemax rows on the CPU. [per ISA]
 //
 // p = max(x - tau, 0) with Σ p = 1 (Martins & Astudillo 2016). tau without sorting: Newton's (= Michelot's) step from
-// below, tau ← tau + (Σ (x - tau)_+ - 1) / #{x > tau}, ends exactly when the support stops changing. Only elements
-// above max - 1 can be in the support. Mostly these candidates are few: they are collected while the row is read, block
-// by block against the maximum so far, and the result is zeros with some elements set. Where they are many, or the row
-// is short, the row itself takes their place. From memory the row is read once and written once. All is relative to the
-// row's maximum, and tau is held as the sum of two numbers: in a support of 10^5 elements of 10^-5 the rounding of tau
-// alone would show in Σ p.
+// below, tau ← tau + (Σ (x - tau)_+ - 1) / #{x > tau}, ends exactly when the support stops changing, and what a step
+// leaves behind never comes back. tau of a part of the row is a lower bound for the row's (Condat 2016). So candidates
+// are collected while the row is read, block by block against the threshold of what was read before; mostly they stay
+// few, and the result is zeros with some elements set. A short row is its own list of candidates. From memory the row
+// is read once and written once. All is relative to the largest element, and tau is held as the sum of two numbers: in
+// a support of 10^5 elements of 10^-5 the rounding of tau alone would show in Σ p.
 
-constexpr int64_t kBlock = 4096;    // what stays in L1 between maximum and candidates
-constexpr int64_t kShortRow = 512;  // collecting candidates pays above
+constexpr int64_t kBlock = 1024;    // what stays in L1 between maximum and candidates
+constexpr int64_t kShortRow = 128;  // collecting candidates pays above
 
 template <class A>
 struct Threshold {
-  A hi, lo;
-  explicit Threshold(double tau) : hi(A(tau)), lo(A(tau - double(hi))) {}
+  A max, hi, lo;  // tau = max + hi + lo
+  Threshold(A max, double tau) : max(max), hi(A(tau)), lo(A(tau - double(hi))) {}
+  template <class V>
+  V excess(V x) const {  // x - tau
+    return ((x - max) - hi) - lo;
+  }
 };
 
 // The largest element, and NaN if there is one.
@@ -23,104 +27,154 @@ inline Acc<T> max_or_nan(const T* x, int64_t n) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const A low = -std::numeric_limits<A>::infinity();
-  Vec<T> m0 = splat<Vec<T>>(low), m1 = m0;
-  auto nan = m0 != m0;
+  Vec<T> m0 = splat<Vec<T>>(low), m1 = m0, nan = {};
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     const Pair<Vec<T>> v = load2(x + i);
     m0 = vmax(v.a, m0);
     m1 = vmax(v.b, m1);
-    nan |= (v.a != v.a) | (v.b != v.b);
+    nan += v.a != v.a || v.b != v.b ? splat<Vec<T>>(A(1)) : Vec<T>{};
   }
   for (; i < n; i += kLanes) {
     const Vec<T> v = i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, low);
     m0 = vmax(v, m0);
-    nan |= v != v;
+    nan += v != v ? splat<Vec<T>>(A(1)) : Vec<T>{};
   }
-  return reduce_add(nan) != 0 ? std::numeric_limits<A>::quiet_NaN() : reduce_max(vmax(m0, m1));
+  return reduce_add(nan) > 0 ? std::numeric_limits<A>::quiet_NaN() : reduce_max(vmax(m0, m1));
 }
 
-// tau relative to `max` for the elements x, of which those at or below max - 1 have no say.
+// Newton's steps over the elements x themselves.
 template <class T>
 inline Threshold<Acc<T>> find_threshold(const T* x, int64_t n, Acc<T> max) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
-  const A low = -std::numeric_limits<A>::infinity();
   double tau = -1;
   for (int64_t support = n + 1;;) {
-    const Threshold<A> t(tau);
-    double total = 0;
-    int64_t active = 0;
-    for (int64_t begin = 0; begin < n; begin += kBlock) {  // sums of a block in the type, of blocks in double
-      const int64_t end = std::min(begin + kBlock, n);
-      Vec<T> sum = {};
-      auto above = sum > sum;  // counts downwards: true is -1
-      for (int64_t i = begin; i < end; i += kLanes) {
-        const Vec<T> v = i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, low);
-        const Vec<T> p = vmax(((v - max) - t.hi) - t.lo, Vec<T>{});
-        sum += p;
-        above += p > Vec<T>{};
-      }
-      total += double(reduce_add(sum));
-      active -= int64_t(reduce_add(above));
-    }
-    tau += (total - 1) / double(active);
-    if (active >= support) return Threshold<A>(tau);
+    const Threshold<A> t(max, tau);
+    Vec<T> sum = {};
+    int64_t active = 0, i = 0;
+    const auto add = [&](Vec<T> v) {
+      const Vec<T> p = t.excess(v);
+      sum += vmax(p, Vec<T>{});
+      active += count_positive(p);
+    };
+    for (; i + kLanes <= n; i += kLanes) add(load(x + i));
+    if (i < n) add(load_part(x + i, n - i, -std::numeric_limits<A>::infinity()));
+    tau += (double(reduce_add(sum)) - 1) / double(active);
+    if (active >= support) return Threshold<A>(max, tau);
     support = active;
   }
 }
 
-// Room for the candidates of a row: a whole vector may be written behind them.
+// Elements that may be in the support, with a whole vector's room behind them.
 template <class A>
 struct Candidates {
   std::unique_ptr<A[]> values;
   std::unique_ptr<int32_t[]> indices;
+  int64_t count = 0;
+  A max = -std::numeric_limits<A>::infinity();
+  double tau = -1;     // relative to max; a lower bound of the row's, exact for the candidates after `shrink`
   explicit Candidates(int64_t n) : values(new A[n + kFloats]), indices(new int32_t[n + kFloats]) {}
+
+  void raise_max(A to) {
+    if (to > max) tau = std::max(-1.0, tau + double(max) - double(to));
+    max = to;
+  }
+
+  // Newton's steps, each of which drops what it leaves behind.
+  template <class V>
+  void shrink() {
+    constexpr int64_t kLanes = sizeof(V) / sizeof(A);
+    for (int64_t support = count + 1;;) {
+      const Threshold<A> t(max, tau);
+      store(&values[count], splat<V>(-std::numeric_limits<A>::infinity()));
+      double total = 0;
+      int64_t kept = 0;
+      for (int64_t begin = 0; begin < count; begin += kBlock) {  // sums of a block in the type, of blocks in double
+        V sum = {};
+        for (int64_t i = begin; i < std::min(begin + kBlock, count); i += kLanes) {
+          const V v = load(&values[i]), p = t.excess(v);
+          sum += vmax(p, V{});
+          kept += append_positive(p, v, &indices[i], &values[kept], &indices[kept]);
+        }
+        total += double(reduce_add(sum));
+      }
+      tau += (total - 1) / double(kept);
+      count = kept;
+      if (kept >= support) return;
+      support = kept;
+    }
+  }
 };
 
+// Fills in the candidates of a row and their threshold; false where the row has NaN or +inf, or only -inf, and `max`
+// says which. Elements are compared with a threshold just below tau, which costs nothing but a candidate too many.
 template <class T>
-inline void sparsemax_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& candidates) {
+inline bool collect(const T* x, int64_t n, Candidates<Acc<T>>& c) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const A low = -std::numeric_limits<A>::infinity();
-  A max = low;
-  int64_t count = 0;
-  bool collect = n > kShortRow && n <= std::numeric_limits<int32_t>::max();
+  c.count = 0;
+  c.max = low;
+  c.tau = -1;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, n);
     const A block = max_or_nan(x + begin, end - begin);
-    max = block > max || block != block ? block : max;
-    if (!(max < -low)) break;  // NaN or +inf
-    if (!collect || block - max <= A(-1)) continue;
+    if (!(block < -low)) {
+      c.max = block;
+      return false;
+    }
+    if (block > c.max) c.raise_max(block);
+    const A bound = c.max == low ? low : std::nextafter(A(double(c.max) + c.tau), low);
+    if (!(block > bound)) continue;
+    const int64_t before = c.count;
+    int32_t lanes[kFloats];
+    for (int i = 0; i < kLanes; ++i) lanes[i] = int32_t(begin) + i;
     for (int64_t i = begin; i < end; i += kLanes) {
       const Vec<T> v = i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, low);
-      count += append_above(v - max, A(-1), int32_t(i), &candidates.values[count], &candidates.indices[count]);
+      c.count += append_positive(v - bound, v, lanes, &c.values[c.count], &c.indices[c.count]);
+      for (int k = 0; k < kLanes; ++k) lanes[k] += kLanes;
     }
-    collect = count <= end / 8;
+    if (c.count > before) c.template shrink<Vec<T>>();
   }
-  if (!(max < -low) || max == low) {  // NaN and +inf make the row NaN, -inf alone makes it zero
+  return c.max != low;
+}
+
+// y = max(x - tau, 0).
+template <class T>
+inline void write_all(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t) {
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  const auto probability = [&](Vec<T> v) { return vmax(t.excess(v), Vec<T>{}); };
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Pair<Vec<T>> v = load2(x + i);
+    store2(y + i, {probability(v.a), probability(v.b)});
+  }
+  for (; i + kLanes <= n; i += kLanes) store(y + i, probability(load(x + i)));
+  if (i < n) store_part(y + i, n - i, probability(load_part(x + i, n - i, Acc<T>(0))));
+}
+
+template <class T>
+inline void sparsemax_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& c) {
+  using A = Acc<T>;
+  const A low = -std::numeric_limits<A>::infinity();
+  const bool is_short = n <= kShortRow || n > std::numeric_limits<int32_t>::max();
+  const bool ordinary = is_short ? std::isfinite(c.max = max_or_nan(x, n)) : collect(x, n, c);
+  if (!ordinary) {  // NaN and +inf make the row NaN, -inf alone makes it zero
     T fill;
-    store_one(&fill, max == low ? A(0) : std::numeric_limits<A>::quiet_NaN());
+    store_one(&fill, c.max == low ? A(0) : std::numeric_limits<A>::quiet_NaN());
     std::fill_n(y, n, fill);
-  } else if (collect) {
-    // The values were taken relative to the maximum so far; the row's own elements tell them exactly.
-    for (int64_t j = 0; j < count; ++j) candidates.values[j] = load_one(x + candidates.indices[j]);
-    const Threshold<A> t = find_threshold(candidates.values.get(), count, max);
-    std::fill_n(y, n, T{});
-    for (int64_t j = 0; j < count; ++j) {
-      const A p = ((candidates.values[j] - max) - t.hi) - t.lo;
-      if (p > 0) store_one(y + candidates.indices[j], p);
-    }
+  } else if (is_short) {
+    write_all(x, y, n, find_threshold(x, n, c.max));
+  } else if (c.count > n / 4) {
+    write_all(x, y, n, Threshold<A>(c.max, c.tau));
   } else {
-    const Threshold<A> t = find_threshold(x, n, max);
-    const auto probability = [&](Vec<T> v) { return vmax(((v - max) - t.hi) - t.lo, Vec<T>{}); };
-    int64_t i = 0;
-    for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-      const Pair<Vec<T>> v = load2(x + i);
-      store2(y + i, {probability(v.a), probability(v.b)});
+    const Threshold<A> t(c.max, c.tau);
+    std::fill_n(y, n, T{});
+    for (int64_t j = 0; j < c.count; ++j) {
+      const A p = t.excess(c.values[j]);
+      if (p > 0) store_one(y + c.indices[j], p);
     }
-    for (; i + kLanes <= n; i += kLanes) store(y + i, probability(load(x + i)));
-    if (i < n) store_part(y + i, n - i, probability(load_part(x + i, n - i, low)));
   }
 }
 
@@ -130,22 +184,25 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   double total = 0;
-  int64_t support = 0;
+  int64_t outside = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, n);
-    Vec<T> sum = {};
-    auto above = sum > sum;
-    for (int64_t i = begin; i < end; i += kLanes) {
-      const bool whole = i + kLanes <= end;
-      const Vec<T> pv = whole ? load(p + i) : load_part(p + i, end - i, A(0));
-      const Vec<T> gv = whole ? load(g + i) : load_part(g + i, end - i, A(0));
-      const auto outside = pv <= Vec<T>{};
-      sum += outside ? Vec<T>{} : gv;
-      above += ~outside;
+    Vec<T> sum = {}, zeros = {};  // a block's zeros can be counted in the type
+    int64_t i = begin;
+    const auto add = [&](Vec<T> pv, Vec<T> gv) {
+      const auto is_zero = pv <= Vec<T>{};
+      sum += is_zero ? Vec<T>{} : gv;
+      zeros += is_zero ? splat<Vec<T>>(A(1)) : Vec<T>{};
+    };
+    for (; i + kLanes <= end; i += kLanes) add(load(p + i), load(g + i));
+    if (i < end) {
+      add(load_part(p + i, end - i, A(0)), load_part(g + i, end - i, A(0)));
+      outside -= kLanes - (end - i);
     }
     total += double(reduce_add(sum));
-    support -= int64_t(reduce_add(above));
+    outside += int64_t(reduce_add(zeros));
   }
+  const int64_t support = n - outside;
   const A mean = A(total / double(support));
   const auto value = [mean](Vec<T> pv, Vec<T> gv) { return pv <= Vec<T>{} ? Vec<T>{} : (gv - mean) + (pv - pv); };
   int64_t i = 0;

@@ -312,18 +312,12 @@ inline VecD exp2(VecD t) {  // fp64 is for checking gradients, not for speed
 // Reductions fold halves onto each other, always in the same order: every build of a level gives the same bits.
 template <class V, class Op>
 inline auto fold(V v, const Op& op) {
-  using A = std::remove_reference_t<decltype(v[0])>;
-  if constexpr (sizeof(V) == 2 * sizeof(A)) {
-    typedef A Two __attribute__((vector_size(2 * sizeof(A))));
-    Two a = v, b = {v[1], v[0]};
-    return op(a, b)[0];
-  } else {
-    typedef A HalfVec __attribute__((vector_size(sizeof(V) / 2)));
-    HalfVec a, b;
-    std::memcpy(&a, &v, sizeof a);
-    std::memcpy(&b, reinterpret_cast<const char*>(&v) + sizeof a, sizeof b);
-    return fold(op(a, b), op);
-  }
+  auto r = v[0];
+  constexpr unsigned kLanes = sizeof(V) / sizeof(r);
+  for (unsigned half = kLanes / 2; half > 0; half /= 2)
+    for (unsigned i = 0; i < half; ++i) v[i] = op(v[i], v[i + half]);
+  r = v[0];
+  return r;
 }
 template <class V>
 inline auto reduce_add(V v) {
@@ -333,39 +327,74 @@ template <class V>
 inline auto reduce_max(V v) {  // of a vector without NaN
   return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
-
-// ---- compaction ---------------------------------------------------------------------------------------------------
-
-// Appends the lanes of v that are > threshold to `values`, and their indices (`index` is the first lane's) to
-// `indices`. Returns how many; may write a whole vector at both.
+#if TSE_ISA >= 1
+inline float reduce_add(VecF v) {
 #if TSE_ISA == 2
-inline int64_t append_above(VecF v, float threshold, int32_t index, float* values, int32_t* indices) {
-  const __mmask16 mask = _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(threshold), _CMP_GT_OQ);
+  const __m256 a = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+  const __m256 a = (__m256)v;
+#endif
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+inline float reduce_max(VecF v) {
+#if TSE_ISA == 2
+  const __m256 a = _mm256_max_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+#else
+  const __m256 a = (__m256)v;
+#endif
+  __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+}
+#endif
+
+// ---- lanes that are positive --------------------------------------------------------------------------------------
+
+// How many lanes of p are > 0.
+template <class V>
+inline int64_t count_positive(V p) {
+  int64_t count = 0;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(p[0]); ++i) count += p[i] > 0;
+  return count;
+}
+
+// Appends the lanes of v and of indices where p > 0, and returns how many. May write a whole vector at both.
+template <class A, class V>
+inline int64_t append_positive(V p, V v, const int32_t* indices, A* to, int32_t* to_indices) {
+  int64_t count = 0;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(A); ++i) {
+    const int32_t index = indices[i];
+    to[count] = v[i];
+    to_indices[count] = index;
+    count += p[i] > 0;
+  }
+  return count;
+}
+#if TSE_ISA == 2
+inline __mmask16 positive(VecF p) { return _mm512_cmp_ps_mask((__m512)p, _mm512_setzero_ps(), _CMP_GT_OQ); }
+inline int64_t count_positive(VecF p) { return __builtin_popcount(positive(p)); }
+inline int64_t append_positive(VecF p, VecF v, const int32_t* indices, float* to, int32_t* to_indices) {
+  const __mmask16 mask = positive(p);
   if (mask == 0) return 0;
-  const VecI lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  _mm512_storeu_ps(values, _mm512_maskz_compress_ps(mask, (__m512)v));
-  _mm512_storeu_si512(indices, _mm512_maskz_compress_epi32(mask, (__m512i)(lanes + index)));
+  const __m512i i = _mm512_loadu_si512(indices);
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(mask, (__m512)v));
+  _mm512_storeu_si512(to_indices, _mm512_maskz_compress_epi32(mask, i));
   return __builtin_popcount(mask);
 }
 #elif TSE_ISA == 1
-inline int64_t append_above(VecF v, float threshold, int32_t index, float* values, int32_t* indices) {
-  unsigned mask = _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(threshold), _CMP_GT_OQ));
+inline unsigned positive(VecF p) {
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)p, _mm256_setzero_ps(), _CMP_GT_OQ));
+}
+inline int64_t count_positive(VecF p) { return __builtin_popcount(positive(p)); }
+inline int64_t append_positive(VecF p, VecF v, const int32_t* indices, float* to, int32_t* to_indices) {
   int64_t count = 0;
-  for (; mask != 0; mask &= mask - 1, ++count) {
+  for (unsigned mask = positive(p); mask != 0; mask &= mask - 1, ++count) {
     const int lane = __builtin_ctz(mask);
-    values[count] = v[lane];
-    indices[count] = index + lane;
+    to[count] = v[lane];
+    to_indices[count] = indices[lane];
   }
   return count;
 }
 #endif
-template <class A, class V>
-inline int64_t append_above(V v, A threshold, int32_t index, A* values, int32_t* indices) {
-  int64_t count = 0;
-  for (unsigned i = 0; i < sizeof(V) / sizeof(A); ++i) {
-    values[count] = v[i];
-    indices[count] = index + int32_t(i);
-    count += v[i] > threshold;
-  }
-  return count;
-}
