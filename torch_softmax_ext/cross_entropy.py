@@ -6,10 +6,18 @@ from torch import Tensor, nn
 from torch_softmax_ext import _C
 
 _op = torch.ops.torch_softmax_ext.cross_entropy.default
+_inplace_op = torch.ops.torch_softmax_ext._cross_entropy_inplace_backward.default
 _fast = _C.cross_entropy  # plain tensors only, else NotImplemented
 
 
-def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    inplace_backward: bool = False,
+) -> Tensor:
     r"""Softmax cross-entropy between logits and class indices, fused: each logit is read once and its gradient
     written once; log-probabilities are never stored.
 
@@ -24,6 +32,10 @@ def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, re
         target: class indices of shape ``()``, ``(N)`` or ``(N, d1, …, dk)``; int64 or int32; in ``[0, C)`` or
             ``ignore_index``.
         ignore_index: a target that is not counted: its loss and gradient are 0.
+        inplace_backward: the gradient is written into ``input``'s memory, in the forward pass: one buffer of the
+            logits' size in all. ``input`` must be a computed tensor, and must not be used afterwards; autograd raises
+            where it was saved by somebody before. Double backward then raises. Without effect under
+            ``torch.compile``, which plans memory itself, and ``torch.func``.
         reduction: ``"none"``, ``"mean"`` over the counted targets (NaN where there is none), or ``"sum"``.
 
     Returns:
@@ -32,10 +44,13 @@ def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, re
     Raises:
         IndexError: a target that is neither a class nor ``ignore_index`` (CPU; on CUDA a device-side assertion).
         ValueError: batch sizes that differ, an unknown ``reduction``.
-        RuntimeError: other shapes that do not fit, a target that is not int64 or int32, tensors on two devices.
+        RuntimeError: other shapes that do not fit, a target that is not int64 or int32, tensors on two devices, a leaf
+            or overlapping memory with ``inplace_backward``.
         NotImplementedError: logits that are not floating point; class probabilities as target.
     """
     if not torch.compiler.is_compiling():
+        if inplace_backward:
+            return _inplace_op(input, target, ignore_index, reduction)
         result = _fast(input, target, ignore_index, reduction)
         if result is not NotImplemented:
             return result
@@ -45,16 +60,25 @@ def cross_entropy(input: Tensor, target: Tensor, *, ignore_index: int = -100, re
 class CrossEntropyLoss(nn.Module):
     """:func:`cross_entropy` as a module, with the keywords of :class:`torch.nn.CrossEntropyLoss`."""
 
-    def __init__(self, *, ignore_index: int = -100, reduction: str = "mean") -> None:
+    def __init__(self, *, ignore_index: int = -100, reduction: str = "mean", inplace_backward: bool = False) -> None:
         super().__init__()
         self.ignore_index = ignore_index
         self.reduction = reduction
+        self.inplace_backward = inplace_backward
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return cross_entropy(input, target, ignore_index=self.ignore_index, reduction=self.reduction)
+        return cross_entropy(
+            input,
+            target,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            inplace_backward=self.inplace_backward,
+        )
 
     def extra_repr(self) -> str:
-        return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+        return (
+            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, inplace_backward={self.inplace_backward}"
+        )
 
 
 @torch.library.register_vmap("torch_softmax_ext::cross_entropy")

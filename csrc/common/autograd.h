@@ -30,17 +30,20 @@ inline GradientPath gradient_path(const at::Tensor& input) {
   return is_dual || in_functorch ? GradientPath::kComposed : GradientPath::kFused;
 }
 
-// A CPU tensor with memory behind it that no tracer, mode or subclass watches: its values may be looked at, and host
-// entries called without the dispatcher.
-inline bool is_plain_cpu(const at::Tensor& t) {
+// A tensor with memory behind it that no tracer, mode or subclass watches: host entries may be called without the
+// dispatcher.
+inline bool is_plain(const at::Tensor& t) {
   const auto tls = c10::impl::tls_local_dispatch_key_set();
   const auto keys = (t.key_set() | tls.included_) - tls.excluded_;
   constexpr c10::DispatchKeySet kWatchers({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot,
                                            c10::DispatchKey::PythonDispatcher, c10::DispatchKey::Functionalize,
                                            c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
                                            c10::DispatchKey::PreDispatch});
-  return t.is_cpu() && !use_cuda(t) && !t.is_meta() && !keys.has_any(kWatchers);
+  return (t.is_cpu() || t.is_cuda()) && !keys.has_any(kWatchers);
 }
+
+// Its values may be looked at, too.
+inline bool is_plain_cpu(const at::Tensor& t) { return t.is_cpu() && !use_cuda(t) && is_plain(t); }
 
 // The gradient of `function` at `input`, itself differentiable in `input` and `grad_output`.
 template <class F>

@@ -2,8 +2,10 @@
 // They sit below autograd (cross_entropy_autograd.cpp), so inference mode has the same checks.
 #include "cross_entropy/cross_entropy.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -111,14 +113,21 @@ void reduce_loss(const CrossEntropyParams& p) {
 // Rows of the logits and of their gradient that can be walked alike: classes or rows are neighbours in memory in both.
 // Copies only where the logits are not dense, and without a gradient in the same cases, so that the loss has the same
 // bits with and without.
+enum class Gradient { kNone, kNew, kInPlace };
+
 struct Operands {
   RowTensor input, grad;
   at::Tensor grad_input;  // what the caller gets
 
-  Operands(const at::Tensor& logits, bool backward) : input(as_rows(logits, class_dim(logits))) {
+  Operands(const at::Tensor& logits, Gradient gradient) : input(as_rows(logits, class_dim(logits))) {
     const bool columns = input.rows.stride_inner == 1 && input.tensor.is_non_overlapping_and_dense();
     if (input.rows.stride_n != 1 && !columns) input = as_rows(input.tensor.contiguous(), class_dim(logits));
-    if (!backward) return;
+    if (gradient == Gradient::kNone) return;
+    if (gradient == Gradient::kInPlace) {
+      grad_input = logits;
+      grad = input;
+      return;
+    }
     grad_input = with_huge_pages(at::empty_like(logits));
     grad = as_rows(grad_input, class_dim(logits));
     const bool alike = input.rows.stride_n == 1 ? grad.rows.stride_n == 1 : grad.rows.stride_inner == 1;
@@ -179,11 +188,12 @@ void run_cpu(const CrossEntropyParams& p, bool forward, bool backward) {
 }
 
 CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
-                               std::string_view reduction_name, std::optional<double> grad_output) {
+                               std::string_view reduction_name, Gradient gradient = Gradient::kNone,
+                               double grad_output = 0) {
   check(input, target);
   const Reduction reduction = parse_reduction(kOp, reduction_name);
   const c10::OptionalDeviceGuard guard(input.device());
-  const Operands operands(input, grad_output.has_value());
+  const Operands operands(input, gradient);
   const at::Tensor t = target.contiguous();
   const int64_t count = t.numel();
   const auto loss_options = input.options().dtype(accumulate_type(input.scalar_type()));
@@ -198,15 +208,21 @@ CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target
   p.row_loss = row_loss.mutable_data_ptr();
   p.loss = reduce ? r.loss.mutable_data_ptr() : nullptr;
   if (use_cuda(input)) {
+    at::Tensor factor;
     if constexpr (kHasCuda) launch_cross_entropy_fwd(p, current_stream(input));
+    if (gradient != Gradient::kNone) {
+      factor = at::full({}, grad_output, loss_options);
+      p.grad_output = factor.const_data_ptr();
+      if constexpr (kHasCuda) launch_cross_entropy_bwd(p, current_stream(input));
+      r.grad_input = operands.finished_grad();
+    }
     return r;
   }
   *p.total_weight = count_targets(p);
-  const double factor = grad_output.value_or(0);
-  const float factor32 = float(factor);
-  p.grad_output = p.dtype == DType::kFloat64 ? static_cast<const void*>(&factor) : &factor32;
-  run_cpu(p, /*forward=*/true, /*backward=*/grad_output.has_value());
-  if (grad_output) r.grad_input = operands.finished_grad();
+  const float factor32 = float(grad_output);
+  p.grad_output = p.dtype == DType::kFloat64 ? static_cast<const void*>(&grad_output) : &factor32;
+  run_cpu(p, /*forward=*/true, /*backward=*/gradient != Gradient::kNone);
+  if (gradient != Gradient::kNone) r.grad_input = operands.finished_grad();
   if (reduce) {
     if (p.dtype == DType::kFloat64) reduce_loss<double>(p);
     else reduce_loss<float>(p);
@@ -216,7 +232,7 @@ CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target
 
 std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
                                                          int64_t ignore_index, std::string_view reduction) {
-  const CrossEntropyResult r = run_forward(input, target, ignore_index, reduction, std::nullopt);
+  const CrossEntropyResult r = run_forward(input, target, ignore_index, reduction);
   return {r.loss, r.stats};
 }
 
@@ -224,7 +240,7 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
                                   const at::Tensor& stats, int64_t ignore_index, std::string_view reduction_name) {
   const Reduction reduction = parse_reduction(kOp, reduction_name);
   const c10::OptionalDeviceGuard guard(input.device());
-  const Operands operands(input, /*backward=*/true);
+  const Operands operands(input, Gradient::kNew);
   const at::Tensor t = target.contiguous();
   // A gradient that is one number expanded over the rows, as sum() sends it back, is read as that one number.
   const bool one_number =
@@ -245,7 +261,7 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
 
 at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
                          std::string_view reduction) {
-  return run_forward(input, target, ignore_index, reduction, std::nullopt).loss;
+  return run_forward(input, target, ignore_index, reduction).loss;
 }
 
 // ---- shapes only: fake tensors, whose sizes may be symbolic -------------------------------------------------------
@@ -273,14 +289,18 @@ at::Tensor cross_entropy_meta(const at::Tensor& input, const at::Tensor& target,
 }  // namespace
 
 CrossEntropyResult cross_entropy_forward_backward(const at::Tensor& input, const at::Tensor& target,
-                                                  int64_t ignore_index, std::string_view reduction,
-                                                  double grad_output) {
-  return run_forward(input, target, ignore_index, reduction, grad_output);
+                                                  int64_t ignore_index, std::string_view reduction, double grad_output,
+                                                  bool in_place) {
+  if (in_place) at::assert_no_internal_overlap(input);
+  return run_forward(input, target, ignore_index, reduction, in_place ? Gradient::kInPlace : Gradient::kNew,
+                     grad_output);
 }
 
 TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def("cross_entropy(Tensor input, Tensor target, *, int ignore_index=-100, str reduction=\"mean\") -> Tensor", tags);
+  m.def("_cross_entropy_inplace_backward(Tensor(a!) input, Tensor target, int ignore_index, str reduction) -> Tensor",
+        tags);
   m.def(
       "_cross_entropy_forward(Tensor input, Tensor target, int ignore_index, str reduction) -> (Tensor loss, Tensor "
       "stats)",
@@ -294,6 +314,7 @@ TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
 #define TSE_REGISTER(key, suffix)                                      \
   TORCH_LIBRARY_IMPL(torch_softmax_ext, key, m) {                      \
     m.impl("cross_entropy", cross_entropy##suffix);                    \
+    m.impl("_cross_entropy_inplace_backward", cross_entropy##suffix);  \
     m.impl("_cross_entropy_forward", cross_entropy_forward##suffix);   \
     m.impl("_cross_entropy_backward", cross_entropy_backward##suffix); \
   }

@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <cmath>
 #include <optional>
 
 #include "common/autograd.h"
@@ -90,7 +91,8 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     const bool can_guess = reduction != "none" && is_plain_cpu(input);
     if (const auto guess = can_guess ? guess_for(reduction).get() : std::nullopt) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      CrossEntropyResult r = cross_entropy_forward_backward(input, target, ignore_index, reduction, *guess);
+      CrossEntropyResult r = cross_entropy_forward_backward(input, target, ignore_index, reduction, *guess,
+                                                            /*in_place=*/false);
       ctx->save_for_backward({input, target, r.stats, r.grad_input});
       ctx->saved_data["guess"] = double(*guess);
       return r.loss;
@@ -118,6 +120,45 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   }
 };
 
+// The gradient takes the memory of the logits in the forward pass. Their version is bumped: whoever saved them before
+// finds out. What the incoming gradient differs from the guess is made up for by a multiplication in backward.
+struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
+                            int64_t ignore_index, std::string_view reduction) {
+    double guess = reduction != "none" && is_plain_cpu(input) ? guess_for(reduction).get().value_or(1.0f) : 1.0;
+    if (guess == 0 || !std::isfinite(guess)) guess = 1;
+    CrossEntropyResult r;
+    {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      r = cross_entropy_forward_backward(input, target, ignore_index, reduction, guess, /*in_place=*/true);
+    }
+    input.unsafeGetTensorImpl()->bump_version();
+    ctx->save_for_backward({input.detach()});  // shares the version, so that a later change is noticed, too
+    ctx->saved_data["guess"] = guess;
+    ctx->saved_data["reduction"] = std::string(reduction);
+    return r.loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
+    TSE_CHECK(!at::GradMode::is_enabled(), "cross_entropy", "inplace_backward",
+              "expected False for double backward (create_graph=True), since the logits are overwritten, got True");
+    const at::Tensor gradient = ctx->get_saved_variables()[0];
+    const double guess = ctx->saved_data["guess"].toDouble();
+    const auto reduction = ctx->saved_data["reduction"].toStringView();
+    at::Tensor g = grad_outputs[0];
+    if (reduction == "none") {
+      gradient.mul_(gradient.dim() == 1 ? g.reshape({}) : g.unsqueeze(1));
+    } else if (is_plain_cpu(g)) {
+      const double value = g.item<double>();
+      guess_for(reduction).observe(float(value));
+      if (value != guess) gradient.mul_(value / guess);
+    } else {
+      gradient.mul_(g);  // the guess was 1
+    }
+    return {gradient, {}, {}, {}};
+  }
+};
+
 at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
                                   std::string_view reduction) {
   switch (gradient_path(input)) {
@@ -130,9 +171,22 @@ at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& tar
   }
 }
 
+// Where a tracer watches, writing in place is left to its compiler, and torch.func has no memory to write to.
+at::Tensor cross_entropy_inplace_autograd(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
+                                          std::string_view reduction) {
+  if (gradient_path(input) != GradientPath::kFused || !is_plain(input))
+    return cross_entropy_autograd(input, target, ignore_index, reduction);
+  TSE_CHECK(!input.is_leaf(), "cross_entropy", "inplace_backward",
+            "expected logits that were computed, got a leaf that requires grad, whose values would be lost");
+  return CrossEntropyInPlace::apply(input, target, ignore_index, reduction);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_softmax_ext, Autograd, m) { m.impl("cross_entropy", cross_entropy_autograd); }
+TORCH_LIBRARY_IMPL(torch_softmax_ext, Autograd, m) {
+  m.impl("cross_entropy", cross_entropy_autograd);
+  m.impl("_cross_entropy_inplace_backward", cross_entropy_inplace_autograd);
+}
 
 // Under autocast the logits stay as they are: the kernels compute in fp32 and return an fp32 loss, so no upcast copy.
 TORCH_LIBRARY_IMPL(torch_softmax_ext, AutocastCPU, m) {

@@ -111,7 +111,8 @@ template <class T>
 inline void grad_row(const T* x, T* g, int64_t begin, int64_t end, int64_t target, RowSum<Acc<T>> s, Acc<T> factor) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
-  const A at_target = s.at_target(term_of(x + target, s.m), factor);  // before the gradient may overwrite the logits
+  const bool mine = target >= begin && target < end;
+  const A at_target = mine ? s.at_target(term_of(x + target, s.m), factor) : A(0);  // g may be x
   const Vec<T> m = splat<Vec<T>>(s.m);
   const auto value = [m, scale = factor / s.sum](Vec<T> v) { return exp2(exponent(v, m)) * scale; };
   int64_t i = begin;
@@ -121,7 +122,7 @@ inline void grad_row(const T* x, T* g, int64_t begin, int64_t end, int64_t targe
   }
   for (; i + kLanes <= end; i += kLanes) store(g + i, value(load(x + i)));
   if (i < end) store_part(g + i, end - i, value(load_part(x + i, end - i, A(0))));
-  if (target >= begin && target < end) store_one(g + target, at_target);
+  if (mine) store_one(g + target, at_target);
 }
 
 // ---- the class dimension is not the last one: the lanes of vectors are neighbouring rows --------------------------

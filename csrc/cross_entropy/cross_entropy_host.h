@@ -12,8 +12,10 @@ struct CrossEntropyResult {
   at::Tensor grad_input;  // of cross_entropy_forward_backward
 };
 
-// Mean or sum: loss and gradient in one go, for an incoming gradient that is known beforehand.
+// Loss and gradient in one go, for an incoming gradient that is known beforehand (of every row for "none"); in_place:
+// the gradient takes the memory of the logits.
 CrossEntropyResult cross_entropy_forward_backward(const at::Tensor& input, const at::Tensor& target,
-                                                  int64_t ignore_index, std::string_view reduction, double grad_output);
+                                                  int64_t ignore_index, std::string_view reduction, double grad_output,
+                                                  bool in_place);
 
 }  // namespace tse

@@ -1,0 +1,166 @@
+"""What only cross_entropy has: accuracy, guessing the incoming gradient, writing the gradient in place."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CUDA_ON_HOST
+
+import torch_softmax_ext as tse
+from torch_softmax_ext.testing.memory import peak_memory
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+
+
+def logits_and_target(device, rows=40, classes=3000, dtype=torch.float32, scale=3.0):
+    x = (torch.randn(rows, classes, dtype=torch.float64) * scale).to(device, dtype)
+    target = torch.randint(0, classes, (rows,), device=device)
+    target[::7] = -100
+    return x, target
+
+
+def grad(function, x, *args, scale=1.0, **kwargs):
+    x = x.detach().requires_grad_()
+    z = x * 1  # computed, so that it may be written in place
+    loss = function(z, *args, **kwargs) * scale
+    loss.sum().backward()
+    return loss.detach(), x.grad
+
+
+@pytest.mark.parametrize("limit", [1.0, 10.0, 100.0])
+def test_accuracy_of_float32(device, limit):
+    """Loss within 4 units in the last place of the largest number that enters it; gradient to 1e-6 in norm."""
+    x = (torch.rand(64, 32000, device=device) * 2 - 1) * limit
+    target = torch.randint(0, 32000, (64,), device=device)
+    loss, g = grad(tse.cross_entropy, x, target, reduction="none")
+    want, want_g = grad(F.cross_entropy, x.double(), target, reduction="none")
+    unit = 2.0**-23 * torch.logsumexp(x.double(), 1).abs().clamp_min(1)
+    assert ((loss.double() - want).abs() <= 4 * unit).all()
+    assert ((g.double() - want_g).norm(dim=1) <= 1e-6 * want_g.norm(dim=1)).all()
+
+
+def test_a_certain_prediction_costs_nothing_and_no_loss_is_negative(device):
+    x = torch.zeros(4, 10, device=device)
+    x[:, 3] = torch.tensor([20.0, 40.0, 200.0, 1e30], device=device)
+    loss = tse.cross_entropy(x, torch.full((4,), 3, device=device), reduction="none")
+    assert (loss >= 0).all()
+    assert (loss[1:] == 0).all()
+    many = torch.randn(20000, 5, device=device) * 10
+    assert (tse.cross_entropy(many, many.argmax(1), reduction="none") >= 0).all()
+
+
+def test_ignored_rows_have_no_gradient_whatever_their_logits(device):
+    x = torch.randn(3, 50, device=device)
+    x[1, 7], x[1, 8] = float("nan"), float("inf")
+    for reduction in ("none", "mean", "sum"):
+        loss, g = grad(tse.cross_entropy, x, torch.tensor([1, -100, 2], device=device), reduction=reduction)
+        assert loss.isfinite().all()
+        assert (g[1] == 0).all()
+
+
+# ---- the guess of the incoming gradient ---------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_guess_never_changes_a_bit(device, dtype, reduction):
+    """Whatever came before, the gradient has the bits of reduction 'none' with the same factor."""
+    x, target = logits_and_target(device, dtype=dtype)
+    counted = (target != -100).sum().item()
+    for scale in (1.0, 0.25, 0.25, 0.25, 1 / 3, 1 / 7, 1 / 7, 1 / 7, 1.0, 65536.0, 65536.0, 65536.0, 1.0, 1.0, 1.0):
+        _, g = grad(tse.cross_entropy, x, target, reduction=reduction, scale=scale)
+        unit = torch.tensor(scale, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+        factor = (unit.double() / counted).to(unit.dtype) if reduction == "mean" else unit
+        z = x.detach().requires_grad_()
+        y = tse.cross_entropy(z, target, reduction="none")
+        (want,) = torch.autograd.grad(y, z, factor.expand_as(y))
+        assert torch.equal(g, want), scale
+
+
+def test_fp16_under_a_loss_scale_loses_nothing_to_underflow(device):
+    x, target = logits_and_target(device, rows=64, classes=5000, dtype=torch.float16, scale=0.1)
+    want = grad(F.cross_entropy, x.double(), target, scale=65536.0)[1]
+    for _ in range(3):  # guessed wrong, not guessed, guessed right
+        got = grad(tse.cross_entropy, x, target, scale=65536.0)[1]
+        counted = target != -100
+        assert (got[counted] != 0).all()
+        assert (got.double() - want).norm() <= 2**-10 * want.norm()
+
+
+# ---- in place -----------------------------------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("scale", [1.0, 0.25, 0.3])
+def test_inplace_backward_gives_the_gradient(device, dtype, reduction, scale):
+    x, target = logits_and_target(device, dtype=dtype)
+    want = grad(tse.cross_entropy, x, target, reduction=reduction, scale=scale)
+    for _ in range(3):
+        got = grad(tse.cross_entropy, x, target, reduction=reduction, scale=scale, inplace_backward=True)
+        assert torch.equal(got[0], want[0])
+        tolerance = {torch.float64: 1e-15, torch.float32: 3e-7}.get(dtype, torch.finfo(dtype).eps)
+        assert (got[1].double() - want[1].double()).abs().max() <= tolerance * want[1].double().abs().max()
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5, 3), (4, 9), (9,), (1, 70000)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels", "sliced"])
+def test_inplace_backward_writes_into_the_logits(device, shape, layout):
+    x = torch.randn(shape, device=device)
+    if layout == "channels":
+        x = x.movedim(min(1, x.dim() - 1), -1).contiguous().movedim(-1, min(1, x.dim() - 1))
+    if layout == "sliced":
+        x = torch.stack([x, x], -1)[..., 0]
+    target = torch.randint(
+        0, shape[0] if len(shape) == 1 else shape[1], (() if len(shape) == 1 else (shape[0], *shape[2:]))
+    )
+    want = grad(tse.cross_entropy, x, target.to(device))[1]
+    z = x.detach().requires_grad_()
+    if layout == "sliced":
+        base = torch.empty(*shape, 2, device=device)
+        logits = (base.requires_grad_() * 1)[..., 0]
+        with torch.no_grad():
+            logits.copy_(x)
+    else:
+        logits = z * 1
+    loss = tse.cross_entropy(logits, target.to(device), inplace_backward=True)
+    torch.testing.assert_close(logits.detach(), want)
+    loss.backward()
+
+
+@pytest.mark.skipif(CUDA_ON_HOST, reason="allocations are the CPU kernels'")
+def test_inplace_backward_needs_no_second_buffer():
+    x = torch.randn(512, 4096, requires_grad=True)
+    target = torch.randint(0, 4096, (512,))
+    tse.cross_entropy(x * 1, target).backward()
+
+    def step(inplace):
+        z = (x * 1).detach().requires_grad_()
+        z = z.view_as(z)
+        return peak_memory(lambda: tse.cross_entropy(z, target, inplace_backward=inplace))
+
+    assert step(True) < 0.01 * x.nbytes
+    assert step(False) > 0.99 * x.nbytes
+
+
+def test_inplace_backward_is_refused_or_noticed_where_it_would_be_wrong(device):
+    x, target = logits_and_target(device, 8, 50)
+    leaf = x.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="cross_entropy: inplace_backward: expected logits that were computed"):
+        tse.cross_entropy(leaf, target, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        tse.cross_entropy((leaf * 1)[:1].expand(8, 50), target, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # tanh saved its result
+        tse.cross_entropy(leaf.tanh(), target, inplace_backward=True).backward()
+    logits = leaf * 1
+    loss = tse.cross_entropy(logits, target, inplace_backward=True)
+    with torch.no_grad():
+        logits.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    loss = tse.cross_entropy(leaf * 1, target, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+    with torch.no_grad():
+        kept = x.clone()
+        tse.cross_entropy(kept, target, inplace_backward=True)
+        assert torch.equal(kept, x)
