@@ -2,6 +2,7 @@
 machine is everybody's."""
 
 import datetime
+import math
 import os
 import platform
 import statistics
@@ -17,7 +18,11 @@ from torch_softmax_ext.testing.memory import peak_memory
 
 # Memory that a call returns stays with the process, so that the next call finds it warm.
 WARM_ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"}
-MODES = {"cross_entropy": ("forward", "forward+backward"), "sparsemax": ("forward", "backward")}
+MODES = {
+    "cross_entropy": ("forward", "forward+backward", "accumulation", "in place"),
+    "sparsemax": ("forward", "backward"),
+}
+LARGE = 1 << 22  # logits from which on the modes that save memory are measured
 
 
 def environment(threads):
@@ -55,6 +60,8 @@ def rows_of(specs, pattern=""):
     for spec in specs:
         for shape in spec.bench_shapes:
             for mode in MODES[spec.name]:
+                if mode in ("accumulation", "in place") and math.prod(shape.shape) < LARGE:
+                    continue
                 name = f"{spec.name} {'x'.join(map(str, shape.shape))} {str(shape.dtype)[6:]} {mode}"
                 if pattern in name:
                     yield name, spec, shape, mode
@@ -71,7 +78,9 @@ def measure(specs, threads, rounds=7, pattern="", skip=()):
         torch._dynamo.reset()
         x = torch.randn(shape.shape).to(shape.dtype)
         args = spec.bench_args(x)
-        calls = {n: call(f, mode, x, args) for n, f in providers(spec).items() if n not in skip}
+        others = () if mode == "in place" else providers(spec)  # nobody else can
+        names = [n for n in ("ours", *others) if n not in skip]
+        calls = {n: call(providers(spec)[n], mode, x, args) for n in dict.fromkeys(names)}
         seconds = interleaved({**calls, **roofs(x)}, threads, rounds)
         memory = {n: peak_memory(f) for n, f in calls.items()} if x.numel() >= 1 << 16 else {}
         row = {"name": name, "operator": spec.name, "mode": mode, "bytes": x.nbytes}

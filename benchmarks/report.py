@@ -3,6 +3,8 @@
 ROOFS = {
     ("cross_entropy", "forward"): "read",
     ("cross_entropy", "forward+backward"): "copy",
+    ("cross_entropy", "accumulation"): "copy",
+    ("cross_entropy", "in place"): "copy",
     ("sparsemax", "forward"): "copy",
     ("sparsemax", "backward"): "add",
 }
