@@ -13,7 +13,7 @@ help: ## this list
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	pip install --quiet --upgrade pip
-	pip install --quiet "setuptools>=77" wheel ninja "numpy>=1.26" "$(TORCH)"
+	pip install --quiet "setuptools>=64" wheel ninja "numpy>=1.26" "$(TORCH)"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(shell find csrc -type f)
