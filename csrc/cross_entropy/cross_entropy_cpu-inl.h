@@ -13,6 +13,7 @@
 // that must be 0 are 0.
 
 constexpr int64_t kBlock = kCrossEntropyBlock;
+constexpr int64_t kReference = 512;  // elements whose maximum is the row's reference
 constexpr BlockSum kNothing = {-std::numeric_limits<double>::infinity(), 0};
 
 inline BlockSum join(BlockSum a, BlockSum b) {
@@ -85,7 +86,7 @@ inline BlockSum block_exp_sum(const T* x, int64_t n, Acc<T> row_reference) {
 
 template <class T>
 inline BlockSum row_exp_sum(const T* x, int64_t n) {
-  const Acc<T> reference = reference_of(x, std::min(kBlock, n));
+  const Acc<T> reference = reference_of(x, std::min(kReference, n));
   BlockSum s = kNothing;
   for (int64_t i = 0; i < n; i += kBlock) s = join(s, block_exp_sum(x + i, std::min(kBlock, n - i), reference));
   return s;
@@ -305,7 +306,7 @@ void rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
 template <class T>
 void block_sums(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end, BlockSum* sums) {
   const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
-  const Acc<T> reference = reference_of(x, std::min(kBlock, p.rows.n));
+  const Acc<T> reference = reference_of(x, std::min(kReference, p.rows.n));
   for (int64_t b = begin; b < end; ++b)
     sums[b] = block_exp_sum(x + b * kBlock, std::min(kBlock, p.rows.n - b * kBlock), reference);
 }

@@ -8,7 +8,7 @@
 // is read once and written once. All is relative to the largest element, and tau is held as the sum of two numbers: in
 // a support of 10^5 elements of 10^-5 the rounding of tau alone would show in Σ p.
 
-constexpr int64_t kBlock = 1024;    // what stays in L1 between maximum and candidates
+constexpr int64_t kBlock = 1024;    // elements between two steps of the bound
 constexpr int64_t kShortRow = 128;  // collecting candidates pays above
 
 template <class A>
@@ -108,36 +108,30 @@ struct Candidates {
 };
 
 // Fills in the candidates of a row and their threshold; false where the row has NaN or +inf, or only -inf, and `max`
-// says which. Elements are compared with a threshold just below tau, which costs nothing but a candidate too many.
+// says which. The first elements are searched for their maximum. Later ones are only compared with a bound just below
+// tau, which costs nothing but a candidate too many, and lets NaN through to where it is seen.
 template <class T>
 inline bool collect(const T* x, int64_t n, Candidates<Acc<T>>& c) {
   using A = Acc<T>;
-  constexpr int kLanes = Accumulate<T>::kLanes;
   const A low = -std::numeric_limits<A>::infinity();
   c.count = 0;
-  c.max = low;
+  c.max = max_or_nan(x, std::min(kBlock, n));
   c.tau = -1;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, n);
-    const A block = max_or_nan(x + begin, end - begin);
-    if (!(block < -low)) {
-      c.max = block;
-      return false;
+  for (int64_t begin = 0, end = std::min(kBlock, n); begin < n; begin = end, end = std::min(end + kBlock, n)) {
+    if (!(c.max < -low)) return false;
+    const A bound = c.max == low ? std::numeric_limits<A>::lowest() : std::nextafter(A(double(c.max) + c.tau), low);
+    const int64_t found = append_above(x, begin, end, bound, &c.values[c.count], &c.indices[c.count]);
+    A max = c.max;
+    for (int64_t j = c.count; j < c.count + found; ++j)
+      max = c.values[j] <= max ? max : c.values[j] > max ? c.values[j] : std::numeric_limits<A>::quiet_NaN();
+    c.count += found;
+    if (!(max < -low)) c.max = max;
+    else if (found != 0) {
+      c.raise_max(max);
+      c.template shrink<Vec<T>>();
     }
-    if (block > c.max) c.raise_max(block);
-    const A bound = c.max == low ? low : std::nextafter(A(double(c.max) + c.tau), low);
-    if (!(block > bound)) continue;
-    const int64_t before = c.count;
-    int32_t lanes[kFloats];
-    for (int i = 0; i < kLanes; ++i) lanes[i] = int32_t(begin) + i;
-    for (int64_t i = begin; i < end; i += kLanes) {
-      const Vec<T> v = i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, low);
-      c.count += append_positive(v - bound, v, lanes, &c.values[c.count], &c.indices[c.count]);
-      for (int k = 0; k < kLanes; ++k) lanes[k] += kLanes;
-    }
-    if (c.count > before) c.template shrink<Vec<T>>();
   }
-  return c.max != low;
+  return std::isfinite(c.max);
 }
 
 // y = max(x - tau, 0).
@@ -178,14 +172,36 @@ inline void sparsemax_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& c) {
   }
 }
 
-// grad_input = g - mean of g over the support on the support, 0 elsewhere; NaN where p is NaN.
+// grad_input = g - mean of g over the support on the support, 0 elsewhere; NaN where p is NaN. Where the support is
+// small, p is read once, g only there, and zeros are written; else p and g are read twice, the second time from cache.
 template <class T>
-inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n) {
+inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candidates<Acc<T>>& c) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   double total = 0;
-  int64_t outside = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
+  int64_t support = 0, begin = 0;
+  bool has_nan = false;
+  if (n > kBlock && n <= std::numeric_limits<int32_t>::max()) {
+    for (; begin < n && support <= begin / 4 && !has_nan; begin += kBlock) {
+      const int64_t end = std::min(begin + kBlock, n);
+      const int64_t found = append_above(p, begin, end, A(0), &c.values[support], &c.indices[support]);
+      for (int64_t j = support; j < support + found; ++j) {
+        has_nan |= c.values[j] != c.values[j];
+        c.values[j] = load_one(g + c.indices[j]);
+        total += double(c.values[j]);
+      }
+      support += found;
+    }
+    if (begin >= n && !has_nan) {
+      const A mean = A(total / double(support));
+      std::fill_n(out, n, T{});
+      for (int64_t j = 0; j < support; ++j) store_one(out + c.indices[j], c.values[j] - mean);
+      return;
+    }
+  }
+  total = 0;
+  support = n;
+  for (begin = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, n);
     Vec<T> sum = {}, zeros = {};  // a block's zeros can be counted in the type
     int64_t i = begin;
@@ -197,12 +213,11 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n) {
     for (; i + kLanes <= end; i += kLanes) add(load(p + i), load(g + i));
     if (i < end) {
       add(load_part(p + i, end - i, A(0)), load_part(g + i, end - i, A(0)));
-      outside -= kLanes - (end - i);
+      support += kLanes - (end - i);
     }
     total += double(reduce_add(sum));
-    outside += int64_t(reduce_add(zeros));
+    support -= int64_t(reduce_add(zeros));
   }
-  const int64_t support = n - outside;
   const A mean = A(total / double(support));
   const auto value = [mean](Vec<T> pv, Vec<T> gv) { return pv <= Vec<T>{} ? Vec<T>{} : (gv - mean) + (pv - pv); };
   int64_t i = 0;
@@ -254,10 +269,11 @@ void bwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
   const T* grad_output = static_cast<const T*>(p.grad_output);
   T* grad_input = static_cast<T*>(p.grad_input);
   const int64_t n = p.output_rows.n;
+  Candidates<Acc<T>> candidates(n);
   if (p.output_rows.stride_n == 1 && p.grad_output_rows.stride_n == 1 && p.grad_input_rows.stride_n == 1) {
     for (int64_t row = begin; row < end; ++row)
       sparsemax_bwd_row(output + row_offset(p.output_rows, row), grad_output + row_offset(p.grad_output_rows, row),
-                        grad_input + row_offset(p.grad_input_rows, row), n);
+                        grad_input + row_offset(p.grad_input_rows, row), n, candidates);
     return;
   }
   const std::unique_ptr<T[]> probabilities(new T[kTileRows * n]), gradients(new T[kTileRows * n]);
@@ -266,7 +282,7 @@ void bwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
     gather(output + row_offset(p.output_rows, row), n, p.output_rows, count, probabilities.get());
     gather(grad_output + row_offset(p.grad_output_rows, row), n, p.grad_output_rows, count, gradients.get());
     for (int64_t i = 0; i < count; ++i)
-      sparsemax_bwd_row(&probabilities[i * n], &gradients[i * n], &gradients[i * n], n);
+      sparsemax_bwd_row(&probabilities[i * n], &gradients[i * n], &gradients[i * n], n, candidates);
     scatter(gradients.get(), n, p.grad_input_rows, count, grad_input + row_offset(p.grad_input_rows, row));
     row += count;
   }

@@ -350,7 +350,7 @@ inline float reduce_max(VecF v) {
 }
 #endif
 
-// ---- lanes that are positive --------------------------------------------------------------------------------------
+// ---- lanes that are positive (or NaN, where it says so) -----------------------------------------------------------
 
 // How many lanes of p are > 0.
 template <class V>
@@ -360,7 +360,7 @@ inline int64_t count_positive(V p) {
   return count;
 }
 
-// Appends the lanes of v and of indices where p > 0, and returns how many. May write a whole vector at both.
+// Appends the lanes of v and of indices where p > 0 or NaN, and returns how many. May write a whole vector at both.
 template <class A, class V>
 inline int64_t append_positive(V p, V v, const int32_t* indices, A* to, int32_t* to_indices) {
   int64_t count = 0;
@@ -368,15 +368,16 @@ inline int64_t append_positive(V p, V v, const int32_t* indices, A* to, int32_t*
     const int32_t index = indices[i];
     to[count] = v[i];
     to_indices[count] = index;
-    count += p[i] > 0;
+    count += !(p[i] <= 0);
   }
   return count;
 }
 #if TSE_ISA == 2
-inline __mmask16 positive(VecF p) { return _mm512_cmp_ps_mask((__m512)p, _mm512_setzero_ps(), _CMP_GT_OQ); }
-inline int64_t count_positive(VecF p) { return __builtin_popcount(positive(p)); }
+inline int64_t count_positive(VecF p) {
+  return __builtin_popcount(_mm512_cmp_ps_mask((__m512)p, _mm512_setzero_ps(), _CMP_GT_OQ));
+}
 inline int64_t append_positive(VecF p, VecF v, const int32_t* indices, float* to, int32_t* to_indices) {
-  const __mmask16 mask = positive(p);
+  const __mmask16 mask = _mm512_cmp_ps_mask((__m512)p, _mm512_setzero_ps(), _CMP_NLE_UQ);
   if (mask == 0) return 0;
   const __m512i i = _mm512_loadu_si512(indices);
   _mm512_storeu_ps(to, _mm512_maskz_compress_ps(mask, (__m512)v));
@@ -384,13 +385,13 @@ inline int64_t append_positive(VecF p, VecF v, const int32_t* indices, float* to
   return __builtin_popcount(mask);
 }
 #elif TSE_ISA == 1
-inline unsigned positive(VecF p) {
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)p, _mm256_setzero_ps(), _CMP_GT_OQ));
+inline int64_t count_positive(VecF p) {
+  return __builtin_popcount(_mm256_movemask_ps(_mm256_cmp_ps((__m256)p, _mm256_setzero_ps(), _CMP_GT_OQ)));
 }
-inline int64_t count_positive(VecF p) { return __builtin_popcount(positive(p)); }
 inline int64_t append_positive(VecF p, VecF v, const int32_t* indices, float* to, int32_t* to_indices) {
   int64_t count = 0;
-  for (unsigned mask = positive(p); mask != 0; mask &= mask - 1, ++count) {
+  unsigned mask = _mm256_movemask_ps(_mm256_cmp_ps((__m256)p, _mm256_setzero_ps(), _CMP_NLE_UQ));
+  for (; mask != 0; mask &= mask - 1, ++count) {
     const int lane = __builtin_ctz(mask);
     to[count] = v[lane];
     to_indices[count] = indices[lane];
@@ -398,3 +399,18 @@ inline int64_t append_positive(VecF p, VecF v, const int32_t* indices, float* to
   return count;
 }
 #endif
+
+// The lanes of x[begin, end) where not x <= bound, with their indices.
+template <class T>
+inline int64_t append_above(const T* x, int64_t begin, int64_t end, Acc<T> bound, Acc<T>* to, int32_t* to_indices) {
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  int32_t lanes[kFloats];
+  for (int k = 0; k < kLanes; ++k) lanes[k] = int32_t(begin) + k;
+  int64_t count = 0;
+  for (int64_t i = begin; i < end; i += kLanes) {
+    const Vec<T> v = i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, bound);
+    count += append_positive(v - bound, v, lanes, to + count, to_indices + count);
+    for (int k = 0; k < kLanes; ++k) lanes[k] += kLanes;
+  }
+  return count;
+}
