@@ -19,8 +19,8 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", nargs="?", choices=["run", "compare"], default="run")
-    parser.add_argument("files", nargs="*", help="of compare: the JSON files before and after")
+    parser.add_argument("command", nargs="?", choices=["run", "compare", "readme"], default="run")
+    parser.add_argument("files", nargs="*", help="the JSON files of compare and readme")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--skip", nargs="*", default=[], help="providers to leave out")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count()))
@@ -34,6 +34,13 @@ def main():
     if args.command == "compare":
         before, after = (json.loads(Path(f).read_text()) for f in args.files)
         print(report.compare(before, after))
+        return
+    if args.command == "readme":
+        readme = Path(__file__).parent.parent / "README.md"
+        head, _, rest = readme.read_text().partition("<!-- speed -->\n")
+        tail = rest.partition("<!-- end of speed -->")[2]
+        table = report.markdown(json.loads(Path(args.files[0]).read_text()))
+        readme.write_text(f"{head}<!-- speed -->\n{table}<!-- end of speed -->{tail}")
         return
     if args.allocator == "both":
         for allocator in ("default", "warm"):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_softmax_ext import _C
+from torch_softmax_ext._check import check_types
 
 _op = torch.ops.torch_softmax_ext.cross_entropy.default
 _inplace_op = torch.ops.torch_softmax_ext._cross_entropy_inplace_backward.default
@@ -47,6 +48,7 @@ def cross_entropy(
         RuntimeError: other shapes that do not fit, a target that is not int64 or int32, tensors on two devices, a leaf
             or overlapping memory with ``inplace_backward``.
         NotImplementedError: logits that are not floating point; class probabilities as target.
+        TypeError: an argument of another type.
     """
     if not torch.compiler.is_compiling():
         if inplace_backward:
@@ -54,6 +56,9 @@ def cross_entropy(
         result = _fast(input, target, ignore_index, reduction)
         if result is not NotImplemented:
             return result
+        check_types("cross_entropy", input=(input, Tensor), target=(target, Tensor), ignore_index=(ignore_index, int))
+        if not isinstance(reduction, str):
+            raise ValueError(f"cross_entropy: reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
     return _op(input, target, ignore_index=ignore_index, reduction=reduction)
 
 

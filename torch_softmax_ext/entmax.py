@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_softmax_ext import _C
+from torch_softmax_ext._check import check_types
 
 _sparsemax = torch.ops.torch_softmax_ext.sparsemax.default
 _fast = _C.sparsemax  # plain tensors only, else NotImplemented
@@ -28,11 +29,13 @@ def sparsemax(input: Tensor, dim: int = -1) -> Tensor:
     Raises:
         IndexError: ``dim`` out of range.
         NotImplementedError: logits that are not floating point.
+        TypeError: an argument of another type.
     """
     if not torch.compiler.is_compiling():
         result = _fast(input, dim)
         if result is not NotImplemented:
             return result
+        check_types("sparsemax", input=(input, Tensor), dim=(dim, int))
     return _sparsemax(input, dim)
 
 

@@ -143,6 +143,18 @@ _ERRORS = (
         r"reduction: expected 'none', 'mean' or 'sum', got 'avg'",
     ),
     ErrorCase(
+        "no-tensor", lambda d: tse.cross_entropy([1.0], _t(d, 0)), TypeError, r"input: expected Tensor, got list"
+    ),
+    ErrorCase(
+        "no-target", lambda d: tse.cross_entropy(_x(d, 2, 5), None), TypeError, r"target: expected Tensor, got None"
+    ),
+    ErrorCase(
+        "no-reduction",
+        lambda d: tse.cross_entropy(_x(d, 2, 5), _t(d, 0, 1), reduction=None),
+        ValueError,
+        r"reduction: expected .* got None",
+    ),
+    ErrorCase(
         "device",
         lambda d: tse.cross_entropy(_x(d, 2, 5), _t("meta", 0, 1)),
         RuntimeError,

@@ -96,6 +96,7 @@ _ERRORS = (
         NotImplementedError,
         r"input: expected float32.* got Long",
     ),
+    ErrorCase("float-dim", lambda d: tse.sparsemax(torch.zeros(2, 3, device=d), 1.0), TypeError, r"dim: expected int"),
     ErrorCase(
         "complex",
         lambda d: tse.sparsemax(torch.zeros(2, 3, device=d) + 0j),
