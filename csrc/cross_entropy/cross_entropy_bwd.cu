@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>) cross_entropy_bwd_
     T* g = grad_input + row_offset(p.grad_rows, row);
     const int64_t target = target_of(p, row);
     if (target == p.ignore_index) {
-      map_row<kRowThreads>(x, p.rows.stride_n, g, p.grad_rows.stride_n, n, [](int64_t, A) { return A(0); });
+      zero_row<kRowThreads>(g, p.grad_rows.stride_n, n);
       continue;
     }
     const A m = static_cast<const A*>(p.row_m)[row], sum = static_cast<const A*>(p.row_sum)[row];

@@ -289,7 +289,9 @@ void rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   if (p.rows.stride_n == 1 && (!kBackward || p.grad_rows.stride_n == 1)) {
     for (int64_t row = begin; row < end; ++row) {
       const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
-      if (kForward) finish_row(p, row, row_exp_sum(x, n), x);
+      // The logits of an ignored row are not even read.
+      const bool counted = target_of(p, row) != p.ignore_index;
+      if (kForward) finish_row(p, row, counted ? row_exp_sum(x, n) : kNothing, x);
       if (kBackward) finish_row_grad<T>(p, row, 0, n);
     }
     return;

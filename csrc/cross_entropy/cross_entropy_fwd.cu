@@ -17,16 +17,17 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>) cross_entropy_fwd_
   const int64_t rows = row_count(p.rows), n = p.rows.n, stride = p.rows.stride_n;
   for (int64_t row = first_row<kRowThreads>(); row < rows; row += row_step<kRowThreads>()) {
     const T* x = input + row_offset(p.rows, row);
-    ExpSum<A> s;
-    const auto scalar = [&](int64_t, T v) { add<1>(s, &v); };
-    const auto vector = [&](int64_t, const Vec<T>& v) { add<Vec<T>::kSize>(s, v.v); };
-    for_each_in_row<kRowThreads>(x, n, stride, vector, scalar);
-    s = row_reduce<kRowThreads>(s, [](ExpSum<A> a, ExpSum<A> b) { return join(a, b); });
-    if (threadIdx.x % kRowThreads != 0) continue;
     const int64_t target = target_of(p, row);
     const bool counted = target != p.ignore_index;
-    device_assert(!counted || (target >= 0 && target < n),
-                  "cross_entropy: target: expected a class index or ignore_index");
+    ExpSum<A> s;
+    if (counted) {  // the same in all threads of the row; the logits of an ignored one are not even read
+      device_assert(target >= 0 && target < n, "cross_entropy: target: expected a class index or ignore_index");
+      const auto scalar = [&](int64_t, T v) { add<1>(s, &v); };
+      const auto vector = [&](int64_t, const Vec<T>& v) { add<Vec<T>::kSize>(s, v.v); };
+      for_each_in_row<kRowThreads>(x, n, stride, vector, scalar);
+      s = row_reduce<kRowThreads>(s, [](ExpSum<A> a, ExpSum<A> b) { return join(a, b); });
+    }
+    if (threadIdx.x % kRowThreads != 0) continue;
     static_cast<A*>(p.row_loss)[row] = counted ? loss_of(s, A(to_acc(x[target * stride]))) : A(0);
     static_cast<A*>(p.row_m)[row] = s.m;
     static_cast<A*>(p.row_sum)[row] = s.sum;

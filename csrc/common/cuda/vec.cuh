@@ -112,8 +112,13 @@ __device__ inline void map_row(const T* x, int64_t x_stride, T* y, int64_t y_str
   for_each_in_row<kRowThreads>(x, n, x_stride, vector, scalar);
 }
 
-// launcher<T, kRowThreads>(…) for the storage type and the width of a row. Narrow rows get a warp: a block of 128 would
-// leave threads idle below 16 bytes × 128.
+template <int kRowThreads, class T>
+__device__ inline void zero_row(T* y, int64_t stride, int64_t n) {
+  const T zero = from_acc<T>(0);
+  for (int64_t i = threadIdx.x % kRowThreads; i < n; i += kRowThreads) y[i * stride] = zero;
+}
+
+// return launcher<T>(…) for the storage type.
 #define TSE_LAUNCH_BY_DTYPE(p, launcher, ...)      \
   switch ((p).dtype) {                             \
     case DType::kFloat32:                          \
