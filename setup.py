@@ -13,8 +13,9 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-# Volta's successor to Blackwell: what the kernels are written for. A visible GPU or TORCH_CUDA_ARCH_LIST replaces it.
+# Turing to Blackwell: what the kernels are written for. A visible GPU or TORCH_CUDA_ARCH_LIST replaces it.
 DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+ARCHITECTURES_BEFORE_12_8 = "7.5;8.0;8.6;8.9;9.0+PTX"
 
 
 def find_cuda_home():
@@ -28,7 +29,7 @@ def find_cuda_home():
         candidates.append(os.path.normpath(top[1]) if top else None)
     candidates.append("/usr/local/cuda")
     for candidate in candidates:
-        if candidate and (Path(candidate) / "include" / "cuda_runtime.h").exists():
+        if candidate and all((Path(candidate) / f).exists() for f in ("include/cuda_runtime.h", "bin/nvcc")):
             return str(candidate)
     return None
 
@@ -49,6 +50,9 @@ def choose_cuda():
         release = re.search(r"release (\d+)\.(\d+)", out)
         if release and release[1] == torch.version.cuda.split(".")[0]:
             os.environ["CUDA_HOME"] = home
+            if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
+                is_new = (int(release[1]), int(release[2])) >= (12, 8)
+                os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_ARCHITECTURES if is_new else ARCHITECTURES_BEFORE_12_8
             return True, f"toolkit {release[1]}.{release[2]} in {home}, torch for CUDA {torch.version.cuda}"
         found = f"{release[1]}.{release[2]}" if release else "an unknown version"
         why = f"nvcc in {home} is {found}, torch is built for CUDA {torch.version.cuda}"
@@ -61,7 +65,6 @@ def extension():
     with_cuda, why = choose_cuda()
     print(f"torch_softmax_ext: building {'CPU and CUDA' if with_cuda else 'CPU only'} kernels: {why}", flush=True)
 
-    import torch
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     suffixes = (".cpp", ".cu") if with_cuda else (".cpp",)
@@ -69,8 +72,6 @@ def extension():
     # OpenMP: without it at::parallel_for is serial. torch brings the libgomp.so.1 that is then found.
     cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     macros = [("TSE_WITH_CUDA", None)] if with_cuda else []
-    if with_cuda and "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
-        os.environ["TORCH_CUDA_ARCH_LIST"] = DEFAULT_ARCHITECTURES
     build = CUDAExtension if with_cuda else CppExtension
     return build(
         "torch_softmax_ext._C",

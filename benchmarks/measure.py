@@ -18,10 +18,6 @@ from torch_softmax_ext.testing.memory import peak_memory
 
 # Memory that a call returns stays with the process, so that the next call finds it warm.
 WARM_ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"}
-MODES = {
-    "cross_entropy": ("forward", "forward+backward", "accumulation", "in place"),
-    "sparsemax": ("forward", "backward"),
-}
 LARGE = 1 << 22  # logits from which on the modes that save memory are measured
 
 
@@ -59,7 +55,7 @@ def interleaved(calls, threads, rounds, seconds=0.02):
 def rows_of(specs, pattern=""):
     for spec in specs:
         for shape in spec.bench_shapes:
-            for mode in MODES[spec.name]:
+            for mode in spec.bench_modes:
                 if mode in ("accumulation", "in place") and math.prod(shape.shape) < LARGE:
                     continue
                 name = f"{spec.name} {'x'.join(map(str, shape.shape))} {str(shape.dtype)[6:]} {mode}"
@@ -83,7 +79,7 @@ def measure(specs, threads, rounds=7, pattern="", skip=()):
         calls = {n: call(providers(spec)[n], mode, x, args) for n in dict.fromkeys(names)}
         seconds = interleaved({**calls, **roofs(x)}, threads, rounds)
         memory = {n: peak_memory(f) for n, f in calls.items()} if x.numel() >= 1 << 16 else {}
-        row = {"name": name, "operator": spec.name, "mode": mode, "bytes": x.nbytes}
+        row = {"name": name, "operator": spec.name, "mode": mode, "bytes": x.nbytes, "roof": spec.bench_modes[mode]}
         row |= {"shape": list(shape.shape), "dtype": str(shape.dtype)[6:]}
         results.append(row | {"seconds": seconds, "peak_bytes": memory})
     return {"environment": environment(threads), "rows": results}

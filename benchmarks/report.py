@@ -1,18 +1,9 @@
 """Tables and a plot from the JSON of a run."""
 
-ROOFS = {
-    ("cross_entropy", "forward"): "read",
-    ("cross_entropy", "forward+backward"): "copy",
-    ("cross_entropy", "accumulation"): "copy",
-    ("cross_entropy", "in place"): "copy",
-    ("sparsemax", "forward"): "copy",
-    ("sparsemax", "backward"): "add",
-}
-
 
 def roof_of(row):
     """Seconds that the row's bytes cost at least: each tensor that must be read or written, once."""
-    return row["seconds"][ROOFS[row["operator"], row["mode"]]]
+    return row["seconds"][row["roof"]]
 
 
 def dtype_name(row):

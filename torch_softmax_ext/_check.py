@@ -4,8 +4,8 @@ import torch
 
 
 def check_types(op: str, **arguments) -> None:
-    """``name=(value, type)`` each; raises TypeError as torch's own functions do."""
+    """``name=(value, torch.Tensor or int)`` each; raises TypeError as torch's own functions do."""
     for name, (value, kind) in arguments.items():
-        is_kind = torch.overrides.is_tensor_like(value) if kind is torch.Tensor else isinstance(value, kind)
+        is_kind = torch.overrides.is_tensor_like(value) if kind is torch.Tensor else hasattr(value, "__index__")
         if not is_kind:
             raise TypeError(f"{op}: {name}: expected {kind.__name__}, got {type(value).__name__}")

@@ -29,14 +29,15 @@ def cross_entropy(
 
     Args:
         input: logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, …, dk)``; float32, float64, float16 or bfloat16; any
-            strides. Half types are computed in float32.
+            strides. Half types are computed in float32. Numbers beyond ±2.3e38 count as infinite.
         target: class indices of shape ``()``, ``(N)`` or ``(N, d1, …, dk)``; int64 or int32; in ``[0, C)`` or
             ``ignore_index``.
         ignore_index: a target that is not counted: its loss and gradient are 0.
         inplace_backward: the gradient is written into ``input``'s memory, in the forward pass: one buffer of the
             logits' size in all. ``input`` must be a computed tensor, and must not be used afterwards; autograd raises
             where it was saved by somebody before. Double backward then raises. Without effect under
-            ``torch.compile``, which plans memory itself, and ``torch.func``.
+            ``torch.compile``, which plans memory itself, and for float16, whose gradients would underflow before a loss
+            scale arrives. Not for ``torch.func.vmap``.
         reduction: ``"none"``, ``"mean"`` over the counted targets (NaN where there is none), or ``"sum"``.
 
     Returns:
@@ -92,12 +93,13 @@ def _vmap(info, in_dims, input, target, *, ignore_index=-100, reduction="mean"):
     size = info.batch_size
     x = input.movedim(in_dims[0], 0) if in_dims[0] is not None else input.expand(size, *input.shape)
     t = target.movedim(in_dims[1], 0) if in_dims[1] is not None else target.expand(size, *target.shape)
+    shape = t.shape
     if x.dim() == 2:  # (C) each, whose target may be of shape () or (1)
         x, t = x.unsqueeze(1), t.reshape(size, 1)
-    loss = _op(x.flatten(0, 1), t.flatten(0, 1), ignore_index=ignore_index, reduction="none").reshape(t.shape)
+    loss = _op(x.flatten(0, 1), t.flatten(0, 1), ignore_index=ignore_index, reduction="none").reshape(shape)
     if reduction == "none":
-        return (loss.reshape(size, *target.shape[(in_dims[1] is not None) :]) if input.dim() == 2 else loss), 0
-    loss = loss.flatten(1).sum(1)
+        return loss, 0
+    loss = loss.reshape(size, -1).sum(1)
     if reduction == "mean":
-        loss = loss / (t != ignore_index).flatten(1).sum(1)
+        loss = loss / (t != ignore_index).reshape(size, -1).sum(1)
     return loss, 0

@@ -47,7 +47,7 @@ inline std::optional<Rows> try_rows(const at::Tensor& t, int64_t dim) {
     for (int64_t d = end - 1; d >= begin; --d) {
       if (sizes[d] == 1) continue;
       if (size == 1) stride = strides[d];
-      else if (strides[d] != stride * size) return false;
+      else if (size != 0 && strides[d] != stride * size) return false;
       size *= sizes[d];
     }
     return true;
@@ -111,7 +111,11 @@ inline bool use_cuda(const at::Tensor& t) { return t.is_cuda(); }
 inline cudaStream_t current_stream(const at::Tensor& t) { return c10::cuda::getCurrentCUDAStream(t.device().index()); }
 #else
 constexpr bool kHasCuda = false;
-inline bool use_cuda(const at::Tensor&) { return false; }
+inline bool use_cuda(const at::Tensor& t) {
+  TORCH_CHECK(!t.is_cuda(), "torch_softmax_ext: this build has no CUDA kernels, got a tensor on ", t.device(),
+              "; rebuild it where nvcc matches the CUDA version of torch");
+  return false;
+}
 inline cudaStream_t current_stream(const at::Tensor&) { return nullptr; }
 #endif
 

@@ -18,15 +18,10 @@
 #include "cross_entropy/cross_entropy_host.h"
 
 namespace tse {
-namespace {
-
 constexpr const char* kOp = "cross_entropy";
 
-// The dimension of the classes: 0 for (C), else 1.
-int64_t class_dim(const at::Tensor& input) { return input.dim() == 1 ? 0 : 1; }
-
 // What can be said without reading memory; sizes may be symbolic.
-void check(const at::Tensor& input, const at::Tensor& target) {
+void check_cross_entropy(const at::Tensor& input, const at::Tensor& target) {
   check_floating(kOp, "input", input);
   check_same_device(kOp, "target", target, input);
   const auto x = input.sym_sizes(), t = target.sym_sizes();
@@ -49,6 +44,11 @@ void check(const at::Tensor& input, const at::Tensor& target) {
   }
   TSE_CHECK(same, kOp, "target", "expected the shape of input without its class dimension, input ", x, ", got ", t);
 }
+
+namespace {
+
+// The dimension of the classes: 0 for (C), else 1.
+int64_t class_dim(const at::Tensor& input) { return input.dim() == 1 ? 0 : 1; }
 
 // Σ f(begin, end) over chunks of the rows, which run in parallel and are added in order: the same bits for any threads.
 template <class F>
@@ -131,7 +131,15 @@ struct Operands {
     grad_input = with_huge_pages(at::empty_like(logits));
     grad = as_rows(grad_input, class_dim(logits));
     const bool alike = input.rows.stride_n == 1 ? grad.rows.stride_n == 1 : grad.rows.stride_inner == 1;
-    if (!alike) grad = as_rows(at::empty_like(input.tensor), class_dim(logits));
+    if (alike) return;
+    if (input.rows.stride_n != 1) {
+      grad = as_rows(at::empty_like(input.tensor), class_dim(logits));
+    } else {  // the gradient is dense where the logits are expanded: classes innermost in it, too
+      std::vector<int64_t> sizes = logits.sizes().vec();
+      sizes.erase(sizes.begin() + class_dim(logits));
+      sizes.push_back(input.rows.n);
+      grad = as_rows(at::empty(sizes, logits.options()).movedim(-1, class_dim(logits)), class_dim(logits));
+    }
   }
 
   // `stats` is backward's: the counted targets, then row_m and row_sum in the loss' dtype.
@@ -190,7 +198,7 @@ void run_cpu(const CrossEntropyParams& p, bool forward, bool backward) {
 CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
                                std::string_view reduction_name, Gradient gradient = Gradient::kNone,
                                double grad_output = 0) {
-  check(input, target);
+  check_cross_entropy(input, target);
   const Reduction reduction = parse_reduction(kOp, reduction_name);
   const c10::OptionalDeviceGuard guard(input.device());
   const Operands operands(input, gradient);
@@ -268,7 +276,7 @@ at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target, int6
 
 std::tuple<at::Tensor, at::Tensor> cross_entropy_forward_meta(const at::Tensor& input, const at::Tensor& target,
                                                               int64_t, std::string_view reduction) {
-  check(input, target);
+  check_cross_entropy(input, target);
   const auto options = input.options().dtype(accumulate_type(input.scalar_type()));
   const auto size = target.sym_numel() * (options.dtype() == at::kDouble ? 2 : 1) + 1;
   at::Tensor stats = at::empty_symint({size}, input.options().dtype(at::kDouble));

@@ -17,7 +17,7 @@ struct CrossEntropyParams {
   void* row_loss;          // (rows)     float32, or float64 for float64 logits
   void* row_m;  // (rows)     Σ exp2(x · log2(e)) = row_sum · 2^row_m, row_m an integer: what backward needs.
   void* row_sum;  // (rows)     An lse of the same size would put its rounding into every gradient.
-  void* loss;  // ()         CUDA with mean or sum: the reduced loss, in row_loss' dtype
+  void* loss;  // ()         with mean or sum: the reduced loss, in row_loss' dtype
   double* total_weight;  // ()         counted targets: the divisor of the mean
 
   // backward

@@ -2,6 +2,8 @@
 //
 // The fused operators give the first derivative. Where somebody differentiates further or in another mode (double
 // backward, torch.func, forward-mode AD), torch's own composition takes their place: the same mathematics, any order.
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -49,6 +51,7 @@ at::Tensor call_backward(const at::Tensor& grad_output, const at::Tensor& input,
 // The loss as a composition of torch's differentiable operators.
 at::Tensor composed(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
                     std::string_view reduction) {
+  check_cross_entropy(input, target);
   const auto type = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const auto code = static_cast<int64_t>(parse_reduction("cross_entropy", reduction));
   // One row may have its target as () or as (1), which torch's own backward does not know.
@@ -63,16 +66,16 @@ at::Tensor composed(const at::Tensor& input, const at::Tensor& target, int64_t i
 // one is thrown away, and there is no guessing until the same number came twice (a loss divided by a varying count).
 class GradOutputGuess {
  public:
-  std::optional<float> get() const {
+  std::optional<double> get() const {
     return repeated_.load(std::memory_order_relaxed) ? std::optional(last_.load(std::memory_order_relaxed))
                                                      : std::nullopt;
   }
-  void observe(float grad_output) {
+  void observe(double grad_output) {
     repeated_.store(last_.exchange(grad_output, std::memory_order_relaxed) == grad_output, std::memory_order_relaxed);
   }
 
  private:
-  std::atomic<float> last_ = 1;
+  std::atomic<double> last_ = 1;
   std::atomic<bool> repeated_ = true;
 };
 
@@ -88,13 +91,16 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
                             int64_t ignore_index, std::string_view reduction) {
     ctx->saved_data["ignore_index"] = ignore_index;
     ctx->saved_data["reduction"] = std::string(reduction);
-    const bool can_guess = reduction != "none" && is_plain_cpu(input);
+    // Not under saved-tensor hooks: checkpointing would keep the gradient that it is there to drop.
+    const bool hooks = !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+    const bool can_guess = reduction != "none" && is_plain_cpu(input) && is_plain_cpu(target) && !hooks;
     if (const auto guess = can_guess ? guess_for(reduction).get() : std::nullopt) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       CrossEntropyResult r = cross_entropy_forward_backward(input, target, ignore_index, reduction, *guess,
                                                             /*in_place=*/false);
-      ctx->save_for_backward({input, target, r.stats, r.grad_input});
-      ctx->saved_data["guess"] = double(*guess);
+      ctx->save_for_backward({input, target, r.stats});
+      ctx->saved_data["guess"] = *guess;
+      ctx->saved_data["grad_input"] = r.grad_input;
       return r.loss;
     }
     auto [loss, stats] = call_forward(input, target, ignore_index, reduction);
@@ -113,8 +119,12 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     }
     if (reduction != "none" && is_plain_cpu(saved[0]) && is_plain_cpu(grad_output)) {
       const double g = grad_output.item<double>();
-      guess_for(reduction).observe(float(g));
-      if (saved.size() == 4 && ctx->saved_data["guess"].toDouble() == g) return {saved[3], {}, {}, {}};
+      guess_for(reduction).observe(g);
+      if (const auto found = ctx->saved_data.find("grad_input"); found != ctx->saved_data.end()) {
+        const at::Tensor grad_input = found->second.toTensor();
+        ctx->saved_data.erase(found);  // given away once: whoever gets it may change it
+        if (ctx->saved_data["guess"].toDouble() == g) return {grad_input, {}, {}, {}};
+      }
     }
     return {call_backward(grad_output, saved[0], saved[1], saved[2], ignore_index, reduction), {}, {}, {}};
   }
@@ -125,7 +135,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
 struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             int64_t ignore_index, std::string_view reduction) {
-    double guess = reduction != "none" && is_plain_cpu(input) ? guess_for(reduction).get().value_or(1.0f) : 1.0;
+    double guess = reduction != "none" && is_plain_cpu(input) ? guess_for(reduction).get().value_or(1.0) : 1.0;
     if (guess == 0 || !std::isfinite(guess)) guess = 1;
     CrossEntropyResult r;
     {
@@ -150,10 +160,10 @@ struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
       gradient.mul_(gradient.dim() == 1 ? g.reshape({}) : g.unsqueeze(1));
     } else if (is_plain_cpu(g)) {
       const double value = g.item<double>();
-      guess_for(reduction).observe(float(value));
+      guess_for(reduction).observe(value);
       if (value != guess) gradient.mul_(value / guess);
     } else {
-      gradient.mul_(g);  // the guess was 1
+      gradient.mul_(g / guess);
     }
     return {gradient, {}, {}, {}};
   }
@@ -174,10 +184,13 @@ at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& tar
 // Where a tracer watches, writing in place is left to its compiler, and torch.func has no memory to write to.
 at::Tensor cross_entropy_inplace_autograd(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
                                           std::string_view reduction) {
-  if (gradient_path(input) != GradientPath::kFused || !is_plain(input))
+  // A float16 gradient would underflow, or overflow, before the loss scale of the step arrives.
+  if (gradient_path(input) != GradientPath::kFused || !is_plain(input) || input.scalar_type() == at::kHalf)
     return cross_entropy_autograd(input, target, ignore_index, reduction);
-  TSE_CHECK(!input.is_leaf(), "cross_entropy", "inplace_backward",
-            "expected logits that were computed, got a leaf that requires grad, whose values would be lost");
+  const bool is_leaf = input.is_leaf() || (input.is_view() && input._base().is_leaf() && input._base().requires_grad());
+  TSE_CHECK(!is_leaf, "cross_entropy", "inplace_backward",
+            "expected logits that were computed, got a leaf that requires grad, or a view of one, whose values would "
+            "be lost");
   return CrossEntropyInPlace::apply(input, target, ignore_index, reduction);
 }
 

@@ -4,13 +4,13 @@
 // Forward reads each logit once; backward reads it once more and writes the gradient once. Where the incoming gradient
 // is known beforehand both happen row by row, and the second reading is from cache. Log-probabilities are never stored.
 //
-// exp is taken in base 2 against an integer reference m, so that x · log2(e) - m is exact in one fused multiply-add,
-// and sums with different references are joined by powers of two, without rounding. The reference is ≥ the maximum of
-// the row's first block. Later blocks keep it without looking for their own maximum: terms may well be above 1, and a
-// block whose sum shows that it is not near the reference is added up again with its own. L = log2(e) rounded to the
-// type stands for the base on the way there and back: only differences feel its error. A target that has nearly all of
-// the probability is compared with the sum in the same arithmetic that built the sum, so that a loss and a gradient
-// that must be 0 are 0.
+// exp is taken in base 2 against an integer reference m, so that x · log2(e) - m is one fused multiply-add that rounds
+// only the difference, and sums with different references are joined by powers of two, without rounding. The reference
+// is ≥ the maximum of the row's first elements, and all blocks keep it without looking for their own maximum: terms may
+// well be above 1, and a block whose sum shows that it is not near the reference is added up again with its own.
+// L = log2(e) rounded to the type stands for the base on the way there and back: only differences feel its error.
+// A target that has nearly all of the probability is compared with the sum in the same arithmetic that built the sum,
+// so that a loss and a gradient that must be 0 are 0.
 
 constexpr int64_t kBlock = kCrossEntropyBlock;
 constexpr int64_t kReference = 512;  // elements whose maximum is the row's reference

@@ -1,10 +1,13 @@
-// What autograd calls without the dispatcher: plain CPU tensors in eager mode. [torch]
+// What autograd calls without the dispatcher, for plain tensors in eager mode. [torch]
 #pragma once
 #include <ATen/core/Tensor.h>
 
 #include <string_view>
 
 namespace tse {
+
+// Raises what torch.nn.functional.cross_entropy would. Reads no memory; sizes may be symbolic.
+void check_cross_entropy(const at::Tensor& input, const at::Tensor& target);
 
 struct CrossEntropyResult {
   at::Tensor loss;

@@ -26,7 +26,7 @@ __device__ inline ExpSum<A> join(ExpSum<A> a, ExpSum<A> b) {
   return {m, sa + sb};
 }
 
-// exp2(x · L - m), the term of one logit. The fused multiply-add is exact: m is near x · L.
+// exp2(x · L - m), the term of one logit. The fused multiply-add rounds once, the difference: m is near x · L.
 template <class A>
 __device__ inline A term_of(A x, A m) {
   return exp2_of(fma(x, kLog2e<A>, -m));

@@ -95,7 +95,7 @@ struct Candidates {
         for (int64_t i = begin; i < std::min(begin + kBlock, count); i += kLanes) {
           const V v = load(&values[i]), p = t.excess(v);
           sum += vmax(p, V{});
-          kept += append_positive(p, v, &indices[i], &values[kept], &indices[kept]);
+          kept += append_above(p, A(0), v, &indices[i], &values[kept], &indices[kept]);
         }
         total += double(reduce_add(sum));
       }
@@ -119,8 +119,8 @@ inline bool collect(const T* x, int64_t n, Candidates<Acc<T>>& c) {
   c.tau = -1;
   for (int64_t begin = 0, end = std::min(kBlock, n); begin < n; begin = end, end = std::min(end + kBlock, n)) {
     if (!(c.max < -low)) return false;
-    const A bound = c.max == low ? std::numeric_limits<A>::lowest() : std::nextafter(A(double(c.max) + c.tau), low);
-    const int64_t found = append_above(x, begin, end, bound, &c.values[c.count], &c.indices[c.count]);
+    const A bound = c.max == low ? low : std::nextafter(A(double(c.max) + c.tau), low);
+    const int64_t found = collect_above(x, begin, end, bound, &c.values[c.count], &c.indices[c.count]);
     A max = c.max;
     for (int64_t j = c.count; j < c.count + found; ++j)
       max = c.values[j] <= max ? max : c.values[j] > max ? c.values[j] : std::numeric_limits<A>::quiet_NaN();
@@ -184,7 +184,7 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candida
   if (n > kBlock && n <= std::numeric_limits<int32_t>::max()) {
     for (; begin < n && support <= begin / 4 && !has_nan; begin += kBlock) {
       const int64_t end = std::min(begin + kBlock, n);
-      const int64_t found = append_above(p, begin, end, A(0), &c.values[support], &c.indices[support]);
+      const int64_t found = collect_above(p, begin, end, A(0), &c.values[support], &c.indices[support]);
       for (int64_t j = support; j < support + found; ++j) {
         has_nan |= c.values[j] != c.values[j];
         c.values[j] = load_one(g + c.indices[j]);

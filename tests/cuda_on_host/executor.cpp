@@ -48,12 +48,14 @@ thread_local Options options = [] {
   const char* order = std::getenv("TSE_CUDA_ORDER");
   Options o;
   o.descending = order != nullptr && std::strcmp(order, "descending") == 0;
+  if (const char* block = std::getenv("TSE_CUDA_ONLY_BLOCK")) o.first_block = o.last_block = std::atoll(block);
   return o;
 }();
 
 namespace {
 
-constexpr size_t kStackBytes = 128 * 1024, kPage = 4096, kStaticBytes = 48 * 1024, kRedZone = 64;
+constexpr size_t kStackBytes = 128 * 1024, kPage = 4096, kSharedBytes = 48 * 1024, kRedZone = 64;
+constexpr size_t kStaticBytes = 2 * kSharedBytes;  // with room for the red zones
 
 void copy(void* to, const void* from, size_t n) {
   for (size_t i = 0; i < n; ++i) static_cast<volatile char*>(to)[i] = static_cast<const char*>(from)[i];
@@ -103,7 +105,7 @@ struct Engine {
   unsigned generation = 0;
   std::vector<SharedArray> shared;
   char* static_memory = nullptr;
-  size_t static_used = 0;
+  size_t static_used = 0, shared_bytes = 0;
   char* dynamic_memory = nullptr;
   char barrier_words[2], launch_word, end_word;
   const void* main_stack = nullptr;
@@ -339,6 +341,10 @@ void* shared_array(const void* place, size_t bytes) {
     if (s.place == place) return s.data;
   char* data = e.static_memory + e.static_used;
   e.static_used += (bytes + kRedZone + 63) / 64 * 64;
+  e.shared_bytes += bytes;
+  if (e.shared_bytes > kSharedBytes)  // what a block has without asking for more
+    fail("static and dynamic shared memory take " + std::to_string(e.shared_bytes) + " bytes, of " +
+         std::to_string(kSharedBytes));
   if (e.static_used > kStaticBytes || e.shared.size() == e.shared.capacity()) fail("too much static shared memory");
   IF_ASAN(__asan_unpoison_memory_region(data, bytes);)
   fill(data, bytes);
@@ -352,7 +358,7 @@ void* dynamic_shared() { return engine->dynamic_memory; }
 
 void launch(const char* kernel, int64_t blocks, int threads, size_t dynamic_bytes, const std::function<void()>& body) {
   const std::string prefix = std::string("cuda_on_host: ") + kernel + ": ";
-  if (blocks < 1 || blocks > 2147483647 || threads < 1 || threads > 1024 || dynamic_bytes > 227 * 1024)
+  if (blocks < 1 || blocks > 2147483647 || threads < 1 || threads > 1024 || dynamic_bytes > kSharedBytes)
     throw std::runtime_error(prefix + "invalid launch: " + std::to_string(blocks) + " blocks of " +
                              std::to_string(threads) + " threads, " + std::to_string(dynamic_bytes) + " shared bytes");
   if (!engine) engine = std::make_unique<Engine>();
@@ -375,6 +381,7 @@ void launch(const char* kernel, int64_t blocks, int threads, size_t dynamic_byte
     e.shared.clear();
     e.shared.reserve(64);
     e.static_used = 0;
+    e.shared_bytes = dynamic_bytes;
     e.arrived = 0;
     e.alive = threads;
     void *static_memory = nullptr, *dynamic_memory = nullptr;

@@ -33,7 +33,7 @@ struct Options {
   bool descending = false;                   // threads and blocks, last first
   int64_t first_block = 0, last_block = -1;  // run only these: index arithmetic on huge sparse buffers
 };
-extern thread_local Options options;  // `descending` starts as the environment's TSE_CUDA_ORDER=descending says
+extern thread_local Options options;  // start as TSE_CUDA_ORDER=descending and TSE_CUDA_ONLY_BLOCK=n say
 
 // One-dimensional blocks of at most 1024 threads. Throws std::runtime_error with what went wrong.
 void launch(const char* name, int64_t blocks, int threads, size_t dynamic_bytes, const std::function<void()>& body);

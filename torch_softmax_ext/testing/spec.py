@@ -37,11 +37,8 @@ class ErrorCase:
 
 @dataclass(frozen=True)
 class BenchShape:
-    """A row of the benchmark; ``kind`` groups the table."""
-
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class OpSpec:
     errors: tuple[ErrorCase, ...]
     bench_shapes: tuple[BenchShape, ...]
     bench_args: Callable  # (input) -> further arguments for the benchmark
-    passes: dict[str, int]  # elements read or written per element of input, by "forward" and "forward+backward"
+    bench_modes: dict[str, str]  # what is measured, each with the roof (benchmarks/providers.py) of its bytes
     rows: Callable  # (input, *args) -> the same call for its first row alone: batch invariance
     # (input in float64, *args) -> where the gradient exists, by a margin; None: everywhere
     differentiable: Callable | None = None

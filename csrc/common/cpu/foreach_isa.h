@@ -5,9 +5,9 @@
 //   void fwd_rows(const Params& p, …) { TSE_CALL_ISA(fwd_rows, p, …); }
 //
 // Target regions instead of per-file compiler flags, which setuptools does not have. What that asks for:
-// every standard header stands here, before the first region (a template first seen inside one would become a weak
-// symbol with AVX-512 code, shared with the whole program); everything else stands inside the level's namespace;
-// the level is told by TSE_ISA, since g++ does not define __AVX512F__ inside a region.
+// every standard header stands here or before, never behind the first region (a template first seen inside one would
+// become a weak symbol with AVX-512 code, shared with the whole program); everything else stands inside the level's
+// namespace; the level is told by TSE_ISA, since g++ does not define __AVX512F__ inside a region.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

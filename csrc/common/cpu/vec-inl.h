@@ -223,6 +223,7 @@ inline VecD vmax(VecD a, VecD b) { return (VecD)_mm256_max_pd((__m256d)a, (__m25
 inline VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
 inline VecD vmax(VecD a, VecD b) { return a > b ? a : b; }
 #endif
+inline VecF vmin(VecF a, VecF b) { return a < b ? a : b; }  // and b where either is NaN
 
 // log2(x) of a positive x: exponent apart, then 2 / ln 2 · atanh(r / (2 + r)) of the mantissa 1 + r in [2/3, 4/3).
 // Relative error 1e-7, next to 1, too. 0 gives -inf; infinity and NaN give no number.
@@ -278,8 +279,9 @@ inline VecF exponent(VecF x, VecF m) { return x * kLog2e<float> - m; }  // contr
 #endif
 inline VecD exponent(VecD x, VecD m) { return x * kLog2e<double> - m; }
 
-// 2^t for t ≤ 0 (and a rounding error above): 2^floor(t) times a minimax polynomial of degree 5 for 2^f on [0, 1),
-// relative error 1e-7. -inf gives 0, NaN gives NaN. Below 2^-126 AVX-512 is gradual, the other levels give 0.
+// 2^t: 2^floor(t) times a minimax polynomial of degree 5 for 2^f on [0, 1),
+// relative error 1e-7. -inf gives 0, NaN gives NaN, 128 and above infinity. Below 2^-126 AVX-512 is gradual, the other
+// levels give 0.
 inline VecF exp2_fraction(VecF f) {
   VecF p = f * 0x1.ec320ap-10f + 0x1.26900cp-7f;
   p = p * f + 0x1.c95446p-5f;
@@ -294,7 +296,7 @@ inline VecF exp2(VecF t) {
 }
 #else
 inline VecF exp2(VecF t) {
-  t = vmax(splat<VecF>(-127.0f), t);
+  t = vmin(splat<VecF>(128.0f), vmax(splat<VecF>(-127.0f), t));  // the exponents that can be built, 128: infinity
   VecI i = __builtin_convertvector(t, VecI);
   i += (VecI)(__builtin_convertvector(i, VecF) > t);  // truncation to floor
   const VecF f = t - __builtin_convertvector(i, VecF);
@@ -350,7 +352,7 @@ inline float reduce_max(VecF v) {
 }
 #endif
 
-// ---- lanes that are positive (or NaN, where it says so) -----------------------------------------------------------
+// ---- compaction ---------------------------------------------------------------------------------------------------
 
 // How many lanes of p are > 0.
 template <class V>
@@ -360,15 +362,16 @@ inline int64_t count_positive(V p) {
   return count;
 }
 
-// Appends the lanes of v and of indices where p > 0 or NaN, and returns how many. May write a whole vector at both.
+// Appends the lanes of v and of indices where not key <= bound (so NaN, too), and returns how many. May write a whole
+// vector at both.
 template <class A, class V>
-inline int64_t append_positive(V p, V v, const int32_t* indices, A* to, int32_t* to_indices) {
+inline int64_t append_above(V key, A bound, V v, const int32_t* indices, A* to, int32_t* to_indices) {
   int64_t count = 0;
   for (unsigned i = 0; i < sizeof(V) / sizeof(A); ++i) {
     const int32_t index = indices[i];
     to[count] = v[i];
     to_indices[count] = index;
-    count += !(p[i] <= 0);
+    count += !(key[i] <= bound);
   }
   return count;
 }
@@ -376,8 +379,8 @@ inline int64_t append_positive(V p, V v, const int32_t* indices, A* to, int32_t*
 inline int64_t count_positive(VecF p) {
   return __builtin_popcount(_mm512_cmp_ps_mask((__m512)p, _mm512_setzero_ps(), _CMP_GT_OQ));
 }
-inline int64_t append_positive(VecF p, VecF v, const int32_t* indices, float* to, int32_t* to_indices) {
-  const __mmask16 mask = _mm512_cmp_ps_mask((__m512)p, _mm512_setzero_ps(), _CMP_NLE_UQ);
+inline int64_t append_above(VecF key, float bound, VecF v, const int32_t* indices, float* to, int32_t* to_indices) {
+  const __mmask16 mask = _mm512_cmp_ps_mask((__m512)key, _mm512_set1_ps(bound), _CMP_NLE_UQ);
   if (mask == 0) return 0;
   const __m512i i = _mm512_loadu_si512(indices);
   _mm512_storeu_ps(to, _mm512_maskz_compress_ps(mask, (__m512)v));
@@ -388,9 +391,9 @@ inline int64_t append_positive(VecF p, VecF v, const int32_t* indices, float* to
 inline int64_t count_positive(VecF p) {
   return __builtin_popcount(_mm256_movemask_ps(_mm256_cmp_ps((__m256)p, _mm256_setzero_ps(), _CMP_GT_OQ)));
 }
-inline int64_t append_positive(VecF p, VecF v, const int32_t* indices, float* to, int32_t* to_indices) {
+inline int64_t append_above(VecF key, float bound, VecF v, const int32_t* indices, float* to, int32_t* to_indices) {
   int64_t count = 0;
-  unsigned mask = _mm256_movemask_ps(_mm256_cmp_ps((__m256)p, _mm256_setzero_ps(), _CMP_NLE_UQ));
+  unsigned mask = _mm256_movemask_ps(_mm256_cmp_ps((__m256)key, _mm256_set1_ps(bound), _CMP_NLE_UQ));
   for (; mask != 0; mask &= mask - 1, ++count) {
     const int lane = __builtin_ctz(mask);
     to[count] = v[lane];
@@ -400,16 +403,16 @@ inline int64_t append_positive(VecF p, VecF v, const int32_t* indices, float* to
 }
 #endif
 
-// The lanes of x[begin, end) where not x <= bound, with their indices.
+// The elements of x[begin, end) that are not <= bound, with their indices.
 template <class T>
-inline int64_t append_above(const T* x, int64_t begin, int64_t end, Acc<T> bound, Acc<T>* to, int32_t* to_indices) {
+inline int64_t collect_above(const T* x, int64_t begin, int64_t end, Acc<T> bound, Acc<T>* to, int32_t* to_indices) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   int32_t lanes[kFloats];
   for (int k = 0; k < kLanes; ++k) lanes[k] = int32_t(begin) + k;
   int64_t count = 0;
   for (int64_t i = begin; i < end; i += kLanes) {
     const Vec<T> v = i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, bound);
-    count += append_positive(v - bound, v, lanes, to + count, to_indices + count);
+    count += append_above(v, bound, v, lanes, to + count, to_indices + count);
     for (int k = 0; k < kLanes; ++k) lanes[k] += kLanes;
   }
   return count;
