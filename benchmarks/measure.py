@@ -42,7 +42,8 @@ def interleaved(calls, threads, rounds, seconds=0.02):
     timers, numbers = {}, {}
     for name, function in calls.items():
         timers[name] = Timer("f()", globals={"f": function}, num_threads=threads)
-        function()
+        once = timers[name].timeit(1).mean
+        timers[name].timeit(max(2, min(20, int(0.3 / once))))  # until malloc has settled where this size comes from
         once = timers[name].timeit(1).mean
         numbers[name] = max(1, int(seconds / max(once, 1e-7)))
     times = {name: [] for name in calls}
@@ -63,16 +64,9 @@ def rows_of(specs, pattern=""):
                     yield name, spec, shape, mode
 
 
-def touch_memory(share=0.6):
-    """A virtual machine gets its memory from the host at the first touch, page by page, at a cost that is nobody's."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    torch.ones(int(free * share), dtype=torch.uint8)
-
-
 def measure(specs, threads, rounds=7, pattern="", skip=()):
     """One dictionary a row: seconds and peak bytes of every provider, seconds of the roofs."""
     torch.set_num_threads(threads)
-    touch_memory()
     results = []
     bar = tqdm(list(rows_of(specs, pattern)), mininterval=1)
     for name, spec, shape, mode in bar:
