@@ -100,6 +100,15 @@ def test_the_guess_under_checkpointing(device, scale):
     torch.testing.assert_close(z.grad, 2 * want)
 
 
+@pytest.mark.skipif(CUDA_ON_HOST, reason="allocations are the CPU kernels'")
+def test_checkpointing_keeps_no_gradient():
+    x = torch.randn(512, 4096, requires_grad=True)
+    target = torch.randint(0, 4096, (512,))
+    loss = lambda z: tse.cross_entropy(z, target)  # noqa: E731
+    assert peak_memory(lambda: loss(x)) > 0.99 * x.nbytes  # a guess
+    assert peak_memory(lambda: checkpoint(loss, x, use_reentrant=False)) < 0.01 * x.nbytes
+
+
 def test_a_gradient_that_was_handed_out_may_be_changed(device):
     x, target = logits_and_target(device)
     want = grad(tse.cross_entropy, x, target)[1]
