@@ -52,6 +52,16 @@ def test_library_that_needs_a_missing_one(tmp_path):
     assert "libneeded.so" in run.stderr
 
 
+def test_cuda_kernels_are_in_the_library_where_they_can_be_built():
+    """So that a machine with nvcc, as CI has, compiles, links and loads them, and none goes without unnoticed."""
+    code = """
+import runpy, torch, torch_softmax_ext
+can, why = runpy.run_path("setup.py", run_name="functions")["choose_cuda"]()
+print(can == torch.ops.torch_softmax_ext._has_cuda(), why)
+"""
+    assert python(code).stdout.startswith("True")
+
+
 def test_without_torch():
     run = python("import sys; sys.modules['torch'] = None\nimport torch_softmax_ext")
     assert "ImportError: torch_softmax_ext needs PyTorch 2.11 or newer" in run.stderr

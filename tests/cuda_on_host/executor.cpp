@@ -100,7 +100,6 @@ struct Engine {
   Fibre main;
   Fibre* running = nullptr;
   std::string error;
-  const char* kernel = "";
   int arrived = 0, alive = 0;
   unsigned generation = 0;
   std::vector<SharedArray> shared;
@@ -363,7 +362,6 @@ void launch(const char* kernel, int64_t blocks, int threads, size_t dynamic_byte
                              std::to_string(threads) + " threads, " + std::to_string(dynamic_bytes) + " shared bytes");
   if (!engine) engine = std::make_unique<Engine>();
   Engine& e = *engine;
-  e.kernel = kernel;
   e.body = &body;
   e.error.clear();
   e.running = nullptr;
