@@ -14,6 +14,7 @@ constexpr int64_t kShortRow = 128;  // collecting candidates pays above
 template <class A>
 struct Threshold {
   A max, hi, lo;  // tau = max + hi + lo
+  Threshold(A max, A hi, A lo) : max(max), hi(hi), lo(lo) {}
   Threshold(A max, double tau) : max(max), hi(A(tau)), lo(A(tau - double(hi))) {}
   template <class V>
   V excess(V x) const {  // x - tau
@@ -43,38 +44,15 @@ inline Acc<T> max_or_nan(const T* x, int64_t n) {
   return reduce_add(nan) > 0 ? std::numeric_limits<A>::quiet_NaN() : reduce_max(vmax(m0, m1));
 }
 
-// Newton's steps over the elements x themselves.
-template <class T>
-inline Threshold<Acc<T>> find_threshold(const T* x, int64_t n, Acc<T> max) {
-  using A = Acc<T>;
-  constexpr int kLanes = Accumulate<T>::kLanes;
-  double tau = -1;
-  for (int64_t support = n + 1;;) {
-    const Threshold<A> t(max, tau);
-    Vec<T> sum = {};
-    int64_t active = 0, i = 0;
-    const auto add = [&](Vec<T> v) {
-      const Vec<T> p = t.excess(v);
-      sum += vmax(p, Vec<T>{});
-      active += count_positive(p);
-    };
-    for (; i + kLanes <= n; i += kLanes) add(load(x + i));
-    if (i < n) add(load_part(x + i, n - i, -std::numeric_limits<A>::infinity()));
-    tau += (double(reduce_add(sum)) - 1) / double(active);
-    if (active >= support) return Threshold<A>(max, tau);
-    support = active;
-  }
-}
-
 // Elements that may be in the support, with a whole vector's room behind them.
 template <class A>
 struct Candidates {
   std::unique_ptr<A[]> values;
-  std::unique_ptr<int32_t[]> indices;
+  std::unique_ptr<uint32_t[]> indices;
   int64_t count = 0;
   A max = -std::numeric_limits<A>::infinity();
   double tau = -1;     // relative to max; a lower bound of the row's, exact for the candidates after `shrink`
-  explicit Candidates(int64_t n) : values(new A[n + kFloats]), indices(new int32_t[n + kFloats]) {}
+  explicit Candidates(int64_t n) : values(new A[n + kFloats]), indices(new uint32_t[n + kFloats]) {}
 
   void raise_max(A to) {
     if (to > max) tau = std::max(-1.0, tau + double(max) - double(to));
@@ -134,11 +112,11 @@ inline bool collect(const T* x, int64_t n, Candidates<Acc<T>>& c) {
   return std::isfinite(c.max);
 }
 
-// y = max(x - tau, 0).
+// y = max(x - tau, 0), and NaN where tau is.
 template <class T>
 inline void write_all(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t) {
   constexpr int kLanes = Accumulate<T>::kLanes;
-  const auto probability = [&](Vec<T> v) { return vmax(t.excess(v), Vec<T>{}); };
+  const auto probability = [&](Vec<T> v) { return vmax(Vec<T>{}, t.excess(v)); };
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     const Pair<Vec<T>> v = load2(x + i);
@@ -148,19 +126,64 @@ inline void write_all(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t) {
   if (i < n) store_part(y + i, n - i, probability(load_part(x + i, n - i, Acc<T>(0))));
 }
 
+// Rows of up to kShortRow elements, x(i) to y(i) for i < count, as many at a time as a vector has lanes: a lane has a
+// row, and Newton's steps, which would wait for each other in one row, are taken for all of them at once.
+template <class T, class X, class Y>
+inline void sparsemax_short_rows(const X& x, const Y& y, int64_t count, int64_t n) {
+  using A = Acc<T>;
+  using V = Vec<T>;
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  const A low = -std::numeric_limits<A>::infinity();
+  V z[kShortRow];
+  alignas(64) A max_of[kLanes], tau_of[kLanes], rest_of[kLanes];
+  for (int64_t row = 0; row < count; row += kLanes) {
+    const int64_t lanes = std::min<int64_t>(kLanes, count - row);
+    V max = splat<V>(low);
+    for (int64_t c = 0; c < n; c += kLanes) {
+      for (int64_t i = 0; i < kLanes; ++i) {
+        const T* from = x(row + std::min(i, lanes - 1)) + c;
+        z[c + i] = c + kLanes <= n ? load(from) : load_part(from, n - c, low);
+      }
+      transpose(z + c);
+      for (int64_t i = 0; i < kLanes; ++i) max = vmax(z[c + i], max);  // NaN aside
+    }
+    max = max == splat<V>(low) ? V{} : max;  // -inf alone: p is zero
+    V total = {};
+    for (int64_t c = 0; c < n; ++c) total += z[c] -= max;  // what pads the last four stays -inf
+    V tau = vmax((total - A(1)) / A(n), splat<V>(-1)), rest, support = splat<V>(A(n + 1));  // relative to max
+    for (bool open = true; open;) {
+      V sum[4] = {}, count[4] = {};
+      for (int64_t c = 0; c < n; c += 4) {
+        for (int k = 0; k < 4; ++k) {
+          const V p = z[c + k] - tau;
+          sum[k] += vmax(V{}, p);  // NaN and infinity make it NaN, and so the row
+          count[k] += p > V{} ? splat<V>(1) : V{};
+        }
+      }
+      const V active = (count[0] + count[1]) + (count[2] + count[3]);
+      rest = (((sum[0] + sum[1]) + (sum[2] + sum[3])) - A(1)) / vmax(active, splat<V>(1));
+      const auto shrank = active < support;  // the others stay where they are, whatever their neighbours do
+      tau = shrank ? tau + rest : tau;
+      support = active;
+      open = reduce_add(shrank ? splat<V>(1) : V{}) > 0;
+    }
+    store(max_of, max);
+    store(tau_of, tau);
+    store(rest_of, rest);
+    for (int64_t i = 0; i < lanes; ++i)
+      write_all(x(row + i), y(row + i), n, Threshold<A>(max_of[i], tau_of[i], rest_of[i]));
+  }
+}
+
 template <class T>
 inline void sparsemax_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& c) {
   using A = Acc<T>;
   const A low = -std::numeric_limits<A>::infinity();
-  const bool is_short = n <= kShortRow || n > std::numeric_limits<int32_t>::max();
-  const bool ordinary = is_short ? std::isfinite(c.max = max_or_nan(x, n)) : collect(x, n, c);
-  if (!ordinary) {  // NaN and +inf make the row NaN, -inf alone makes it zero
+  if (!collect(x, n, c)) {  // NaN and +inf make the row NaN, -inf alone makes it zero
     T fill;
     store_one(&fill, c.max == low ? A(0) : std::numeric_limits<A>::quiet_NaN());
     std::fill_n(y, n, fill);
-  } else if (is_short) {
-    write_all(x, y, n, find_threshold(x, n, c.max));
-  } else if (c.count > n / 4) {
+  } else if (c.count > n / 4 || n > std::numeric_limits<uint32_t>::max()) {
     write_all(x, y, n, Threshold<A>(c.max, c.tau));
   } else {
     const Threshold<A> t(c.max, c.tau);
@@ -181,7 +204,7 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candida
   double total = 0;
   int64_t support = 0, begin = 0;
   bool has_nan = false;
-  if (n > kBlock && n <= std::numeric_limits<int32_t>::max()) {
+  if (n > kBlock && n <= std::numeric_limits<uint32_t>::max()) {
     for (; begin < n && support <= begin / 4 && !has_nan; begin += kBlock) {
       const int64_t end = std::min(begin + kBlock, n);
       const int64_t found = collect_above(p, begin, end, A(0), &c.values[support], &c.indices[support]);
@@ -242,6 +265,13 @@ inline void scatter(const T* tile, int64_t n, const Rows& rows, int64_t count, T
     for (int64_t i = 0; i < count; ++i) y[c * rows.stride_n + i * rows.stride_inner] = tile[i * n + c];
 }
 
+// Rows x(i) to y(i), i < count.
+template <class T, class X, class Y>
+inline void sparsemax_rows(const X& x, const Y& y, int64_t count, int64_t n, Candidates<Acc<T>>& candidates) {
+  if (n <= kShortRow) return sparsemax_short_rows<T>(x, y, count, n);
+  for (int64_t i = 0; i < count; ++i) sparsemax_row<T>(x(i), y(i), n, candidates);
+}
+
 template <class T>
 void fwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
   const T* input = static_cast<const T*>(p.input);
@@ -249,15 +279,16 @@ void fwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.rows.n;
   Candidates<Acc<T>> candidates(n);
   if (p.rows.stride_n == 1 && p.output_rows.stride_n == 1) {
-    for (int64_t row = begin; row < end; ++row)
-      sparsemax_row(input + row_offset(p.rows, row), output + row_offset(p.output_rows, row), n, candidates);
-    return;
+    return sparsemax_rows<T>([&](int64_t i) { return input + row_offset(p.rows, begin + i); },
+                             [&](int64_t i) { return output + row_offset(p.output_rows, begin + i); }, end - begin, n,
+                             candidates);
   }
   const std::unique_ptr<T[]> tile(new T[kTileRows * n]);
+  const auto row_of_tile = [&](int64_t i) { return &tile[i * n]; };
   for (int64_t row = begin; row < end;) {
     const int64_t count = std::min<int64_t>({kTileRows, end - row, p.rows.inner - row % p.rows.inner});
     gather(input + row_offset(p.rows, row), n, p.rows, count, tile.get());
-    for (int64_t i = 0; i < count; ++i) sparsemax_row(&tile[i * n], &tile[i * n], n, candidates);
+    sparsemax_rows<T>(row_of_tile, row_of_tile, count, n, candidates);
     scatter(tile.get(), n, p.output_rows, count, output + row_offset(p.output_rows, row));
     row += count;
   }

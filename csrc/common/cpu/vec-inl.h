@@ -279,10 +279,17 @@ inline VecF exponent(VecF x, VecF m) { return x * kLog2e<float> - m; }  // contr
 #endif
 inline VecD exponent(VecD x, VecD m) { return x * kLog2e<double> - m; }
 
-// 2^t: 2^floor(t) times a minimax polynomial of degree 5 for 2^f on [0, 1),
-// relative error 1e-7. -inf gives 0, NaN gives NaN, 128 and above infinity. Below 2^-126 AVX-512 is gradual, the other
-// levels give 0.
+// 2^t for logits of type T: 2^floor(t) times a minimax polynomial for 2^f on [0, 1), of relative error 1e-7, and one
+// degree less, 3e-6, for half types. -inf gives 0, NaN gives NaN, 128 and above infinity. Below 2^-126 AVX-512 is
+// gradual, the other levels give 0.
+template <class T>
 inline VecF exp2_fraction(VecF f) {
+  if constexpr (sizeof(T) == 2) {
+    VecF p = f * 0x1.bb7cdap-7f + 0x1.aa13f2p-5f;
+    p = p * f + 0x1.ee798ap-3f;
+    p = p * f + 0x1.62d166p-1f;
+    return p * f + 0x1.00002cp+0f;
+  }
   VecF p = f * 0x1.ec320ap-10f + 0x1.26900cp-7f;
   p = p * f + 0x1.c95446p-5f;
   p = p * f + 0x1.ebd5a8p-3f;
@@ -290,11 +297,13 @@ inline VecF exp2_fraction(VecF f) {
   return p * f + 0x1.fffffep-1f;
 }
 #if TSE_ISA == 2
+template <class T>
 inline VecF exp2(VecF t) {
   const VecF f = (VecF)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // 0 for -inf
-  return (VecF)_mm512_scalef_ps((__m512)exp2_fraction(f), (__m512)t);  // scalef takes the floor itself
+  return (VecF)_mm512_scalef_ps((__m512)exp2_fraction<T>(f), (__m512)t);  // scalef takes the floor itself
 }
 #else
+template <class T>
 inline VecF exp2(VecF t) {
   t = vmin(splat<VecF>(128.0f), vmax(splat<VecF>(-127.0f), t));  // the exponents that can be built, 128: infinity
   VecI i = __builtin_convertvector(t, VecI);
@@ -303,9 +312,10 @@ inline VecF exp2(VecF t) {
   const VecI bits = (i + 127) << 23;
   VecF scale;
   std::memcpy(&scale, &bits, sizeof scale);
-  return exp2_fraction(f) * scale;
+  return exp2_fraction<T>(f) * scale;
 }
 #endif
+template <class T>
 inline VecD exp2(VecD t) {  // fp64 is for checking gradients, not for speed
   for (int i = 0; i < kDoubles; ++i) t[i] = std::exp2(t[i]);
   return t;
@@ -352,6 +362,30 @@ inline float reduce_max(VecF v) {
 }
 #endif
 
+// ---- transposition ------------------------------------------------------------------------------------------------
+
+// Swaps the blocks of `half` lanes that lie off the diagonal, then those inside the blocks.
+template <int half, class V, size_t... lane>
+inline void transpose_step(V* v, std::index_sequence<lane...>) {
+  using Index = decltype(V{} > V{});
+  constexpr int kLanes = sizeof...(lane);
+  const Index upper = {(lane & half ? kLanes + lane - half : lane)...};
+  const Index lower = {(lane & half ? kLanes + lane : lane + half)...};
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & half) continue;
+    const V a = v[i], b = v[i + half];
+    v[i] = __builtin_shuffle(a, b, upper);
+    v[i + half] = __builtin_shuffle(a, b, lower);
+  }
+  if constexpr (half > 1) transpose_step<half / 2>(v, std::index_sequence<lane...>{});
+}
+// As many vectors as they have lanes: lane k of vector i changes places with lane i of vector k.
+template <class V>
+inline void transpose(V* v) {
+  constexpr size_t kLanes = sizeof(V) / sizeof(V{}[0]);
+  transpose_step<kLanes / 2>(v, std::make_index_sequence<kLanes>{});
+}
+
 // ---- compaction ---------------------------------------------------------------------------------------------------
 
 // How many lanes of p are > 0.
@@ -365,10 +399,10 @@ inline int64_t count_positive(V p) {
 // Appends the lanes of v and of indices where not key <= bound (so NaN, too), and returns how many. May write a whole
 // vector at both.
 template <class A, class V>
-inline int64_t append_above(V key, A bound, V v, const int32_t* indices, A* to, int32_t* to_indices) {
+inline int64_t append_above(V key, A bound, V v, const uint32_t* indices, A* to, uint32_t* to_indices) {
   int64_t count = 0;
   for (unsigned i = 0; i < sizeof(V) / sizeof(A); ++i) {
-    const int32_t index = indices[i];
+    const uint32_t index = indices[i];
     to[count] = v[i];
     to_indices[count] = index;
     count += !(key[i] <= bound);
@@ -379,7 +413,7 @@ inline int64_t append_above(V key, A bound, V v, const int32_t* indices, A* to, 
 inline int64_t count_positive(VecF p) {
   return __builtin_popcount(_mm512_cmp_ps_mask((__m512)p, _mm512_setzero_ps(), _CMP_GT_OQ));
 }
-inline int64_t append_above(VecF key, float bound, VecF v, const int32_t* indices, float* to, int32_t* to_indices) {
+inline int64_t append_above(VecF key, float bound, VecF v, const uint32_t* indices, float* to, uint32_t* to_indices) {
   const __mmask16 mask = _mm512_cmp_ps_mask((__m512)key, _mm512_set1_ps(bound), _CMP_NLE_UQ);
   if (mask == 0) return 0;
   const __m512i i = _mm512_loadu_si512(indices);
@@ -391,7 +425,7 @@ inline int64_t append_above(VecF key, float bound, VecF v, const int32_t* indice
 inline int64_t count_positive(VecF p) {
   return __builtin_popcount(_mm256_movemask_ps(_mm256_cmp_ps((__m256)p, _mm256_setzero_ps(), _CMP_GT_OQ)));
 }
-inline int64_t append_above(VecF key, float bound, VecF v, const int32_t* indices, float* to, int32_t* to_indices) {
+inline int64_t append_above(VecF key, float bound, VecF v, const uint32_t* indices, float* to, uint32_t* to_indices) {
   int64_t count = 0;
   unsigned mask = _mm256_movemask_ps(_mm256_cmp_ps((__m256)key, _mm256_set1_ps(bound), _CMP_NLE_UQ));
   for (; mask != 0; mask &= mask - 1, ++count) {
@@ -405,10 +439,10 @@ inline int64_t append_above(VecF key, float bound, VecF v, const int32_t* indice
 
 // The elements of x[begin, end) that are not <= bound, with their indices.
 template <class T>
-inline int64_t collect_above(const T* x, int64_t begin, int64_t end, Acc<T> bound, Acc<T>* to, int32_t* to_indices) {
+inline int64_t collect_above(const T* x, int64_t begin, int64_t end, Acc<T> bound, Acc<T>* to, uint32_t* to_indices) {
   constexpr int kLanes = Accumulate<T>::kLanes;
-  int32_t lanes[kFloats];
-  for (int k = 0; k < kLanes; ++k) lanes[k] = int32_t(begin) + k;
+  uint32_t lanes[kFloats];
+  for (int k = 0; k < kLanes; ++k) lanes[k] = uint32_t(begin) + k;
   int64_t count = 0;
   for (int64_t i = begin; i < end; i += kLanes) {
     const Vec<T> v = i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, bound);
