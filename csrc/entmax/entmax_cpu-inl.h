@@ -4,12 +4,14 @@
 // below, tau ← tau + (Σ (x - tau)_+ - 1) / #{x > tau}, ends exactly when the support stops changing, and what a step
 // leaves behind never comes back. tau of a part of the row is a lower bound for the row's (Condat 2016). So candidates
 // are collected while the row is read, block by block against the threshold of what was read before; mostly they stay
-// few, and the result is zeros with some elements set. A short row is its own list of candidates. From memory the row
-// is read once and written once. All is relative to the largest element, and tau is held as the sum of two numbers: in
-// a support of 10^5 elements of 10^-5 the rounding of tau alone would show in Σ p.
+// few, and the result is zeros with some elements set. From memory the row is read once and written once. Newton's
+// steps wait for each other; where candidates are few they are taken for as many rows at once as a vector has lanes.
+// All is relative to the largest element, and tau is held as the sum of two numbers: in a support of 10^5 elements of
+// 10^-5 the rounding of tau alone would show in Σ p. NaN and +inf make the sum NaN, and so tau and the row.
 
-constexpr int64_t kBlock = 1024;    // elements between two steps of the bound
-constexpr int64_t kShortRow = 128;  // collecting candidates pays above
+constexpr int64_t kBlock = 1024;    // elements between two looks at the bound
+constexpr int64_t kFew = 64;        // up to so many candidates, rows are solved together
+constexpr int64_t kShortRow = 128;  // below, computing all of y is cheaper than setting elements of zeros
 
 template <class A>
 struct Threshold {
@@ -22,29 +24,24 @@ struct Threshold {
   }
 };
 
-// The largest element, and NaN if there is one.
+// The largest element, NaN aside.
 template <class T>
-inline Acc<T> max_or_nan(const T* x, int64_t n) {
+inline Acc<T> max_of(const T* x, int64_t n) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const A low = -std::numeric_limits<A>::infinity();
-  Vec<T> m0 = splat<Vec<T>>(low), m1 = m0, nan = {};
+  Vec<T> m0 = splat<Vec<T>>(low), m1 = m0;
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     const Pair<Vec<T>> v = load2(x + i);
     m0 = vmax(v.a, m0);
     m1 = vmax(v.b, m1);
-    nan += v.a != v.a || v.b != v.b ? splat<Vec<T>>(A(1)) : Vec<T>{};
   }
-  for (; i < n; i += kLanes) {
-    const Vec<T> v = i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, low);
-    m0 = vmax(v, m0);
-    nan += v != v ? splat<Vec<T>>(A(1)) : Vec<T>{};
-  }
-  return reduce_add(nan) > 0 ? std::numeric_limits<A>::quiet_NaN() : reduce_max(vmax(m0, m1));
+  for (; i < n; i += kLanes) m0 = vmax(i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, low), m0);
+  return reduce_max(vmax(m0, m1));
 }
 
-// Elements that may be in the support, with a whole vector's room behind them.
+// Elements that may be in the support, with room behind them for what pads them.
 template <class A>
 struct Candidates {
   std::unique_ptr<A[]> values;
@@ -52,11 +49,17 @@ struct Candidates {
   int64_t count = 0;
   A max = -std::numeric_limits<A>::infinity();
   double tau = -1;     // relative to max; a lower bound of the row's, exact for the candidates after `shrink`
-  explicit Candidates(int64_t n) : values(new A[n + kFloats]), indices(new uint32_t[n + kFloats]) {}
+  explicit Candidates(int64_t n) : values(new A[n + kFew]), indices(new uint32_t[n + kFew]) {}
 
   void raise_max(A to) {
     if (to > max) tau = std::max(-1.0, tau + double(max) - double(to));
-    max = to;
+    max = std::max(max, to);
+  }
+
+  // Just below tau: rounding costs a candidate too many, not one too few.
+  A bound() const {
+    const A b = A(double(max) + tau);
+    return b - std::abs(b) * std::numeric_limits<A>::epsilon();
   }
 
   // Newton's steps, each of which drops what it leaves behind.
@@ -72,8 +75,8 @@ struct Candidates {
         V sum = {};
         for (int64_t i = begin; i < std::min(begin + kBlock, count); i += kLanes) {
           const V v = load(&values[i]), p = t.excess(v);
-          sum += vmax(p, V{});
-          kept += append_above(p, A(0), v, &indices[i], &values[kept], &indices[kept]);
+          sum += vmax(V{}, p);
+          kept += append(mask_above(p, A(0)), v, load(&indices[i]), &values[kept], &indices[kept]);
         }
         total += double(reduce_add(sum));
       }
@@ -85,31 +88,23 @@ struct Candidates {
   }
 };
 
-// Fills in the candidates of a row and their threshold; false where the row has NaN or +inf, or only -inf, and `max`
-// says which. The first elements are searched for their maximum. Later ones are only compared with a bound just below
-// tau, which costs nothing but a candidate too many, and lets NaN through to where it is seen.
+// Fills in the candidates of a row and, unless they are few, their threshold.
 template <class T>
-inline bool collect(const T* x, int64_t n, Candidates<Acc<T>>& c) {
-  using A = Acc<T>;
-  const A low = -std::numeric_limits<A>::infinity();
+inline void collect(const T* x, int64_t n, Candidates<Acc<T>>& c) {
   c.count = 0;
-  c.max = max_or_nan(x, std::min(kBlock, n));
+  c.max = max_of(x, std::min(kBlock, n));
   c.tau = -1;
-  for (int64_t begin = 0, end = std::min(kBlock, n); begin < n; begin = end, end = std::min(end + kBlock, n)) {
-    if (!(c.max < -low)) return false;
-    const A bound = c.max == low ? low : std::nextafter(A(double(c.max) + c.tau), low);
-    const int64_t found = collect_above(x, begin, end, bound, &c.values[c.count], &c.indices[c.count]);
-    A max = c.max;
-    for (int64_t j = c.count; j < c.count + found; ++j)
-      max = c.values[j] <= max ? max : c.values[j] > max ? c.values[j] : std::numeric_limits<A>::quiet_NaN();
+  for (int64_t begin = 0, settled = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, n);
+    const int64_t found = collect_above(x, begin, end, c.bound(), &c.values[c.count], &c.indices[c.count]);
+    if (begin > 0 && found > 0) c.raise_max(max_of(&c.values[c.count], found));
     c.count += found;
-    if (!(max < -low)) c.max = max;
-    else if (found != 0) {
-      c.raise_max(max);
+    const bool last = end == n;
+    if (last ? c.count > kFew && c.count != settled : c.count > settled + kFew / 2) {
       c.template shrink<Vec<T>>();
+      settled = c.count;
     }
   }
-  return std::isfinite(c.max);
 }
 
 // y = max(x - tau, 0), and NaN where tau is.
@@ -126,72 +121,108 @@ inline void write_all(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t) {
   if (i < n) store_part(y + i, n - i, probability(load_part(x + i, n - i, Acc<T>(0))));
 }
 
-// Rows of up to kShortRow elements, x(i) to y(i) for i < count, as many at a time as a vector has lanes: a lane has a
-// row, and Newton's steps, which would wait for each other in one row, are taken for all of them at once.
-template <class T, class X, class Y>
-inline void sparsemax_short_rows(const X& x, const Y& y, int64_t count, int64_t n) {
+template <class T>
+inline void write_row(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t, const Acc<T>* values,
+                      const uint32_t* indices, int64_t count) {
+  const bool sparse = count <= n / 4 && n > kShortRow && n <= std::numeric_limits<uint32_t>::max();
+  if (!sparse || t.hi != t.hi) return write_all(x, y, n, t);
+  std::fill_n(y, n, T{});
+  for (int64_t j = 0; j < count; ++j) store_one(y + indices[j], std::max(t.excess(values[j]), Acc<T>(0)));
+}
+
+// As many rows as a vector has lanes, of up to kFew elements or candidates each.
+template <class T>
+struct RowGroup {
   using A = Acc<T>;
   using V = Vec<T>;
-  constexpr int kLanes = Accumulate<T>::kLanes;
-  const A low = -std::numeric_limits<A>::infinity();
-  V z[kShortRow];
-  alignas(64) A max_of[kLanes], tau_of[kLanes], rest_of[kLanes];
-  for (int64_t row = 0; row < count; row += kLanes) {
-    const int64_t lanes = std::min<int64_t>(kLanes, count - row);
-    V max = splat<V>(low);
-    for (int64_t c = 0; c < n; c += kLanes) {
-      for (int64_t i = 0; i < kLanes; ++i) {
-        const T* from = x(row + std::min(i, lanes - 1)) + c;
-        z[c + i] = c + kLanes <= n ? load(from) : load_part(from, n - c, low);
-      }
-      transpose(z + c);
-      for (int64_t i = 0; i < kLanes; ++i) max = vmax(z[c + i], max);  // NaN aside
-    }
-    max = max == splat<V>(low) ? V{} : max;  // -inf alone: p is zero
-    V total = {};
-    for (int64_t c = 0; c < n; ++c) total += z[c] -= max;  // what pads the last four stays -inf
-    V tau = vmax((total - A(1)) / A(n), splat<V>(-1)), rest, support = splat<V>(A(n + 1));  // relative to max
-    for (bool open = true; open;) {
+  static constexpr int kRows = Accumulate<T>::kLanes, kParts = 8;
+  alignas(64) A values[kRows][kFew];
+  alignas(64) uint32_t indices[kRows][kFew];
+  alignas(64) A max[kRows], tau[kRows], rest[kRows];  // of row i: tau + rest, relative to max
+  int64_t count[kRows] = {};  // 0: this row is done
+
+  Threshold<A> threshold(int64_t i) const { return {max[i], tau[i], rest[i]}; }
+
+  // Newton's steps over n vectors (a multiple of 4) from t; returns the last step, which is not yet in t.
+  static V newton(const V* z, int64_t n, V& t) {
+    for (V support = splat<V>(A(n + 1));;) {
       V sum[4] = {}, count[4] = {};
       for (int64_t c = 0; c < n; c += 4) {
         for (int k = 0; k < 4; ++k) {
-          const V p = z[c + k] - tau;
-          sum[k] += vmax(V{}, p);  // NaN and infinity make it NaN, and so the row
-          count[k] += p > V{} ? splat<V>(1) : V{};
+          const V p = z[c + k] - t;
+          sum[k] += vmax(V{}, p);
+          count[k] = p > V{} ? count[k] + A(1) : count[k];
         }
       }
       const V active = (count[0] + count[1]) + (count[2] + count[3]);
-      rest = (((sum[0] + sum[1]) + (sum[2] + sum[3])) - A(1)) / vmax(active, splat<V>(1));
+      const V step = (((sum[0] + sum[1]) + (sum[2] + sum[3])) - A(1)) / vmax(active, splat<V>(1));
       const auto shrank = active < support;  // the others stay where they are, whatever their neighbours do
-      tau = shrank ? tau + rest : tau;
+      if (reduce_add(shrank ? splat<V>(1) : V{}) == 0) return step;
+      t = shrank ? t + step : t;
       support = active;
-      open = reduce_add(shrank ? splat<V>(1) : V{}) > 0;
     }
-    store(max_of, max);
-    store(tau_of, tau);
-    store(rest_of, rest);
-    for (int64_t i = 0; i < lanes; ++i)
-      write_all(x(row + i), y(row + i), n, Threshold<A>(max_of[i], tau_of[i], rest_of[i]));
   }
-}
 
-template <class T>
-inline void sparsemax_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& c) {
+  void solve() {
+    const A low = -std::numeric_limits<A>::infinity();
+    const int64_t most = *std::max_element(count, count + kRows);
+    V z[kFew];
+    int64_t n = 0;
+    for (; n < most || n % kParts != 0; n += kRows) {
+      for (int64_t i = 0; i < kRows; ++i) z[n + i] = n < count[i] ? load(&values[i][n]) : splat<V>(low);
+      transpose(z + n);
+    }
+    // The largest element of each of eight parts: their tau is a good lower bound, and costs a fraction of a step.
+    V part[kParts];
+    for (V& v : part) v = splat<V>(low);
+    for (int64_t c = 0; c < n; c += kParts)
+      for (int k = 0; k < kParts; ++k) part[k] = vmax(z[c + k], part[k]);
+    V m = part[0];
+    for (const V& v : part) m = vmax(v, m);
+    m = m == splat<V>(low) ? V{} : m;  // of -inf alone p is zero
+    for (V& v : part) v -= m;
+    for (int64_t c = 0; c < n; ++c) z[c] -= m;
+    V t = splat<V>(-1);
+    t += newton(part, kParts, t);
+    const V step = newton(z, n, t);
+    store(max, m);
+    store(tau, t);
+    store(rest, step);
+  }
+};
+
+// Rows x(i) to y(i).
+template <class T, class X, class Y>
+inline void sparsemax_rows(const X& x, const Y& y, int64_t begin, int64_t end, int64_t n, Candidates<Acc<T>>& c) {
   using A = Acc<T>;
   const A low = -std::numeric_limits<A>::infinity();
-  if (!collect(x, n, c)) {  // NaN and +inf make the row NaN, -inf alone makes it zero
-    T fill;
-    store_one(&fill, c.max == low ? A(0) : std::numeric_limits<A>::quiet_NaN());
-    std::fill_n(y, n, fill);
-  } else if (c.count > n / 4 || n > std::numeric_limits<uint32_t>::max()) {
-    write_all(x, y, n, Threshold<A>(c.max, c.tau));
-  } else {
-    const Threshold<A> t(c.max, c.tau);
-    std::fill_n(y, n, T{});
-    for (int64_t j = 0; j < c.count; ++j) {
-      const A p = t.excess(c.values[j]);
-      if (p > 0) store_one(y + c.indices[j], p);
+  RowGroup<T> g;
+  for (int64_t row = begin; row < end; row += g.kRows) {
+    const int64_t rows = std::min<int64_t>(g.kRows, end - row);
+    std::fill(g.count + rows, g.count + g.kRows, 0);
+    for (int64_t i = 0; i < rows; ++i) {
+      const T* from = x(row + i);
+      if (n <= kFew) {
+        g.count[i] = n;
+        for (int64_t j = 0; j < n; j += g.kRows)
+          store(&g.values[i][j], j + g.kRows <= n ? load(from + j) : load_part(from + j, n - j, low));
+        continue;
+      }
+      collect(from, n, c);
+      g.count[i] = c.count;
+      if (c.count == 0 || c.count > kFew) {  // 0: -inf alone
+        const Threshold<A> t = c.count == 0 ? Threshold<A>(A(0), 0.0) : Threshold<A>(c.max, c.tau);
+        write_row(from, y(row + i), n, t, &c.values[0], &c.indices[0], c.count);
+        g.count[i] = 0;
+        continue;
+      }
+      store(&c.values[c.count], splat<Vec<T>>(low));
+      for (int64_t j = 0; j < c.count; j += g.kRows) store(&g.values[i][j], load(&c.values[j]));
+      for (int64_t j = 0; j < c.count; j += kFloats) store(&g.indices[i][j], load(&c.indices[j]));
     }
+    g.solve();
+    for (int64_t i = 0; i < rows; ++i)
+      if (g.count[i] > 0) write_row(x(row + i), y(row + i), n, g.threshold(i), g.values[i], g.indices[i], g.count[i]);
   }
 }
 
@@ -223,26 +254,21 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candida
     }
   }
   total = 0;
-  support = n;
-  for (begin = 0; begin < n; begin += kBlock) {
+  support = 0;
+  for (begin = 0; begin < n; begin += kBlock) {  // sums of a block in the type, of blocks in double
     const int64_t end = std::min(begin + kBlock, n);
-    Vec<T> sum = {}, zeros = {};  // a block's zeros can be counted in the type
+    Vec<T> sum = {};
     int64_t i = begin;
     const auto add = [&](Vec<T> pv, Vec<T> gv) {
-      const auto is_zero = pv <= Vec<T>{};
-      sum += is_zero ? Vec<T>{} : gv;
-      zeros += is_zero ? splat<Vec<T>>(A(1)) : Vec<T>{};
+      sum += pv <= Vec<T>{} ? Vec<T>{} : gv + (pv - pv);  // NaN in p makes the mean NaN
+      support += __builtin_popcount(mask_above(pv, A(0)));
     };
     for (; i + kLanes <= end; i += kLanes) add(load(p + i), load(g + i));
-    if (i < end) {
-      add(load_part(p + i, end - i, A(0)), load_part(g + i, end - i, A(0)));
-      support += kLanes - (end - i);
-    }
+    if (i < end) add(load_part(p + i, end - i, A(0)), load_part(g + i, end - i, A(0)));
     total += double(reduce_add(sum));
-    support -= int64_t(reduce_add(zeros));
   }
   const A mean = A(total / double(support));
-  const auto value = [mean](Vec<T> pv, Vec<T> gv) { return pv <= Vec<T>{} ? Vec<T>{} : (gv - mean) + (pv - pv); };
+  const auto value = [mean](Vec<T> pv, Vec<T> gv) { return pv <= Vec<T>{} ? Vec<T>{} : gv - mean; };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(out + i, value(load(p + i), load(g + i)));
   if (i < n) store_part(out + i, n - i, value(load_part(p + i, n - i, A(0)), load_part(g + i, n - i, A(0))));
@@ -265,13 +291,6 @@ inline void scatter(const T* tile, int64_t n, const Rows& rows, int64_t count, T
     for (int64_t i = 0; i < count; ++i) y[c * rows.stride_n + i * rows.stride_inner] = tile[i * n + c];
 }
 
-// Rows x(i) to y(i), i < count.
-template <class T, class X, class Y>
-inline void sparsemax_rows(const X& x, const Y& y, int64_t count, int64_t n, Candidates<Acc<T>>& candidates) {
-  if (n <= kShortRow) return sparsemax_short_rows<T>(x, y, count, n);
-  for (int64_t i = 0; i < count; ++i) sparsemax_row<T>(x(i), y(i), n, candidates);
-}
-
 template <class T>
 void fwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
   const T* input = static_cast<const T*>(p.input);
@@ -279,16 +298,16 @@ void fwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.rows.n;
   Candidates<Acc<T>> candidates(n);
   if (p.rows.stride_n == 1 && p.output_rows.stride_n == 1) {
-    return sparsemax_rows<T>([&](int64_t i) { return input + row_offset(p.rows, begin + i); },
-                             [&](int64_t i) { return output + row_offset(p.output_rows, begin + i); }, end - begin, n,
-                             candidates);
+    const auto x = [&](int64_t row) { return input + row_offset(p.rows, row); };
+    const auto y = [&](int64_t row) { return output + row_offset(p.output_rows, row); };
+    return sparsemax_rows<T>(x, y, begin, end, n, candidates);
   }
   const std::unique_ptr<T[]> tile(new T[kTileRows * n]);
   const auto row_of_tile = [&](int64_t i) { return &tile[i * n]; };
   for (int64_t row = begin; row < end;) {
     const int64_t count = std::min<int64_t>({kTileRows, end - row, p.rows.inner - row % p.rows.inner});
     gather(input + row_offset(p.rows, row), n, p.rows, count, tile.get());
-    sparsemax_rows<T>(row_of_tile, row_of_tile, count, n, candidates);
+    sparsemax_rows<T>(row_of_tile, row_of_tile, 0, count, n, candidates);
     scatter(tile.get(), n, p.output_rows, count, output + row_offset(p.output_rows, row));
     row += count;
   }

@@ -77,6 +77,10 @@ def _samples(device, dtype):
     masked = logits(3, 40)
     masked[1] = -_INF
     yield Sample("masked-row", masked)
+    for n in (100, 3000):
+        masked = logits(3, n)
+        masked[1] = -_INF
+        yield Sample(f"masked-row-of-{n}", masked)
     broken = logits(4, 600)
     broken[0, 500] = float("nan")
     broken[2, 3] = _INF

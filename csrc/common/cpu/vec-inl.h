@@ -116,6 +116,11 @@ inline VecF load(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+inline VecU load(const uint32_t* p) {
+  VecU v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 inline VecD load(const double* p) {
   VecD v;
   std::memcpy(&v, p, sizeof v);
@@ -130,6 +135,7 @@ inline VecF load(const T* p) {
 
 inline void store(float* p, VecF v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double* p, VecD v) { std::memcpy(p, &v, sizeof v); }
+inline void store(uint32_t* p, VecU v) { std::memcpy(p, &v, sizeof v); }
 template <class T>
 inline void store(T* p, VecF v) {
   const VecH h = narrow(v, T{});
@@ -388,46 +394,24 @@ inline void transpose(V* v) {
 
 // ---- compaction ---------------------------------------------------------------------------------------------------
 
-// How many lanes of p are > 0.
-template <class V>
-inline int64_t count_positive(V p) {
-  int64_t count = 0;
-  for (unsigned i = 0; i < sizeof(V) / sizeof(p[0]); ++i) count += p[i] > 0;
-  return count;
+inline VecU iota() {
+  VecU v;
+  for (int i = 0; i < kFloats; ++i) v[i] = i;
+  return v;
 }
 
-// Appends the lanes of v and of indices where not key <= bound (so NaN, too), and returns how many. May write a whole
-// vector at both.
+// One bit a lane where not v <= bound: NaN is above.
+template <class V>
+inline unsigned mask_above(V v, decltype(V{}[0] + V{}[0]) bound) {
+  unsigned mask = 0;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); ++i) mask |= unsigned(!(v[i] <= bound)) << i;
+  return mask;
+}
+
+// Appends the lanes of the mask, and returns how many. May write a whole vector at both.
 template <class A, class V>
-inline int64_t append_above(V key, A bound, V v, const uint32_t* indices, A* to, uint32_t* to_indices) {
+inline int64_t append(unsigned mask, V v, VecU indices, A* to, uint32_t* to_indices) {
   int64_t count = 0;
-  for (unsigned i = 0; i < sizeof(V) / sizeof(A); ++i) {
-    const uint32_t index = indices[i];
-    to[count] = v[i];
-    to_indices[count] = index;
-    count += !(key[i] <= bound);
-  }
-  return count;
-}
-#if TSE_ISA == 2
-inline int64_t count_positive(VecF p) {
-  return __builtin_popcount(_mm512_cmp_ps_mask((__m512)p, _mm512_setzero_ps(), _CMP_GT_OQ));
-}
-inline int64_t append_above(VecF key, float bound, VecF v, const uint32_t* indices, float* to, uint32_t* to_indices) {
-  const __mmask16 mask = _mm512_cmp_ps_mask((__m512)key, _mm512_set1_ps(bound), _CMP_NLE_UQ);
-  if (mask == 0) return 0;
-  const __m512i i = _mm512_loadu_si512(indices);
-  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(mask, (__m512)v));
-  _mm512_storeu_si512(to_indices, _mm512_maskz_compress_epi32(mask, i));
-  return __builtin_popcount(mask);
-}
-#elif TSE_ISA == 1
-inline int64_t count_positive(VecF p) {
-  return __builtin_popcount(_mm256_movemask_ps(_mm256_cmp_ps((__m256)p, _mm256_setzero_ps(), _CMP_GT_OQ)));
-}
-inline int64_t append_above(VecF key, float bound, VecF v, const uint32_t* indices, float* to, uint32_t* to_indices) {
-  int64_t count = 0;
-  unsigned mask = _mm256_movemask_ps(_mm256_cmp_ps((__m256)key, _mm256_set1_ps(bound), _CMP_NLE_UQ));
   for (; mask != 0; mask &= mask - 1, ++count) {
     const int lane = __builtin_ctz(mask);
     to[count] = v[lane];
@@ -435,19 +419,40 @@ inline int64_t append_above(VecF key, float bound, VecF v, const uint32_t* indic
   }
   return count;
 }
+#if TSE_ISA == 2
+inline unsigned mask_above(VecF v, float bound) {
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(bound), _CMP_NLE_UQ);
+}
+inline int64_t append(unsigned mask, VecF v, VecU indices, float* to, uint32_t* to_indices) {
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(mask, (__m512)v));
+  _mm512_storeu_si512(to_indices, _mm512_maskz_compress_epi32(mask, (__m512i)indices));
+  return __builtin_popcount(mask);
+}
+#elif TSE_ISA == 1
+inline unsigned mask_above(VecF v, float bound) {
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(bound), _CMP_NLE_UQ));
+}
 #endif
 
-// The elements of x[begin, end) that are not <= bound, with their indices.
+// The elements of x[begin, end) that are not <= bound, with their indices. Whole groups of vectors are mostly passed
+// over; in the others nothing is predicted.
 template <class T>
 inline int64_t collect_above(const T* x, int64_t begin, int64_t end, Acc<T> bound, Acc<T>* to, uint32_t* to_indices) {
   constexpr int kLanes = Accumulate<T>::kLanes;
-  uint32_t lanes[kFloats];
-  for (int k = 0; k < kLanes; ++k) lanes[k] = uint32_t(begin) + k;
-  int64_t count = 0;
-  for (int64_t i = begin; i < end; i += kLanes) {
+  int64_t count = 0, i = begin;
+  const auto add = [&](unsigned mask, Vec<T> v, int64_t at) {
+    count += append(mask, v, iota() + uint32_t(at), to + count, to_indices + count);
+  };
+  for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
+    Vec<T> v[4];
+    unsigned mask[4], any = 0;
+    for (int k = 0; k < 4; ++k) any |= mask[k] = mask_above(v[k] = load(x + i + k * kLanes), bound);
+    if (any == 0) continue;
+    for (int k = 0; k < 4; ++k) add(mask[k], v[k], i + k * kLanes);
+  }
+  for (; i < end; i += kLanes) {
     const Vec<T> v = i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, bound);
-    count += append_above(v, bound, v, lanes, to + count, to_indices + count);
-    for (int k = 0; k < kLanes; ++k) lanes[k] += kLanes;
+    add(mask_above(v, bound), v, i);
   }
   return count;
 }
