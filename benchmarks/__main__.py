@@ -3,6 +3,7 @@
 python -m benchmarks                       everything, with the default and with a warm allocator
 python -m benchmarks --only 32000          rows whose name contains this
 python -m benchmarks compare A.json B.json two runs side by side
+python -m benchmarks goals A.json          the goals on CPU, what was reached, and why not more
 """
 
 import argparse
@@ -19,8 +20,8 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", nargs="?", choices=["run", "compare", "readme"], default="run")
-    parser.add_argument("files", nargs="*", help="the JSON files of compare and readme")
+    parser.add_argument("command", nargs="?", choices=["run", "compare", "goals", "readme"], default="run")
+    parser.add_argument("files", nargs="*", help="the JSON files of compare, goals and readme")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--skip", nargs="*", default=[], help="providers to leave out")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count()))
@@ -29,11 +30,14 @@ def main():
     parser.add_argument("--name", default="cpu", help="of the files in benchmarks/results/")
     args = parser.parse_args()
 
-    from benchmarks import measure, report
+    from benchmarks import goals, measure, report
 
     if args.command == "compare":
         before, after = (json.loads(Path(f).read_text()) for f in args.files)
         print(report.compare(before, after))
+        return
+    if args.command == "goals":
+        print(goals.table(json.loads(Path(args.files[0]).read_text())))
         return
     if args.command == "readme":
         readme = Path(__file__).parent.parent / "README.md"
@@ -55,7 +59,7 @@ def main():
     measure.RESULTS.mkdir(exist_ok=True)
     stem = measure.RESULTS / f"{args.name}-{args.allocator}"
     stem.with_suffix(".json").write_text(json.dumps(run, indent=1) + "\n")
-    table = report.markdown(run)
+    table = report.markdown(run) + "\n" + goals.table(run)
     stem.with_suffix(".md").write_text(table)
     report.plot(run, stem.with_suffix(".png"))
     print(table)

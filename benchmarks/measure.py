@@ -41,7 +41,8 @@ def interleaved(calls, threads, rounds, seconds=0.02):
     """Median seconds a call of each of `calls`, {name: function}."""
     timers, numbers = {}, {}
     for name, function in calls.items():
-        timers[name] = Timer("f()", globals={"f": function}, num_threads=threads)
+        own = 1 if name.endswith("1 thread") else threads
+        timers[name] = Timer("f()", globals={"f": function}, num_threads=own)
         once = timers[name].timeit(1).mean
         timers[name].timeit(max(2, min(20, int(0.3 / once))))  # until malloc has settled where this size comes from
         once = timers[name].timeit(1).mean
@@ -59,7 +60,8 @@ def rows_of(specs, pattern=""):
             for mode in spec.bench_modes:
                 if mode in ("accumulation", "in place") and math.prod(shape.shape) < LARGE:
                     continue
-                name = f"{spec.name} {'x'.join(map(str, shape.shape))} {str(shape.dtype)[6:]} {mode}"
+                scale = "" if shape.scale == 1 else f" x{shape.scale}"
+                name = f"{spec.name} {'x'.join(map(str, shape.shape))} {str(shape.dtype)[6:]}{scale} {mode}"
                 if pattern in name:
                     yield name, spec, shape, mode
 
@@ -73,15 +75,17 @@ def measure(specs, threads, rounds=7, pattern="", skip=()):
         bar.set_description(name)
         torch.manual_seed(0)
         torch._dynamo.reset()
-        x = torch.randn(shape.shape).to(shape.dtype)
+        x = (torch.randn(shape.shape) * shape.scale).to(shape.dtype)
         args = spec.bench_args(x)
         others = () if mode == "in place" else providers(spec)  # nobody else can
         names = [n for n in ("ours", *others) if n not in skip]
         calls = {n: call(providers(spec)[n], mode, x, args) for n in dict.fromkeys(names)}
+        if shape.shape[0] == 1:  # one row is split over the threads
+            calls["ours 1 thread"] = calls["ours"]
         seconds = interleaved({**calls, **roofs(x)}, threads, rounds)
-        memory = {n: peak_memory(f) for n, f in calls.items()} if x.numel() >= 1 << 16 else {}
+        memory = {n: peak_memory(calls[n]) for n in names} if x.numel() >= 1 << 16 else {}
         row = {"name": name, "operator": spec.name, "mode": mode, "bytes": x.nbytes, "roof": spec.bench_modes[mode]}
-        row |= {"shape": list(shape.shape), "dtype": str(shape.dtype)[6:]}
+        row |= {"shape": list(shape.shape), "dtype": str(shape.dtype)[6:], "scale": shape.scale}
         results.append(row | {"seconds": seconds, "peak_bytes": memory})
     return {"environment": environment(threads), "rows": results}
 

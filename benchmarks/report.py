@@ -1,5 +1,7 @@
 """Tables and a plot from the JSON of a run."""
 
+NO_PEERS = ("ours 1 thread", "read", "copy", "add")  # in "seconds" beside the providers
+
 
 def roof_of(row):
     """Seconds that the row's bytes cost at least: each tensor that must be read or written, once."""
@@ -16,7 +18,7 @@ def duration(seconds):
 
 def markdown(run):
     e = run["environment"]
-    names = [n for row in run["rows"] for n in row["seconds"] if n not in ("ours", "read", "copy", "add")]
+    names = [n for row in run["rows"] for n in row["seconds"] if n not in ("ours", *NO_PEERS)]
     others = list(dict.fromkeys(names))
     lines = [
         f"{e['cpu']}, {e['threads']} threads, {e['isa']}, torch {e['torch']}, {e['allocator']} allocator, {e['date']}. "
@@ -34,6 +36,7 @@ def markdown(run):
         if "eager" in memory:
             peak = f"{memory['ours'] / row['bytes']:.2f} : {memory['eager'] / row['bytes']:.2f}"
         shape = "×".join(map(str, row["shape"])) + " " + dtype_name(row)
+        shape += "" if row["scale"] == 1 else f", σ = {row['scale']}"
         cells = [row["operator"], shape, row["mode"], duration(s["ours"]), roof, *ratios, peak]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -61,7 +64,7 @@ def plot(run, path):
     import matplotlib.pyplot as plt
 
     rows = [r for r in run["rows"] if r["bytes"] > 1 << 20]
-    providers = list(dict.fromkeys(n for r in rows for n in r["seconds"] if n not in ("read", "copy", "add")))
+    providers = list(dict.fromkeys(n for r in rows for n in r["seconds"] if n not in NO_PEERS))
     figure, axis = plt.subplots(figsize=(11, 0.5 * len(rows) + 1.5))
     height = 0.8 / max(1, len(providers))
     for i, provider in enumerate(providers):

@@ -9,6 +9,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <cstring>
+#include <optional>
 #include <string_view>
 #include <tuple>
 
@@ -32,6 +33,25 @@ struct FromPython<int64_t> {
   }
 };
 template <>
+struct FromPython<double> {
+  static bool check(PyObject* o) { return PyFloat_CheckExact(o); }
+  static double convert(PyObject* o) { return PyFloat_AS_DOUBLE(o); }
+};
+template <class T>
+struct FromPython<std::optional<T>> {
+  static bool check(PyObject* o) { return o == Py_None || FromPython<T>::check(o); }
+  static std::optional<T> convert(PyObject* o) {
+    return o == Py_None ? std::nullopt : std::optional<T>(FromPython<T>::convert(o));
+  }
+};
+template <>
+struct FromPython<const std::optional<at::Tensor>&> {
+  static bool check(PyObject* o) { return o == Py_None || THPVariable_CheckExact(o); }
+  static std::optional<at::Tensor> convert(PyObject* o) {
+    return o == Py_None ? std::nullopt : std::optional<at::Tensor>(THPVariable_Unpack(o));
+  }
+};
+template <>
 struct FromPython<std::string_view> {
   static bool check(PyObject* o) { return PyUnicode_CheckExact(o); }
   static std::string_view convert(PyObject* o) {
@@ -49,7 +69,7 @@ struct Function {
   static PyObject* call(PyObject* const* args, std::index_sequence<I...>) {
     if (!(FromPython<Args>::check(args[I]) && ...)) Py_RETURN_NOTIMPLEMENTED;
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kName, "").typed<at::Tensor(Args...)>();
-    const std::tuple<Args...> values(FromPython<Args>::convert(args[I])...);
+    const std::tuple<decltype(FromPython<Args>::convert(nullptr))...> values(FromPython<Args>::convert(args[I])...);
     at::Tensor result;
     {
       const pybind11::gil_scoped_release no_gil;
@@ -80,7 +100,8 @@ constexpr char kSparsemax[] = "torch_softmax_ext::sparsemax";
 PyMODINIT_FUNC PyInit__C() {
   using at::Tensor;
   static PyMethodDef methods[] = {
-      tse::Function<tse::kCrossEntropy, const Tensor&, const Tensor&, int64_t, std::string_view>::method(),
+      tse::Function<tse::kCrossEntropy, const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t,
+                    std::string_view, double, double, std::optional<double>, double>::method(),
       tse::Function<tse::kSparsemax, const Tensor&, int64_t>::method(),
       {nullptr, nullptr, 0, nullptr},
   };

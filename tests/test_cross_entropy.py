@@ -198,3 +198,12 @@ def test_inplace_backward_is_refused_or_noticed_where_it_would_be_wrong(device):
         kept = x.clone()
         tse.cross_entropy(kept, target, inplace_backward=True)
         assert torch.equal(kept, x)
+
+
+def test_class_weights_have_no_gradient(device):
+    x, target = logits_and_target(device)
+    weight = torch.ones(x.shape[1], device=device, requires_grad=True)
+    with pytest.raises(RuntimeError, match="cross_entropy: weight: expected no gradient"):
+        tse.cross_entropy(x, target, weight)
+    with torch.no_grad():
+        assert torch.equal(tse.cross_entropy(x, target, weight), tse.cross_entropy(x, target))

@@ -4,8 +4,20 @@ from torch_softmax_ext import _load
 
 _C = _load.load()  # first: registers torch.ops.torch_softmax_ext
 
-from torch_softmax_ext.cross_entropy import CrossEntropyLoss, cross_entropy  # noqa: E402
+from torch_softmax_ext.cross_entropy import (  # noqa: E402
+    CrossEntropyLoss,
+    CrossEntropyMetrics,
+    cross_entropy,
+    cross_entropy_with_metrics,
+)
 from torch_softmax_ext.entmax import Sparsemax, sparsemax  # noqa: E402
 
-__all__ = ["CrossEntropyLoss", "Sparsemax", "cross_entropy", "sparsemax"]
+__all__ = [
+    "CrossEntropyLoss",
+    "CrossEntropyMetrics",
+    "Sparsemax",
+    "cross_entropy",
+    "cross_entropy_with_metrics",
+    "sparsemax",
+]
 __version__ = "0.1.0"

@@ -1,4 +1,6 @@
-"""Softmax cross-entropy with class indices: function, module, and the rule of torch.func.vmap."""
+"""Softmax cross-entropy: functions, module, and the rule of torch.func.vmap."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,98 +10,272 @@ from torch_softmax_ext._check import check_types
 
 _op = torch.ops.torch_softmax_ext.cross_entropy.default
 _inplace_op = torch.ops.torch_softmax_ext._cross_entropy_inplace_backward.default
+_metrics_op = torch.ops.torch_softmax_ext.cross_entropy_with_metrics.default
 _fast = _C.cross_entropy  # plain tensors only, else NotImplemented
+
+
+def _check(op, input, target, weight, ignore_index, reduction, softcap, **numbers):
+    check_types(op, input=(input, Tensor), target=(target, Tensor), weight=(weight, Tensor | None))
+    check_types(op, ignore_index=(ignore_index, int), softcap=(softcap, float | None))
+    check_types(op, **{name: (value, float) for name, value in numbers.items()})
+    if not isinstance(reduction, str):
+        raise ValueError(f"{op}: reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
 
 
 def cross_entropy(
     input: Tensor,
     target: Tensor,
+    weight: Tensor | None = None,
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
     inplace_backward: bool = False,
 ) -> Tensor:
-    r"""Softmax cross-entropy between logits and class indices, fused: each logit is read once and its gradient
-    written once; log-probabilities are never stored.
+    r"""Softmax cross-entropy between logits and class indices or class probabilities, fused: each logit is read once
+    and its gradient written once; log-probabilities are never stored.
 
-    .. math:: \ell_i = \log \sum_c \exp(x_{ic}) - x_{i, y_i}
+    .. math::
+        s_{ic} = \frac{\text{softcap} \cdot \tanh(x_{ic} / \text{softcap})}{\text{temperature}}, \quad
+        \text{lse}_i = \log \sum_c \exp s_{ic}, \quad
+        \ell_i = \sum_c w_c \, q_{ic} \, (\text{lse}_i - s_{ic}) + \text{z\_loss\_weight} \cdot \text{lse}_i^2
 
-    Same values, gradients and error classes as :func:`torch.nn.functional.cross_entropy`, with two differences: half
-    precision logits give an fp32 loss, and the gradient of an ignored row is zero whatever its logits are.
+    with :math:`q_i = (1 - \varepsilon) \, \text{onehot}(y_i) + \varepsilon / C` for a class index :math:`y_i` and
+    label smoothing :math:`\varepsilon`, or :math:`(1 - \varepsilon) \, \text{target}_i + \varepsilon / C`. Without
+    softcap the fraction is :math:`x_{ic} / \text{temperature}`.
+
+    Same values, gradients and error classes as :func:`torch.nn.functional.cross_entropy`, with these differences: half
+    precision logits give an fp32 loss, the gradient of an ignored row is zero whatever its logits are, and
+    ``label_smoothing`` below 0 raises.
 
     Args:
         input: logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, …, dk)``; float32, float64, float16 or bfloat16; any
             strides. Half types are computed in float32. Numbers beyond ±2.3e38 count as infinite.
         target: class indices of shape ``()``, ``(N)`` or ``(N, d1, …, dk)``; int64 or int32; in ``[0, C)`` or
-            ``ignore_index``.
-        ignore_index: a target that is not counted: its loss and gradient are 0.
+            ``ignore_index``. Or class probabilities of ``input``'s shape, floating point, differentiable, too; of
+            another dtype than ``input`` both are computed in the wider one.
+        weight: of the classes, shape ``(C)``, floating point; None: 1.
+        ignore_index: a target that is not counted: its loss and gradient are 0. Not with class probabilities.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum divided by the weights of the counted targets (by the
+            number of rows for class probabilities), the z-loss by their number; NaN where there is none.
+        label_smoothing: part of the target that is spread evenly over the classes, in [0, 1].
+        z_loss_weight: of the squared log-sum-exp of each counted row, without class weight (PaLM, arXiv:2204.02311).
+        softcap: bound of the logits (Gemma 2, arXiv:2408.00118); None: none.
+        temperature: what the logits, capped, are divided by.
         inplace_backward: the gradient is written into ``input``'s memory, in the forward pass: one buffer of the
             logits' size in all. ``input`` must be a computed tensor, and must not be used afterwards; autograd raises
             where it was saved by somebody before. Double backward then raises. Without effect under
-            ``torch.compile``, which plans memory itself, and for float16, whose gradients would underflow before a loss
-            scale arrives. Not for ``torch.func.vmap``.
-        reduction: ``"none"``, ``"mean"`` over the counted targets (NaN where there is none), or ``"sum"``.
+            ``torch.compile``, which plans memory itself, for float16, whose gradients would underflow before a loss
+            scale arrives, and for a target that requires grad. Not for ``torch.func.vmap``.
 
     Returns:
-        The loss in float32 (float64 for float64 logits): a scalar, or of ``target``'s shape for ``"none"``.
+        The loss in float32 (float64 for float64 logits): a scalar, or one number a row, of the shape of class indices,
+        for ``"none"``.
 
     Raises:
         IndexError: a target that is neither a class nor ``ignore_index`` (CPU; on CUDA a device-side assertion).
-        ValueError: batch sizes that differ, an unknown ``reduction``.
-        RuntimeError: other shapes that do not fit, a target that is not int64 or int32, tensors on two devices, a leaf
-            or overlapping memory with ``inplace_backward``.
-        NotImplementedError: logits that are not floating point; class probabilities as target.
+        ValueError: batch sizes that differ, an unknown ``reduction``, a ``temperature`` or ``softcap`` that is not
+            positive, a ``z_loss_weight`` that is not finite.
+        RuntimeError: other shapes that do not fit, a target that is neither int64 nor int32 nor floating point, tensors
+            on two devices, a ``weight`` of another shape or one that requires grad, ``label_smoothing`` outside [0, 1],
+            a non-negative ``ignore_index`` with class probabilities, a leaf or overlapping memory with
+            ``inplace_backward``.
+        NotImplementedError: logits that are not floating point.
         TypeError: an argument of another type.
     """
     if not torch.compiler.is_compiling():
+        options = (weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature)
         if inplace_backward:
-            return _inplace_op(input, target, ignore_index, reduction)
-        result = _fast(input, target, ignore_index, reduction)
+            return _inplace_op(input, target, *options)
+        result = _fast(input, target, *options)
         if result is not NotImplemented:
             return result
-        check_types("cross_entropy", input=(input, Tensor), target=(target, Tensor), ignore_index=(ignore_index, int))
-        if not isinstance(reduction, str):
-            raise ValueError(f"cross_entropy: reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
-    return _op(input, target, ignore_index=ignore_index, reduction=reduction)
+        _check(
+            "cross_entropy",
+            input,
+            target,
+            weight,
+            ignore_index,
+            reduction,
+            softcap,
+            label_smoothing=label_smoothing,
+            z_loss_weight=z_loss_weight,
+            temperature=temperature,
+        )
+    return _op(
+        input,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss_weight=z_loss_weight,
+        softcap=softcap,
+        temperature=temperature,
+    )
+
+
+class CrossEntropyMetrics(NamedTuple):
+    """What :func:`cross_entropy_with_metrics` returns."""
+
+    loss: Tensor
+    z_loss: Tensor
+    lse: Tensor
+    accuracy: Tensor
+    predictions: Tensor
+
+
+def cross_entropy_with_metrics(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+) -> CrossEntropyMetrics:
+    r"""What is logged beside a loss, from the same reading of the logits: :func:`cross_entropy` and
+
+    .. math::
+        \text{lse}_i = \log \sum_c \exp s_{ic}, \quad \text{predictions}_i = \arg\max_c x_{ic}, \quad
+        \text{accuracy} = \frac{\#\{i \text{ counted} : \text{predictions}_i = y_i\}}{\#\{i \text{ counted}\}}
+
+    Args:
+        input: logits; as :func:`cross_entropy`.
+        target: class indices or class probabilities; with the latter, accuracy is against their largest.
+        weight: of the classes, shape ``(C)``.
+        ignore_index: a target that is not counted.
+        reduction: of ``loss`` and ``z_loss``.
+        label_smoothing: part of the target that is spread evenly over the classes.
+        z_loss_weight: of the squared log-sum-exp.
+        softcap: bound of the logits; None: none.
+        temperature: what the logits, capped, are divided by.
+
+    Returns:
+        CrossEntropyMetrics: ``loss``, z-loss included; ``z_loss``, that part of it; ``lse``, of the shape of class
+        indices, 0 where ignored; these in the loss' dtype and differentiable. ``accuracy``, a float32 scalar, NaN where
+        nothing is counted; ``predictions``, int64 of the same shape as ``lse``, ``ignore_index`` where ignored, the
+        first of equal logits; not differentiable.
+
+    Raises:
+        TypeError: an argument of another type.
+        Exception: as :func:`cross_entropy`.
+    """
+    if not torch.compiler.is_compiling():
+        _check(
+            "cross_entropy_with_metrics",
+            input,
+            target,
+            weight,
+            ignore_index,
+            reduction,
+            softcap,
+            label_smoothing=label_smoothing,
+            z_loss_weight=z_loss_weight,
+            temperature=temperature,
+        )
+    return CrossEntropyMetrics(
+        *_metrics_op(
+            input,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss_weight=z_loss_weight,
+            softcap=softcap,
+            temperature=temperature,
+        )
+    )
 
 
 class CrossEntropyLoss(nn.Module):
-    """:func:`cross_entropy` as a module, with the keywords of :class:`torch.nn.CrossEntropyLoss`."""
+    """:func:`cross_entropy` as a module, with the arguments of :class:`torch.nn.CrossEntropyLoss`."""
 
-    def __init__(self, *, ignore_index: int = -100, reduction: str = "mean", inplace_backward: bool = False) -> None:
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss_weight: float = 0.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        inplace_backward: bool = False,
+    ) -> None:
         super().__init__()
+        self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
         self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.z_loss_weight = z_loss_weight
+        self.softcap = softcap
+        self.temperature = temperature
         self.inplace_backward = inplace_backward
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(
             input,
             target,
+            self.weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            z_loss_weight=self.z_loss_weight,
+            softcap=self.softcap,
+            temperature=self.temperature,
             inplace_backward=self.inplace_backward,
         )
 
     def extra_repr(self) -> str:
         return (
-            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, inplace_backward={self.inplace_backward}"
+            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, "
+            f"z_loss_weight={self.z_loss_weight}, softcap={self.softcap}, temperature={self.temperature}, "
+            f"inplace_backward={self.inplace_backward}"
         )
 
 
 @torch.library.register_vmap("torch_softmax_ext::cross_entropy")
-def _vmap(info, in_dims, input, target, *, ignore_index=-100, reduction="mean"):
+def _vmap(info, in_dims, input, target, weight=None, *, ignore_index=-100, reduction="mean", **options):
     """One call for the whole batch: its elements become rows, which are then reduced apart."""
     size = info.batch_size
-    x = input.movedim(in_dims[0], 0) if in_dims[0] is not None else input.expand(size, *input.shape)
-    t = target.movedim(in_dims[1], 0) if in_dims[1] is not None else target.expand(size, *target.shape)
-    shape = t.shape
+    if len(in_dims) > 2 and in_dims[2] is not None:
+        raise NotImplementedError("cross_entropy: weight: expected one for the whole batch under vmap, got a batch")
+
+    def batched(t, dim):
+        return t.movedim(dim, 0) if dim is not None else t.expand(size, *t.shape)
+
+    x, t = batched(input, in_dims[0]), batched(target, in_dims[1])
+    indices = not t.is_floating_point()
+    shape = t.shape if indices else x.select(min(2, x.dim() - 1), 0).shape
     if x.dim() == 2:  # (C) each, whose target may be of shape () or (1)
-        x, t = x.unsqueeze(1), t.reshape(size, 1)
-    loss = _op(x.flatten(0, 1), t.flatten(0, 1), ignore_index=ignore_index, reduction="none").reshape(shape)
+        x, t = x.unsqueeze(1), t.reshape(size, 1) if indices else t.unsqueeze(1)
+    x, t = x.flatten(0, 1), t.flatten(0, 1)
+
+    def row_sums(z_loss_weight, smoothing):
+        o = {**options, "z_loss_weight": z_loss_weight, "label_smoothing": smoothing}
+        return _op(x, t, weight, ignore_index=ignore_index, reduction="none", **o)
+
+    z_loss_weight, smoothing = options.get("z_loss_weight", 0.0), options.get("label_smoothing", 0.0)
+    loss = row_sums(z_loss_weight, smoothing)
     if reduction == "none":
-        return loss, 0
-    loss = loss.reshape(size, -1).sum(1)
-    if reduction == "mean":
-        loss = loss / (t != ignore_index).reshape(size, -1).sum(1)
-    return loss, 0
+        return loss.reshape(shape), 0
+    if reduction == "sum":
+        return loss.reshape(size, -1).sum(1), 0
+    counted = t != ignore_index if indices else torch.ones_like(loss, dtype=torch.bool)
+    count = counted.reshape(size, -1).sum(1)
+    if weight is None or not indices:
+        return loss.reshape(size, -1).sum(1) / count, 0
+    main = row_sums(0.0, smoothing)  # the z-loss has another divisor
+    total = weight[t.clamp_min(0)].where(counted, torch.zeros((), dtype=weight.dtype, device=t.device))
+    z_loss = (loss - main).reshape(size, -1).sum(1) / count
+    return main.reshape(size, -1).sum(1) / total.reshape(size, -1).sum(1) + z_loss, 0

@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <cmath>
+#include <optional>
 #include <string_view>
 
 #include "common/types.h"
@@ -34,6 +36,14 @@ inline Reduction parse_reduction(const char* op, std::string_view name) {
   if (name == "sum") return Reduction::kSum;
   TSE_CHECK_VALUE(name == "none", op, "reduction", "expected 'none', 'mean' or 'sum', got '", name, "'");
   return Reduction::kNone;
+}
+
+// softcap and temperature of logits.
+inline void check_transform(const char* op, const std::optional<double>& softcap, double temperature) {
+  TSE_CHECK_VALUE(!softcap.has_value() || (*softcap > 0 && std::isfinite(*softcap)), op, "softcap",
+                  "expected None or a positive number, got ", softcap.value_or(0));
+  TSE_CHECK_VALUE(temperature > 0 && std::isfinite(temperature), op, "temperature", "expected a positive number, got ",
+                  temperature);
 }
 
 }  // namespace tse

@@ -3,13 +3,17 @@
 #include "cross_entropy/cross_entropy.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
+#include <limits>
 #include <numeric>
 #include <tuple>
 #include <vector>
@@ -20,29 +24,63 @@
 namespace tse {
 constexpr const char* kOp = "cross_entropy";
 
-// What can be said without reading memory; sizes may be symbolic.
-void check_cross_entropy(const at::Tensor& input, const at::Tensor& target) {
+namespace {
+
+void check_options(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& o) {
+  parse_reduction(kOp, o.reduction);
+  // As torch, whose text it is; here nothing outside is let through, NaN neither.
+  TSE_CHECK(o.label_smoothing >= 0 && o.label_smoothing <= 1, kOp, "label_smoothing",
+            "expected a number between 0.0 and 1.0, got ", o.label_smoothing);
+  TSE_CHECK_VALUE(std::isfinite(o.z_loss_weight), kOp, "z_loss_weight", "expected a finite number, got ",
+                  o.z_loss_weight);
+  check_transform(kOp, o.softcap, o.temperature);
+  if (target.is_floating_point())
+    TSE_CHECK(o.ignore_index < 0, kOp, "ignore_index",
+              "expected none (a negative number) with class probabilities as target, got ", o.ignore_index);
+  if (!o.weight.has_value()) return;
+  const at::Tensor& w = *o.weight;
+  const c10::SymInt classes = input.sym_size(input.dim() == 1 ? 0 : 1);
+  check_same_device(kOp, "weight", w, input);
+  TSE_CHECK(w.is_floating_point(), kOp, "weight", "expected floating point, got ", w.scalar_type());
+  TSE_CHECK(w.dim() == 1 && w.sym_size(0).sym_eq(classes).expect_true(__FILE__, __LINE__), kOp, "weight",
+            "expected one weight for each of ", classes, " classes, got shape ", w.sym_sizes());
+  TSE_CHECK(!(w.requires_grad() && c10::GradMode::is_enabled()), kOp, "weight",
+            "expected no gradient to be asked for (torch has none, either), got a tensor that requires grad");
+}
+
+}  // namespace
+
+void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
   check_floating(kOp, "input", input);
   check_same_device(kOp, "target", target, input);
   const auto x = input.sym_sizes(), t = target.sym_sizes();
   TSE_CHECK(!x.empty(), kOp, "input", "expected (C), (N, C) or (N, C, d1, …, dk), got a scalar");
-  TSE_CHECK_NOT_IMPLEMENTED(!target.is_floating_point(), kOp, "target",
-                            "expected class indices; class probabilities are not supported yet, got ",
-                            target.scalar_type());
+  const auto equal = [](const c10::SymInt& a, const c10::SymInt& b) {
+    return a.sym_eq(b).expect_true(__FILE__, __LINE__);
+  };
+  if (target.is_floating_point()) {
+    check_floating(kOp, "target", target);
+    bool same = t.size() == x.size();
+    for (size_t d = 0; same && d < x.size(); ++d) same = equal(x[d], t[d]);
+    TSE_CHECK(same, kOp, "target", "expected int64 or int32 class indices, or class probabilities of input's shape ", x,
+              ", got ", target.scalar_type(), " of shape ", t);
+    return check_options(input, target, options);
+  }
   TSE_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt, kOp, "target",
             "expected int64 or int32 class indices, got ", target.scalar_type());
   if (x.size() == 1) {
-    TSE_CHECK_VALUE(t.empty() || (t.size() == 1 && t[0].sym_eq(1).expect_true(__FILE__, __LINE__)), kOp, "target",
+    TSE_CHECK_VALUE(t.empty() || (t.size() == 1 && equal(t[0], 1)), kOp, "target",
                     "expected one class index, shape () or (1), for input of shape (C), got shape ", t);
-    return;
+    return check_options(input, target, options);
   }
   bool same = t.size() + 1 == x.size();
   if (same) {
-    TSE_CHECK_VALUE(x[0].sym_eq(t[0]).expect_true(__FILE__, __LINE__), kOp, "target", "expected batch size ", x[0],
-                    " as input of shape ", x, ", got shape ", t);
-    for (size_t d = 2; d < x.size(); ++d) same = same && x[d].sym_eq(t[d - 1]).expect_true(__FILE__, __LINE__);
+    TSE_CHECK_VALUE(equal(x[0], t[0]), kOp, "target", "expected batch size ", x[0], " as input of shape ", x,
+                    ", got shape ", t);
+    for (size_t d = 2; d < x.size(); ++d) same = same && equal(x[d], t[d - 1]);
   }
   TSE_CHECK(same, kOp, "target", "expected the shape of input without its class dimension, input ", x, ", got ", t);
+  check_options(input, target, options);
 }
 
 namespace {
@@ -85,18 +123,35 @@ double count_targets(const Index* target, int64_t rows, int64_t classes, int64_t
   return counted;
 }
 
-double count_targets(const CrossEntropyParams& p) {
-  return p.target_is_int32
-             ? count_targets(static_cast<const int32_t*>(p.target), row_count(p.rows), p.rows.n, p.ignore_index)
-             : count_targets(static_cast<const int64_t*>(p.target), row_count(p.rows), p.rows.n, p.ignore_index);
+// Fills in p.total_weight.
+template <class A>
+void count_targets(const CrossEntropyParams& p) {
+  const int64_t rows = row_count(p.rows), n = p.rows.n;
+  double counted = double(rows);  // class probabilities all count, and alike
+  if (p.target != nullptr) {
+    counted = p.target_is_int32 ? count_targets(static_cast<const int32_t*>(p.target), rows, n, p.ignore_index)
+                                : count_targets(static_cast<const int64_t*>(p.target), rows, n, p.ignore_index);
+  }
+  p.total_weight[0] = p.total_weight[1] = counted;
+  if (p.target == nullptr || p.weight == nullptr) return;
+  const A* weight = static_cast<const A*>(p.weight);
+  p.total_weight[0] = sum_by_chunks(rows, [&](int64_t begin, int64_t end) {
+    double sum = 0;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t target = target_of(p, row);
+      if (target != p.ignore_index) sum += double(weight[target]);
+    }
+    return sum;
+  });
 }
 
-// Σ row_loss, and divided by the counted targets for the mean.
+// Σ row_loss and the z-loss, divided for the mean. Four sums: one would wait for each addition.
 template <class A>
 void reduce_loss(const CrossEntropyParams& p) {
   const A* row_loss = static_cast<const A*>(p.row_loss);
-  const double sum = sum_by_chunks(row_count(p.rows), [&](int64_t begin, int64_t end) {
-    double a = 0, b = 0, c = 0, d = 0;  // one sum would wait for each addition
+  const bool mean = p.reduction == Reduction::kMean;
+  double sum = sum_by_chunks(row_count(p.rows), [&](int64_t begin, int64_t end) {
+    double a = 0, b = 0, c = 0, d = 0;
     int64_t i = begin;
     for (; i + 4 <= end; i += 4) {
       a += double(row_loss[i]);
@@ -107,21 +162,68 @@ void reduce_loss(const CrossEntropyParams& p) {
     for (; i < end; ++i) a += double(row_loss[i]);
     return (a + b) + (c + d);
   });
-  *static_cast<A*>(p.loss) = A(p.reduction == Reduction::kMean ? sum / *p.total_weight : sum);  // 0 / 0 is NaN
+  if (mean) sum /= p.total_weight[0];  // 0 / 0 is NaN
+  double z_loss = 0;
+  if (p.z_loss_weight != 0) {
+    const A *m = static_cast<const A*>(p.row_m), *s = static_cast<const A*>(p.row_sum);
+    z_loss = p.z_loss_weight * sum_by_chunks(row_count(p.rows), [&](int64_t begin, int64_t end) {
+               double squares = 0;
+               for (int64_t row = begin; row < end; ++row) {
+                 if (!is_counted(p, target_of(p, row))) continue;
+                 const double lse = lse_of(m[row], s[row]);
+                 squares += lse * lse;
+               }
+               return squares;
+             });
+    if (mean) z_loss /= p.total_weight[1];
+  }
+  *static_cast<A*>(p.loss) = A(sum + z_loss);
+  if (p.z_loss != nullptr) *static_cast<A*>(p.z_loss) = A(z_loss);
 }
 
-// Rows of the logits and of their gradient that can be walked alike: classes or rows are neighbours in memory in both.
-// Copies only where the logits are not dense, and without a gradient in the same cases, so that the loss has the same
-// bits with and without.
+// A copy whose classes are neighbours in memory.
+at::Tensor classes_last(const at::Tensor& t) {
+  return t.movedim(class_dim(t), -1).contiguous().movedim(-1, class_dim(t));
+}
+
+// Whether the kernels need the coefficients of all classes (the struct's is_general), and Σ of them in stats.
+bool has_mass(const at::Tensor& target, const CrossEntropyOptions& options) {
+  return options.label_smoothing != 0 || target.is_floating_point();
+}
+
+// The statistics of forward for backward, in one tensor: two doubles (CrossEntropyParams::total_weight), then row_m,
+// row_sum and, with has_mass, row_mass in the loss' dtype. The size in doubles:
+template <class Int>
+Int stats_size(const Int& rows, bool is_double, bool mass) {
+  return rows * (is_double ? 2 + mass : 1 + mass) + 2;
+}
+
 enum class Gradient { kNone, kNew, kInPlace };
 
+// The tensors of a call in forms that the kernels can walk: of logits and gradient, classes or rows are neighbours in
+// memory in both. Copies where the logits are not dense, and for options that only rows of neighbouring classes have
+// (smoothing, softcap, probabilities, metrics); without a gradient in the same cases, so that the loss has the same
+// bits with and without.
 struct Operands {
-  RowTensor input, grad;
+  RowTensor input, grad, probabilities;
   at::Tensor grad_input;  // what the caller gets
+  at::Tensor target, weight;
 
-  Operands(const at::Tensor& logits, Gradient gradient) : input(as_rows(logits, class_dim(logits))) {
-    const bool columns = input.rows.stride_inner == 1 && input.tensor.is_non_overlapping_and_dense();
-    if (input.rows.stride_n != 1 && !columns) input = as_rows(input.tensor.contiguous(), class_dim(logits));
+  Operands(const at::Tensor& logits, const at::Tensor& target_, const CrossEntropyOptions& options, Gradient gradient,
+           bool classes_inside)
+      : input(as_rows(logits, class_dim(logits))) {
+    const int64_t dim = class_dim(logits);
+    if (target_.is_floating_point()) {
+      probabilities = as_rows(target_, dim);
+      if (probabilities.rows.stride_n != 1) probabilities = as_rows(classes_last(target_), dim);
+    } else {
+      target = target_.contiguous();
+    }
+    if (options.weight.has_value()) weight = options.weight->to(accumulate_type(logits.scalar_type())).contiguous();
+    const bool columns = input.rows.stride_inner == 1 && input.tensor.is_non_overlapping_and_dense() &&
+                         !classes_inside && input.rows.n <= std::numeric_limits<int32_t>::max();
+    if (input.rows.stride_n != 1 && !columns)
+      input = as_rows(classes_inside ? classes_last(logits) : input.tensor.contiguous(), dim);
     if (gradient == Gradient::kNone) return;
     if (gradient == Gradient::kInPlace) {
       grad_input = logits;
@@ -129,33 +231,42 @@ struct Operands {
       return;
     }
     grad_input = with_huge_pages(at::empty_like(logits));
-    grad = as_rows(grad_input, class_dim(logits));
+    grad = as_rows(grad_input, dim);
     const bool alike = input.rows.stride_n == 1 ? grad.rows.stride_n == 1 : grad.rows.stride_inner == 1;
     if (alike) return;
     if (input.rows.stride_n != 1) {
-      grad = as_rows(at::empty_like(input.tensor), class_dim(logits));
+      grad = as_rows(at::empty_like(input.tensor), dim);
     } else {  // the gradient is dense where the logits are expanded: classes innermost in it, too
       std::vector<int64_t> sizes = logits.sizes().vec();
-      sizes.erase(sizes.begin() + class_dim(logits));
+      sizes.erase(sizes.begin() + dim);
       sizes.push_back(input.rows.n);
-      grad = as_rows(at::empty(sizes, logits.options()).movedim(-1, class_dim(logits)), class_dim(logits));
+      grad = as_rows(at::empty(sizes, logits.options()).movedim(-1, dim), dim);
     }
   }
 
-  // `stats` is backward's: the counted targets, then row_m and row_sum in the loss' dtype.
-  CrossEntropyParams params(const at::Tensor& target, int64_t ignore_index, Reduction reduction,
-                            const at::Tensor& stats) const {
+  CrossEntropyParams params(const CrossEntropyOptions& options, const at::Tensor& stats) const {
     CrossEntropyParams p{};
     p.dtype = dtype_of(input.tensor);
     p.rows = input.rows;
     p.input = input.tensor.const_data_ptr();
-    p.target = target.const_data_ptr();
-    p.target_is_int32 = target.scalar_type() == at::kInt;
-    p.ignore_index = ignore_index;
-    p.reduction = reduction;
+    if (target.defined()) {
+      p.target = target.const_data_ptr();
+      p.target_is_int32 = target.scalar_type() == at::kInt;
+    } else {
+      p.probabilities = probabilities.tensor.const_data_ptr();
+      p.probabilities_rows = probabilities.rows;
+    }
+    p.ignore_index = options.ignore_index;
+    p.reduction = parse_reduction(kOp, options.reduction);
+    p.weight = weight.defined() ? weight.const_data_ptr() : nullptr;
+    p.label_smoothing = options.label_smoothing;
+    p.z_loss_weight = options.z_loss_weight;
+    p.transform = {options.temperature, options.softcap.value_or(0)};
+    const int64_t array = row_count(p.rows) * (p.dtype == DType::kFloat64 ? 8 : 4);
     p.total_weight = const_cast<double*>(stats.const_data_ptr<double>());
-    p.row_m = p.total_weight + 1;
-    p.row_sum = static_cast<char*>(p.row_m) + target.numel() * (p.dtype == DType::kFloat64 ? 8 : 4);
+    p.row_m = p.total_weight + 2;
+    p.row_sum = static_cast<char*>(p.row_m) + array;
+    if (options.label_smoothing != 0 || p.probabilities != nullptr) p.row_mass = static_cast<char*>(p.row_sum) + array;
     if (grad.tensor.defined()) {
       p.grad_rows = grad.rows;
       p.grad_input = grad.tensor.mutable_data_ptr();
@@ -169,12 +280,16 @@ struct Operands {
   }
 };
 
+bool needs_classes_inside(const at::Tensor& target, const CrossEntropyOptions& options) {
+  return has_mass(target, options) || options.softcap.has_value();
+}
+
 // Rows over threads; where rows are fewer than threads and wide, the blocks of each row over threads.
 void run_cpu(const CrossEntropyParams& p, bool forward, bool backward) {
-  const int64_t rows = row_count(p.rows), blocks = (p.rows.n + kCrossEntropyBlock - 1) / kCrossEntropyBlock;
+  const int64_t rows = row_count(p.rows), blocks = (p.rows.n + kExpSumBlock - 1) / kExpSumBlock;
   const bool contiguous = p.rows.stride_n == 1 && (!backward || p.grad_rows.stride_n == 1);
-  constexpr int64_t kBlocksPerTask = kElementsPerTask / kCrossEntropyBlock;
-  if (!contiguous || rows >= at::get_num_threads() || blocks < 2 * kBlocksPerTask) {
+  constexpr int64_t kBlocksPerTask = kElementsPerTask / kExpSumBlock;
+  if (!contiguous || rows >= at::get_num_threads() || blocks < 2 * kBlocksPerTask || p.predictions != nullptr) {
     return parallel_rows(p.rows, [&](int64_t begin, int64_t end) {
       if (forward && backward) cross_entropy_fwd_bwd_rows(p, begin, end);
       else if (forward) cross_entropy_fwd_rows(p, begin, end);
@@ -195,26 +310,41 @@ void run_cpu(const CrossEntropyParams& p, bool forward, bool backward) {
   }
 }
 
-CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
-                               std::string_view reduction_name, Gradient gradient = Gradient::kNone,
-                               double grad_output = 0) {
-  check_cross_entropy(input, target);
-  const Reduction reduction = parse_reduction(kOp, reduction_name);
+// The shape of what there is one of for each row.
+c10::SymDimVector row_sizes(const at::Tensor& input, const at::Tensor& target) {
+  c10::SymDimVector sizes(target.sym_sizes().begin(), target.sym_sizes().end());
+  if (target.is_floating_point()) sizes.erase(sizes.begin() + class_dim(input));
+  return sizes;
+}
+
+CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options,
+                               Gradient gradient = Gradient::kNone, double grad_output = 0, bool metrics = false) {
+  check_cross_entropy(input, target, options);
   const c10::OptionalDeviceGuard guard(input.device());
-  const Operands operands(input, gradient);
-  const at::Tensor t = target.contiguous();
-  const int64_t count = t.numel();
+  const Operands operands(input, target, options, gradient, metrics || needs_classes_inside(target, options));
+  const int64_t count = row_count(operands.input.rows);
   const auto loss_options = input.options().dtype(accumulate_type(input.scalar_type()));
+  const bool is_double = loss_options.dtype() == at::kDouble;
 
   CrossEntropyResult r;
-  r.stats = at::empty({1 + count * (loss_options.dtype() == at::kDouble ? 2 : 1)}, input.options().dtype(at::kDouble));
-  const bool reduce = reduction != Reduction::kNone;
-  r.loss = reduce ? at::empty({}, loss_options) : at::empty(target.sizes(), loss_options);
+  r.stats =
+      at::empty({stats_size<int64_t>(count, is_double, has_mass(target, options))}, input.options().dtype(at::kDouble));
+  const auto sizes = row_sizes(input, target);
+  const bool reduce = parse_reduction(kOp, options.reduction) != Reduction::kNone;
+  r.loss = reduce ? at::empty({}, loss_options) : at::empty_symint(sizes, loss_options);
   const at::Tensor row_loss = reduce ? at::empty({count}, loss_options) : r.loss;
 
-  CrossEntropyParams p = operands.params(t, ignore_index, reduction, r.stats);
+  CrossEntropyParams p = operands.params(options, r.stats);
   p.row_loss = row_loss.mutable_data_ptr();
   p.loss = reduce ? r.loss.mutable_data_ptr() : nullptr;
+  if (metrics) {
+    r.predictions = at::empty_symint(sizes, input.options().dtype(at::kLong));
+    p.predictions = r.predictions.mutable_data_ptr<int64_t>();
+    if (reduce) {
+      r.z_loss = at::zeros({}, loss_options);
+      p.z_loss = r.z_loss.mutable_data_ptr();
+    }
+  }
   if (use_cuda(input)) {
     at::Tensor factor;
     if constexpr (kHasCuda) launch_cross_entropy_fwd(p, current_stream(input));
@@ -226,39 +356,48 @@ CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target
     }
     return r;
   }
-  *p.total_weight = count_targets(p);
+  if (is_double) count_targets<double>(p);
+  else count_targets<float>(p);
   const float factor32 = float(grad_output);
-  p.grad_output = p.dtype == DType::kFloat64 ? static_cast<const void*>(&grad_output) : &factor32;
+  p.grad_output = is_double ? static_cast<const void*>(&grad_output) : &factor32;
   run_cpu(p, /*forward=*/true, /*backward=*/gradient != Gradient::kNone);
   if (gradient != Gradient::kNone) r.grad_input = operands.finished_grad();
   if (reduce) {
-    if (p.dtype == DType::kFloat64) reduce_loss<double>(p);
+    if (is_double) reduce_loss<double>(p);
     else reduce_loss<float>(p);
   }
   return r;
 }
 
+#define TSE_OPTIONS                                                                                       \
+  const OptionalTensor &weight, int64_t ignore_index, std::string_view reduction, double label_smoothing, \
+      double z_loss_weight, std::optional<double> softcap, double temperature
+#define TSE_PACKED \
+  CrossEntropyOptions { weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature }
+
 std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
-                                                         int64_t ignore_index, std::string_view reduction) {
-  const CrossEntropyResult r = run_forward(input, target, ignore_index, reduction);
+                                                         TSE_OPTIONS) {
+  const CrossEntropyResult r = run_forward(input, target, TSE_PACKED);
   return {r.loss, r.stats};
 }
 
-at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
-                                  const at::Tensor& stats, int64_t ignore_index, std::string_view reduction_name) {
-  const Reduction reduction = parse_reduction(kOp, reduction_name);
+at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
+                                  const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
+                                  TSE_OPTIONS) {
+  const CrossEntropyOptions options = TSE_PACKED;
   const c10::OptionalDeviceGuard guard(input.device());
-  const Operands operands(input, Gradient::kNew);
-  const at::Tensor t = target.contiguous();
+  const Operands operands(input, target, options, Gradient::kNew,
+                          grad_lse.has_value() || needs_classes_inside(target, options));
+  CrossEntropyParams p = operands.params(options, stats);
   // A gradient that is one number expanded over the rows, as sum() sends it back, is read as that one number.
   const bool one_number =
-      reduction != Reduction::kNone || std::all_of(grad_output.strides().begin(), grad_output.strides().end(),
-                                                   [](int64_t stride) { return stride == 0; });
+      p.reduction != Reduction::kNone || std::all_of(grad_output.strides().begin(), grad_output.strides().end(),
+                                                     [](int64_t stride) { return stride == 0; });
   const at::Tensor g = one_number ? grad_output : grad_output.contiguous();
-
-  CrossEntropyParams p = operands.params(t, ignore_index, reduction, stats);
   p.grad_output = g.const_data_ptr();
   p.grad_output_stride = one_number ? 0 : 1;
+  const at::Tensor g_lse = grad_lse.has_value() ? grad_lse->contiguous() : at::Tensor();
+  if (grad_lse.has_value()) p.grad_lse = g_lse.const_data_ptr();
   if (use_cuda(input)) {
     if constexpr (kHasCuda) launch_cross_entropy_bwd(p, current_stream(input));
   } else {
@@ -267,64 +406,127 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const at::Tenso
   return operands.finished_grad();
 }
 
-at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
-                         std::string_view reduction) {
-  return run_forward(input, target, ignore_index, reduction).loss;
+at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
+  return run_forward(input, target, TSE_PACKED).loss;
+}
+
+// lse is 0 and predictions are ignore_index where the target is ignored.
+using Metrics = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Metrics cross_entropy_metrics_forward(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
+  const CrossEntropyOptions options = TSE_PACKED;
+  const CrossEntropyResult r = run_forward(input, target, options, Gradient::kNone, 0, /*metrics=*/true);
+  const auto type = r.loss.scalar_type();
+  const int64_t count = r.predictions.numel();
+  const double ln2 = type == at::kDouble ? kLn2<double> : double(kLn2<float>);
+  const at::Tensor sums = r.stats.slice(0, 2).view(type);
+  const at::Tensor m = sums.slice(0, 0, count), sum = sums.slice(0, count, 2 * count);
+  at::Tensor lse = sum.log2().add_(m).mul_(ln2).reshape(r.predictions.sizes());
+  at::Tensor right;
+  if (target.is_floating_point()) {
+    right = r.predictions == target.argmax(class_dim(input));
+  } else {
+    const at::Tensor ignored = target == options.ignore_index;
+    lse.masked_fill_(ignored, 0);
+    right = (r.predictions == target).logical_and_(ignored.logical_not());
+  }
+  const at::Tensor accuracy = right.sum().to(at::kDouble).div_(r.stats[1]).to(at::kFloat);
+  const at::Tensor z_loss = r.z_loss.defined() ? r.z_loss : lse.square().mul_(options.z_loss_weight);
+  return {r.loss, r.stats, z_loss, lse, accuracy, r.predictions};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_with_metrics(
+    const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
+  auto [loss, stats, z_loss, lse, accuracy, predictions] = cross_entropy_metrics_forward(
+      input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature);
+  return {loss, z_loss, lse, accuracy, predictions};
 }
 
 // ---- shapes only: fake tensors, whose sizes may be symbolic -------------------------------------------------------
 
 std::tuple<at::Tensor, at::Tensor> cross_entropy_forward_meta(const at::Tensor& input, const at::Tensor& target,
-                                                              int64_t, std::string_view reduction) {
-  check_cross_entropy(input, target);
-  const auto options = input.options().dtype(accumulate_type(input.scalar_type()));
-  const auto size = target.sym_numel() * (options.dtype() == at::kDouble ? 2 : 1) + 1;
+                                                              TSE_OPTIONS) {
+  const CrossEntropyOptions options = TSE_PACKED;
+  check_cross_entropy(input, target, options);
+  const auto loss_options = input.options().dtype(accumulate_type(input.scalar_type()));
+  const auto sizes = row_sizes(input, target);
+  const auto rows = c10::multiply_integers(sizes);
+  const auto size = stats_size<c10::SymInt>(rows, loss_options.dtype() == at::kDouble, has_mass(target, options));
   at::Tensor stats = at::empty_symint({size}, input.options().dtype(at::kDouble));
-  if (parse_reduction(kOp, reduction) != Reduction::kNone) return {at::empty({}, options), stats};
-  return {at::empty_symint(target.sym_sizes(), options), stats};
+  if (parse_reduction(kOp, reduction) != Reduction::kNone) return {at::empty({}, loss_options), stats};
+  return {at::empty_symint(sizes, loss_options), stats};
 }
 
-at::Tensor cross_entropy_backward_meta(const at::Tensor&, const at::Tensor& input, const at::Tensor&, const at::Tensor&,
-                                       int64_t, std::string_view) {
+at::Tensor cross_entropy_backward_meta(const at::Tensor&, const OptionalTensor&, const at::Tensor& input,
+                                       const at::Tensor&, const at::Tensor&, TSE_OPTIONS) {
   return at::empty_like(input);
 }
 
-at::Tensor cross_entropy_meta(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
-                              std::string_view reduction) {
-  return std::get<0>(cross_entropy_forward_meta(input, target, ignore_index, reduction));
+Metrics cross_entropy_metrics_forward_meta(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
+  const auto [loss, stats] = cross_entropy_forward_meta(input, target, weight, ignore_index, reduction, label_smoothing,
+                                                        z_loss_weight, softcap, temperature);
+  const auto sizes = row_sizes(input, target);
+  return {loss,
+          stats,
+          at::empty_like(loss),
+          at::empty_symint(sizes, loss.options()),
+          at::empty({}, input.options().dtype(at::kFloat)),
+          at::empty_symint(sizes, input.options().dtype(at::kLong))};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_with_metrics_meta(
+    const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
+  auto [loss, stats, z_loss, lse, accuracy, predictions] = cross_entropy_metrics_forward_meta(
+      input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature);
+  return {loss, z_loss, lse, accuracy, predictions};
+}
+
+at::Tensor cross_entropy_meta(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
+  return std::get<0>(cross_entropy_forward_meta(input, target, weight, ignore_index, reduction, label_smoothing,
+                                                z_loss_weight, softcap, temperature));
 }
 
 }  // namespace
 
 CrossEntropyResult cross_entropy_forward_backward(const at::Tensor& input, const at::Tensor& target,
-                                                  int64_t ignore_index, std::string_view reduction, double grad_output,
+                                                  const CrossEntropyOptions& options, double grad_output,
                                                   bool in_place) {
   if (in_place) at::assert_no_internal_overlap(input);
-  return run_forward(input, target, ignore_index, reduction, in_place ? Gradient::kInPlace : Gradient::kNew,
-                     grad_output);
+  return run_forward(input, target, options, in_place ? Gradient::kInPlace : Gradient::kNew, grad_output);
 }
 
 TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  m.def("cross_entropy(Tensor input, Tensor target, *, int ignore_index=-100, str reduction=\"mean\") -> Tensor", tags);
-  m.def("_cross_entropy_inplace_backward(Tensor(a!) input, Tensor target, int ignore_index, str reduction) -> Tensor",
+  const std::string keywords =
+      "(Tensor input, Tensor target, Tensor? weight=None, *, int ignore_index=-100, str reduction=\"mean\", float "
+      "label_smoothing=0.0, float z_loss_weight=0.0, float? softcap=None, float temperature=1.0)";
+  m.def(("cross_entropy" + keywords + " -> Tensor").c_str(), tags);
+  m.def(("cross_entropy_with_metrics" + keywords +
+         " -> (Tensor loss, Tensor z_loss, Tensor lse, Tensor accuracy, Tensor predictions)")
+            .c_str(),
         tags);
-  m.def(
-      "_cross_entropy_forward(Tensor input, Tensor target, int ignore_index, str reduction) -> (Tensor loss, Tensor "
-      "stats)",
-      tags);
-  m.def(
-      "_cross_entropy_backward(Tensor grad_output, Tensor input, Tensor target, Tensor stats, int ignore_index, str "
-      "reduction) -> Tensor",
-      tags);
+  const std::string options =
+      "Tensor? weight, int ignore_index, str reduction, float label_smoothing, float z_loss_weight, float? softcap, "
+      "float temperature)";
+  const auto define = [&](const std::string& arguments, const char* result) {
+    m.def((arguments + options + " -> " + result).c_str(), tags);
+  };
+  define("_cross_entropy_inplace_backward(Tensor(a!) input, Tensor target, ", "Tensor");
+  define("_cross_entropy_forward(Tensor input, Tensor target, ", "(Tensor loss, Tensor stats)");
+  define("_cross_entropy_metrics_forward(Tensor input, Tensor target, ",
+         "(Tensor loss, Tensor stats, Tensor z_loss, Tensor lse, Tensor accuracy, Tensor predictions)");
+  define("_cross_entropy_backward(Tensor grad_output, Tensor? grad_lse, Tensor input, Tensor target, Tensor stats, ",
+         "Tensor");
 }
 
-#define TSE_REGISTER(key, suffix)                                      \
-  TORCH_LIBRARY_IMPL(torch_softmax_ext, key, m) {                      \
-    m.impl("cross_entropy", cross_entropy##suffix);                    \
-    m.impl("_cross_entropy_inplace_backward", cross_entropy##suffix);  \
-    m.impl("_cross_entropy_forward", cross_entropy_forward##suffix);   \
-    m.impl("_cross_entropy_backward", cross_entropy_backward##suffix); \
+#define TSE_REGISTER(key, suffix)                                                    \
+  TORCH_LIBRARY_IMPL(torch_softmax_ext, key, m) {                                    \
+    m.impl("cross_entropy", cross_entropy##suffix);                                  \
+    m.impl("_cross_entropy_inplace_backward", cross_entropy##suffix);                \
+    m.impl("_cross_entropy_forward", cross_entropy_forward##suffix);                 \
+    m.impl("_cross_entropy_metrics_forward", cross_entropy_metrics_forward##suffix); \
+    m.impl("cross_entropy_with_metrics", cross_entropy_with_metrics##suffix);        \
+    m.impl("_cross_entropy_backward", cross_entropy_backward##suffix);               \
   }
 TSE_REGISTER(CPU, )
 TSE_REGISTER(CUDA, )

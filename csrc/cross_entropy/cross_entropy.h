@@ -1,41 +1,89 @@
-// Softmax cross-entropy with class indices: what the host entry hands to the kernels. [plain]
+// Softmax cross-entropy: what the host entry hands to the kernels. [plain]
+//
+// With s = softcap and temperature applied to the logits, lse = log Σ exp(s) and p = exp(s - lse):
+//   loss = Σ t (lse - s) + z_loss_weight · lse²,    grad_s = (Σ t · g + (2 · z_loss_weight · lse · gz + g_lse)) p - t ·
+//   g
+// where t are the target's weights: of classes as indices, w[y] · (1 - smoothing) at y and w · smoothing / C
+// everywhere; of class probabilities q, w · ((1 - smoothing) q + smoothing / C). g and gz are the incoming gradient,
+// for the mean divided by Σ w[y] and by the number of counted targets.
 #pragma once
+#include "common/exp_sum.h"
 #include "common/types.h"
 
 namespace tse {
 
 struct CrossEntropyParams {
-  DType dtype;             // of input and grad_input; fp16 and bf16 are computed in fp32
-  Rows rows;               // of input; n = classes
-  const void* input;       // (rows, n)  logits
-  const void* target;      // (rows)     class indices, contiguous
-  bool target_is_int32;    //            else int64
-  int64_t ignore_index;    // a target that is not counted: loss 0, gradient 0
-  Reduction reduction;     // class weights, smoothing, z-loss, softcap and temperature will stand beside it
+  DType dtype;  // of input and grad_input; fp16 and bf16 are computed in fp32
+  Rows rows;  // of input; n = classes
+  const void* input;  // (rows, n)  logits
+  const void* target;  // (rows)     class indices, contiguous
+  bool target_is_int32;  //            else int64
+  const void* probabilities;  // (rows, n)  instead of target, in input's dtype
+  Rows probabilities_rows;
+  int64_t ignore_index;  // a target that is not counted: loss 0, gradient 0
+  Reduction reduction;
+  const void* weight;  // (n)        of the classes, in row_loss' dtype; nullptr: 1
+  double label_smoothing;
+  double z_loss_weight;
+  LogitTransform transform;
 
   // forward
-  void* row_loss;          // (rows)     float32, or float64 for float64 logits
-  void* row_m;  // (rows)     Σ exp2(x · log2(e)) = row_sum · 2^row_m, row_m an integer: what backward needs.
+  void* row_loss;  // (rows)     float32, or float64 for float64 logits; z-loss included for kNone
+  void* row_m;  // (rows)     Σ exp2(s · log2(e)) = row_sum · 2^row_m, row_m an integer: what backward needs.
   void* row_sum;  // (rows)     An lse of the same size would put its rounding into every gradient.
+  void* row_mass;  // (rows)     Σ t; only with smoothing or probabilities
+  int64_t* predictions;  // (rows)     argmax, ignore_index where ignored; nullptr: not asked for
   void* loss;  // ()         with mean or sum: the reduced loss, in row_loss' dtype
-  double* total_weight;  // ()         counted targets: the divisor of the mean
+  void* z_loss;  // ()         the z-loss in it; nullptr: not asked for
+  double* total_weight;  // (2)        divisor of the mean; counted targets
 
   // backward
   Rows grad_rows;  // of grad_input; sizes as rows
   void* grad_input;  // (rows, n)
   const void* grad_output;  // (rows) for kNone, else (); in row_loss' dtype
   int64_t grad_output_stride;
+  const void* grad_lse;  // (rows)     what comes into lse; nullptr: nothing
+
+  // Whether more than the target's element needs its own coefficient, or the logits a function of their own.
+  TSE_HOST_DEVICE bool is_general() const {
+    return label_smoothing != 0 || probabilities != nullptr || transform.softcap > 0;
+  }
 };
 
 TSE_HOST_DEVICE inline int64_t target_of(const CrossEntropyParams& p, int64_t row) {
+  if (p.target == nullptr) return -1;
   return p.target_is_int32 ? static_cast<const int32_t*>(p.target)[row] : static_cast<const int64_t*>(p.target)[row];
 }
 
-// What the gradient of a counted row is multiplied with; A is row_loss' type.
+// Class probabilities always count.
+TSE_HOST_DEVICE inline bool is_counted(const CrossEntropyParams& p, int64_t target) {
+  return p.target == nullptr || target != p.ignore_index;
+}
+
+// What the target's class has beside what all classes have; A is row_loss' type.
 template <class A>
-TSE_HOST_DEVICE inline A factor_of(const CrossEntropyParams& p, int64_t row) {
-  const double g = static_cast<const A*>(p.grad_output)[row * p.grad_output_stride];
-  return A(p.reduction == Reduction::kMean ? g / *p.total_weight : g);
+TSE_HOST_DEVICE inline A weight_of(const CrossEntropyParams& p, int64_t target) {
+  if (p.target == nullptr) return 0;
+  const A w = p.weight == nullptr ? A(1) : static_cast<const A*>(p.weight)[target];
+  return w * A(1 - p.label_smoothing);
+}
+
+// grad_s / temperature = p · softmax - t · target.
+struct GradFactors {
+  double softmax;
+  double target;
+};
+template <class A>
+TSE_HOST_DEVICE inline GradFactors grad_factors(const CrossEntropyParams& p, int64_t row, double lse, double mass) {
+  const bool mean = p.reduction == Reduction::kMean;
+  const double grad = static_cast<const A*>(p.grad_output)[row * p.grad_output_stride];
+  GradFactors f;
+  f.target = double(A(mean ? grad / p.total_weight[0] : grad)) / p.transform.temperature;
+  f.softmax = mass * f.target;
+  double g_lse = p.grad_lse == nullptr ? 0.0 : static_cast<const A*>(p.grad_lse)[row];
+  if (p.z_loss_weight != 0) g_lse += 2 * p.z_loss_weight * lse * (mean ? grad / p.total_weight[1] : grad);
+  f.softmax += g_lse / p.transform.temperature;
+  return f;
 }
 
 // CPU: rows [begin, end). The targets were checked. fwd_bwd reads a row's logits again for its gradient while they are
@@ -44,13 +92,8 @@ void cross_entropy_fwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t 
 void cross_entropy_bwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end);
 void cross_entropy_fwd_bwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end);
 
-// CPU, fewer rows than threads: blocks [begin, end) of one row with contiguous elements. First the sums of the blocks,
+// CPU, fewer rows than threads: blocks [begin, end), of kExpSumBlock contiguous elements, of one row. First their sums,
 // then (all blocks known) the row's loss, then the gradient of the blocks' elements. The same bits as by rows.
-struct BlockSum {
-  double m;  // Σ exp2(x · log2(e)) = sum · 2^m; -inf and 0: nothing was added
-  double sum;
-};
-constexpr int64_t kCrossEntropyBlock = 4096;  // elements: what stays in L1
 void cross_entropy_block_sums(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end, BlockSum* sums);
 void cross_entropy_finish_row(const CrossEntropyParams& p, int64_t row, const BlockSum* sums);
 void cross_entropy_bwd_blocks(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end);

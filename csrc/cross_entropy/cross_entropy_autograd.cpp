@@ -5,12 +5,19 @@
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/logsumexp.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <c10/core/ScalarType.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <atomic>
 #include <cmath>
 #include <optional>
+#include <tuple>
+#include <utility>
 
 #include "common/autograd.h"
 #include "common/check.h"
@@ -23,41 +30,139 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-at::Tensor call_cross_entropy(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
-                              std::string_view reduction) {
-  static const auto op = find_op<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, std::string_view)>(
-      "torch_softmax_ext::cross_entropy");
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return op.call(input, target, ignore_index, reduction);
-}
+// The options as the schema has them.
+#define TSE_OPTIONS                                                                                       \
+  const OptionalTensor &weight, int64_t ignore_index, std::string_view reduction, double label_smoothing, \
+      double z_loss_weight, std::optional<double> softcap, double temperature
+#define TSE_UNPACKED(o) \
+  (o).weight, (o).ignore_index, (o).reduction, (o).label_smoothing, (o).z_loss_weight, (o).softcap, (o).temperature
 
-std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
-                                                std::string_view reduction) {
+at::Tensor call_cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
   static const auto op =
-      find_op<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, int64_t, std::string_view)>(
-          "torch_softmax_ext::_cross_entropy_forward");
+      find_op<at::Tensor(const at::Tensor&, const at::Tensor&, TSE_OPTIONS)>("torch_softmax_ext::cross_entropy");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return op.call(input, target, ignore_index, reduction);
+  return op.call(input, target, TSE_UNPACKED(options));
 }
 
-at::Tensor call_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
-                         const at::Tensor& stats, int64_t ignore_index, std::string_view reduction) {
-  static const auto op = find_op<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                            int64_t, std::string_view)>("torch_softmax_ext::_cross_entropy_backward");
+std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& input, const at::Tensor& target,
+                                                const CrossEntropyOptions& options) {
+  static const auto op = find_op<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, TSE_OPTIONS)>(
+      "torch_softmax_ext::_cross_entropy_forward");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return op.call(grad_output, input, target, stats, ignore_index, reduction);
+  return op.call(input, target, TSE_UNPACKED(options));
 }
 
-// The loss as a composition of torch's differentiable operators.
-at::Tensor composed(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
-                    std::string_view reduction) {
-  check_cross_entropy(input, target);
-  const auto type = input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const auto code = static_cast<int64_t>(parse_reduction("cross_entropy", reduction));
+using Metrics = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Metrics call_metrics_forward(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
+  static const auto op = find_op<Metrics(const at::Tensor&, const at::Tensor&, TSE_OPTIONS)>(
+      "torch_softmax_ext::_cross_entropy_metrics_forward");
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return op.call(input, target, TSE_UNPACKED(options));
+}
+
+at::Tensor call_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse, const at::Tensor& input,
+                         const at::Tensor& target, const at::Tensor& stats, const CrossEntropyOptions& options) {
+  static const auto op =
+      find_op<at::Tensor(const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&,
+                         const at::Tensor&, TSE_OPTIONS)>("torch_softmax_ext::_cross_entropy_backward");
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return op.call(grad_output, grad_lse, input, target, stats, TSE_UNPACKED(options));
+}
+
+// ---- the same as a composition of torch's differentiable operators ------------------------------------------------
+
+int64_t class_dim(const at::Tensor& input) { return input.dim() == 1 ? 0 : 1; }
+
+// The logits behind softcap and temperature, in the loss' dtype.
+at::Tensor transformed(const at::Tensor& input, const CrossEntropyOptions& options) {
+  at::Tensor s = input.to(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+  if (options.softcap.has_value()) s = (s / *options.softcap).tanh() * *options.softcap;
+  return options.temperature == 1 ? s : s / options.temperature;
+}
+
+// Loss, z-loss in it, lse and where rows are counted.
+struct Composed {
+  at::Tensor loss, z_loss, lse, counted;
+};
+
+Composed composed(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
+  check_cross_entropy(input, target, options);
+  const auto code = static_cast<int64_t>(parse_reduction("cross_entropy", options.reduction));
+  const at::Tensor s = transformed(input, options);
+  const bool indices = !target.is_floating_point();
   // One row may have its target as () or as (1), which torch's own backward does not know.
-  const at::Tensor t = input.dim() == 1 ? target.reshape({}) : target;
-  const at::Tensor loss = at::cross_entropy_loss(input.to(type), t.to(at::kLong), {}, code, ignore_index);
-  return code == at::Reduction::None ? loss.reshape_symint(target.sym_sizes()) : loss;
+  const at::Tensor t =
+      !indices ? target.to(s.scalar_type()) : (input.dim() == 1 ? target.reshape({}) : target).to(at::kLong);
+  const auto weight = options.weight.has_value() ? OptionalTensor(options.weight->to(s.scalar_type())) : std::nullopt;
+  Composed c;
+  c.loss = at::cross_entropy_loss(s, t, weight, code, options.ignore_index, options.label_smoothing);
+  c.lse = at::logsumexp(s, class_dim(input));
+  c.counted = indices ? t != options.ignore_index : at::ones_like(c.lse, at::kBool);
+  c.lse = c.lse.masked_fill(c.counted.logical_not(), 0);
+  c.z_loss = c.lse * c.lse * options.z_loss_weight;
+  if (code != at::Reduction::None) c.z_loss = c.z_loss.sum();
+  if (code == at::Reduction::Mean) c.z_loss = c.z_loss / c.counted.sum();
+  if (options.z_loss_weight != 0) c.loss = c.loss + c.z_loss;
+  if (indices && input.dim() == 1) {
+    if (code == at::Reduction::None) {
+      c.loss = c.loss.reshape_symint(target.sym_sizes());
+      c.z_loss = c.z_loss.reshape_symint(target.sym_sizes());
+    }
+    c.lse = c.lse.reshape_symint(target.sym_sizes());
+  }
+  return c;
+}
+
+// Class probabilities of another dtype: as torch, in the wider of the two.
+std::pair<at::Tensor, at::Tensor> promoted(const at::Tensor& input, const at::Tensor& target) {
+  if (!target.is_floating_point() || !input.is_floating_point() || target.scalar_type() == input.scalar_type())
+    return {input, target};
+  const auto type = c10::promoteTypes(input.scalar_type(), target.scalar_type());
+  return {input.to(type), target.to(type)};
+}
+
+// The gradient of class probabilities: w (1 - smoothing) (lse - s) · g.
+at::Tensor target_gradient(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
+                           const CrossEntropyOptions& options) {
+  const int64_t dim = class_dim(input);
+  const at::Tensor s = transformed(input, options);
+  at::Tensor grad = at::logsumexp(s, dim, /*keepdim=*/true) - s;
+  if (options.weight.has_value()) {
+    c10::SymDimVector sizes(input.dim(), 1);
+    sizes[dim] = input.sym_size(dim);
+    grad = grad * options.weight->to(s.scalar_type()).view_symint(sizes);
+  }
+  at::Tensor g = options.reduction == "none" ? grad_output.unsqueeze(dim) : grad_output;
+  if (options.reduction == "mean") g = g / (input.sym_numel() / input.sym_size(dim)).guard_int(__FILE__, __LINE__);
+  return (grad * g * (1 - options.label_smoothing)).to(target.scalar_type());
+}
+
+// ---- options between forward and backward -------------------------------------------------------------------------
+
+constexpr std::string_view kReductions[] = {"none", "mean", "sum"};  // by their codes
+
+void save(AutogradContext* ctx, const CrossEntropyOptions& o, variable_list tensors) {
+  tensors.push_back(o.weight.value_or(at::Tensor()));
+  ctx->save_for_backward(std::move(tensors));
+  ctx->saved_data["options"] =
+      std::make_tuple(o.ignore_index, static_cast<int64_t>(parse_reduction("cross_entropy", o.reduction)),
+                      o.label_smoothing, o.z_loss_weight, o.softcap, o.temperature);
+}
+
+// The tensors are those given to save, the weight behind them.
+CrossEntropyOptions saved_options(AutogradContext* ctx, const variable_list& tensors) {
+  const auto tuple = ctx->saved_data["options"].toTuple();
+  const auto& o = tuple->elements();
+  CrossEntropyOptions options;
+  if (tensors.back().defined()) options.weight = tensors.back();
+  options.ignore_index = o[0].toInt();
+  options.reduction = kReductions[o[1].toInt()];
+  options.label_smoothing = o[2].toDouble();
+  options.z_loss_weight = o[3].toDouble();
+  options.softcap = o[4].toOptional<double>();
+  options.temperature = o[5].toDouble();
+  return options;
 }
 
 // The incoming gradient of a mean or sum is one number, mostly the same in each step: 1, or 1 / steps of gradient
@@ -84,49 +189,102 @@ GradOutputGuess& guess_for(std::string_view reduction) {
   return reduction == "mean" ? mean : sum;
 }
 
+// Gradients of loss, z-loss and lse, differentiable again; of target, too, where it is asked for.
+variable_list differentiable_gradients(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
+                                       const CrossEntropyOptions& options, const variable_list& grad_outputs) {
+  const Composed c = composed(input, target, options);
+  const at::Tensor outputs[] = {c.loss, c.z_loss, c.lse};
+  variable_list differentiated, gradients, inputs = {input};
+  for (size_t i = 0; i < grad_outputs.size() && i < 3; ++i) {
+    if (!grad_outputs[i].defined()) continue;
+    differentiated.push_back(outputs[i]);
+    gradients.push_back(grad_outputs[i]);
+  }
+  const bool wants_target = ctx->needs_input_grad(1);
+  if (!ctx->needs_input_grad(0)) inputs.clear();
+  if (wants_target) inputs.push_back(target);
+  variable_list g = torch::autograd::grad(differentiated, inputs, gradients, /*retain_graph=*/true,
+                                          /*create_graph=*/true, /*allow_unused=*/true);
+  const at::Tensor of_target = wants_target ? g.back() : at::Tensor();
+  return {ctx->needs_input_grad(0) ? g.front() : at::Tensor(), of_target, at::Tensor()};
+}
+
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   static constexpr bool is_traceable = true;
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
-                            int64_t ignore_index, std::string_view reduction) {
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["reduction"] = std::string(reduction);
+                            const CrossEntropyOptions& options) {
     // Not under saved-tensor hooks: checkpointing would keep the gradient that it is there to drop.
     const bool hooks = !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
-    const bool can_guess = reduction != "none" && is_plain_cpu(input) && is_plain_cpu(target) && !hooks;
-    if (const auto guess = can_guess ? guess_for(reduction).get() : std::nullopt) {
+    const bool can_guess =
+        options.reduction != "none" && input.requires_grad() && is_plain_cpu(input) && is_plain_cpu(target) && !hooks;
+    if (const auto guess = can_guess ? guess_for(options.reduction).get() : std::nullopt) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      CrossEntropyResult r = cross_entropy_forward_backward(input, target, ignore_index, reduction, *guess,
-                                                            /*in_place=*/false);
-      ctx->save_for_backward({input, target, r.stats});
+      CrossEntropyResult r = cross_entropy_forward_backward(input, target, options, *guess, /*in_place=*/false);
+      save(ctx, options, {input, target, r.stats});
       ctx->saved_data["guess"] = *guess;
       ctx->saved_data["grad_input"] = r.grad_input;
       return r.loss;
     }
-    auto [loss, stats] = call_forward(input, target, ignore_index, reduction);
-    ctx->save_for_backward({input, target, stats});
+    auto [loss, stats] = call_forward(input, target, options);
+    save(ctx, options, {input, target, stats});
     return loss;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
     const auto saved = ctx->get_saved_variables();
-    const at::Tensor& grad_output = grad_outputs[0];
-    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
-    const auto reduction = ctx->saved_data["reduction"].toStringView();
-    if (at::GradMode::is_enabled()) {  // somebody will differentiate this gradient
-      const auto loss = [&](const at::Tensor& x) { return composed(x, saved[1], ignore_index, reduction); };
-      return {differentiable_gradient(loss, saved[0], grad_output), {}, {}, {}};
-    }
-    if (reduction != "none" && is_plain_cpu(saved[0]) && is_plain_cpu(grad_output)) {
+    const CrossEntropyOptions options = saved_options(ctx, saved);
+    const at::Tensor &grad_output = grad_outputs[0], &input = saved[0], &target = saved[1];
+    if (at::GradMode::is_enabled())  // somebody will differentiate this gradient
+      return differentiable_gradients(ctx, input, target, options, grad_outputs);
+    at::Tensor grad_input, grad_target;
+    if (ctx->needs_input_grad(1)) grad_target = target_gradient(grad_output, input, target, options);
+    if (options.reduction != "none" && is_plain_cpu(input) && is_plain_cpu(grad_output)) {
       const double g = grad_output.item<double>();
-      guess_for(reduction).observe(g);
+      guess_for(options.reduction).observe(g);
       if (const auto found = ctx->saved_data.find("grad_input"); found != ctx->saved_data.end()) {
-        const at::Tensor grad_input = found->second.toTensor();
+        if (ctx->saved_data["guess"].toDouble() == g) grad_input = found->second.toTensor();
         ctx->saved_data.erase(found);  // given away once: whoever gets it may change it
-        if (ctx->saved_data["guess"].toDouble() == g) return {grad_input, {}, {}, {}};
       }
     }
-    return {call_backward(grad_output, saved[0], saved[1], saved[2], ignore_index, reduction), {}, {}, {}};
+    if (!grad_input.defined() && ctx->needs_input_grad(0))
+      grad_input = call_backward(grad_output, std::nullopt, input, target, saved[2], options);
+    return {grad_input, grad_target, {}};
+  }
+};
+
+struct CrossEntropyMetrics : torch::autograd::Function<CrossEntropyMetrics> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
+                               const CrossEntropyOptions& options) {
+    auto [loss, stats, z_loss, lse, accuracy, predictions] = call_metrics_forward(input, target, options);
+    save(ctx, options, {input, target, stats, lse});
+    ctx->mark_non_differentiable({accuracy, predictions});
+    ctx->set_materialize_grads(false);
+    return {loss, z_loss, lse, accuracy, predictions};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const CrossEntropyOptions options = saved_options(ctx, saved);
+    const at::Tensor &input = saved[0], &target = saved[1], &lse = saved[3];
+    if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return {{}, {}, {}};
+    if (at::GradMode::is_enabled()) return differentiable_gradients(ctx, input, target, options, grads);
+    const at::Tensor g = grads[0].defined()            ? grads[0]
+                         : options.reduction == "none" ? at::zeros_like(lse)
+                                                       : at::zeros({}, lse.options());
+    OptionalTensor grad_lse;
+    if (grads[2].defined()) grad_lse = grads[2];
+    if (grads[1].defined() && options.z_loss_weight != 0) {
+      at::Tensor of_z = lse * grads[1] * (2 * options.z_loss_weight);
+      if (options.reduction == "mean") of_z = of_z / saved[2][1].to(of_z.scalar_type());
+      grad_lse = grad_lse.has_value() ? *grad_lse + of_z : of_z;
+    }
+    at::Tensor grad_input, grad_target;
+    if (ctx->needs_input_grad(1)) grad_target = target_gradient(g, input, target, options);
+    if (ctx->needs_input_grad(0)) grad_input = call_backward(g, grad_lse, input, target, saved[2], options);
+    return {grad_input, grad_target, {}};
   }
 };
 
@@ -134,13 +292,14 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
 // finds out. What the incoming gradient differs from the guess is made up for by a multiplication in backward.
 struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
-                            int64_t ignore_index, std::string_view reduction) {
+                            const CrossEntropyOptions& options) {
+    const std::string_view reduction = options.reduction;
     double guess = reduction != "none" && is_plain_cpu(input) ? guess_for(reduction).get().value_or(1.0) : 1.0;
     if (guess == 0 || !std::isfinite(guess)) guess = 1;
     CrossEntropyResult r;
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      r = cross_entropy_forward_backward(input, target, ignore_index, reduction, guess, /*in_place=*/true);
+      r = cross_entropy_forward_backward(input, target, options, guess, /*in_place=*/true);
     }
     input.unsafeGetTensorImpl()->bump_version();
     ctx->save_for_backward({input.detach()});  // shares the version, so that a later change is noticed, too
@@ -165,33 +324,63 @@ struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
     } else {
       gradient.mul_(g / guess);
     }
-    return {gradient, {}, {}, {}};
+    return {gradient, {}, {}};
   }
 };
 
-at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
-                                  std::string_view reduction) {
-  switch (gradient_path(input)) {
+GradientPath path_of(const at::Tensor& input, const at::Tensor& target) {
+  const GradientPath of_input = gradient_path(input), of_target = gradient_path(target);
+  return of_target == GradientPath::kComposed || of_input == GradientPath::kNone ? of_target : of_input;
+}
+
+at::Tensor cross_entropy_autograd(const at::Tensor& input_, const at::Tensor& target_, TSE_OPTIONS) {
+  const CrossEntropyOptions options{weight,        ignore_index, reduction,  label_smoothing,
+                                    z_loss_weight, softcap,      temperature};
+  const auto [input, target] = promoted(input_, target_);
+  switch (path_of(input, target)) {
     case GradientPath::kFused:
-      return CrossEntropy::apply(input, target, ignore_index, reduction);
+      return CrossEntropy::apply(input, target, options);
     case GradientPath::kComposed:
-      return composed(input, target, ignore_index, reduction);
+      return composed(input, target, options).loss;
     default:
-      return call_cross_entropy(input, target, ignore_index, reduction);
+      return call_cross_entropy(input, target, options);
   }
 }
 
 // Where a tracer watches, writing in place is left to its compiler, and torch.func has no memory to write to.
-at::Tensor cross_entropy_inplace_autograd(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index,
-                                          std::string_view reduction) {
-  // A float16 gradient would underflow, or overflow, before the loss scale of the step arrives.
-  if (gradient_path(input) != GradientPath::kFused || !is_plain(input) || input.scalar_type() == at::kHalf)
-    return cross_entropy_autograd(input, target, ignore_index, reduction);
+at::Tensor cross_entropy_inplace_autograd(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
+  // A float16 gradient would underflow, or overflow, before the loss scale of the step arrives; the gradient of a
+  // target needs the logits.
+  if (gradient_path(input) != GradientPath::kFused || gradient_path(target) != GradientPath::kNone ||
+      !is_plain(input) || input.scalar_type() == at::kHalf ||
+      (target.is_floating_point() && target.scalar_type() != input.scalar_type()))
+    return cross_entropy_autograd(input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight,
+                                  softcap, temperature);
+  const CrossEntropyOptions options{weight,        ignore_index, reduction,  label_smoothing,
+                                    z_loss_weight, softcap,      temperature};
   const bool is_leaf = input.is_leaf() || (input.is_view() && input._base().is_leaf() && input._base().requires_grad());
   TSE_CHECK(!is_leaf, "cross_entropy", "inplace_backward",
             "expected logits that were computed, got a leaf that requires grad, or a view of one, whose values would "
             "be lost");
-  return CrossEntropyInPlace::apply(input, target, ignore_index, reduction);
+  return CrossEntropyInPlace::apply(input, target, options);
+}
+
+using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+FiveTensors cross_entropy_metrics_autograd(const at::Tensor& input_, const at::Tensor& target_, TSE_OPTIONS) {
+  const CrossEntropyOptions options{weight,        ignore_index, reduction,  label_smoothing,
+                                    z_loss_weight, softcap,      temperature};
+  const auto [input, target] = promoted(input_, target_);
+  const GradientPath path = path_of(input, target);
+  if (path == GradientPath::kFused) {
+    const variable_list r = CrossEntropyMetrics::apply(input, target, options);
+    return {r[0], r[1], r[2], r[3], r[4]};
+  }
+  const auto [loss, stats, z_loss, lse, accuracy, predictions] =
+      call_metrics_forward(input.detach(), target.detach(), options);
+  if (path == GradientPath::kNone) return {loss, z_loss, lse, accuracy, predictions};
+  const Composed c = composed(input, target, options);
+  return {c.loss, c.z_loss, c.lse, accuracy, predictions};
 }
 
 }  // namespace
@@ -199,14 +388,17 @@ at::Tensor cross_entropy_inplace_autograd(const at::Tensor& input, const at::Ten
 TORCH_LIBRARY_IMPL(torch_softmax_ext, Autograd, m) {
   m.impl("cross_entropy", cross_entropy_autograd);
   m.impl("_cross_entropy_inplace_backward", cross_entropy_inplace_autograd);
+  m.impl("cross_entropy_with_metrics", cross_entropy_metrics_autograd);
 }
 
 // Under autocast the logits stay as they are: the kernels compute in fp32 and return an fp32 loss, so no upcast copy.
 TORCH_LIBRARY_IMPL(torch_softmax_ext, AutocastCPU, m) {
   m.impl("cross_entropy", torch::CppFunction::makeFallthrough());
+  m.impl("cross_entropy_with_metrics", torch::CppFunction::makeFallthrough());
 }
 TORCH_LIBRARY_IMPL(torch_softmax_ext, AutocastCUDA, m) {
   m.impl("cross_entropy", torch::CppFunction::makeFallthrough());
+  m.impl("cross_entropy_with_metrics", torch::CppFunction::makeFallthrough());
 }
 
 }  // namespace tse

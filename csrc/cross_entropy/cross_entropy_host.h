@@ -2,23 +2,38 @@
 #pragma once
 #include <ATen/core/Tensor.h>
 
+#include <optional>
 #include <string_view>
 
 namespace tse {
 
+using OptionalTensor = std::optional<at::Tensor>;
+
+// The arguments of the schema behind input and target.
+struct CrossEntropyOptions {
+  OptionalTensor weight;
+  int64_t ignore_index = -100;
+  std::string_view reduction = "mean";
+  double label_smoothing = 0;
+  double z_loss_weight = 0;
+  std::optional<double> softcap;
+  double temperature = 1;
+};
+
 // Raises what torch.nn.functional.cross_entropy would. Reads no memory; sizes may be symbolic.
-void check_cross_entropy(const at::Tensor& input, const at::Tensor& target);
+void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options);
 
 struct CrossEntropyResult {
   at::Tensor loss;
   at::Tensor stats;       // what backward needs of each row beside the logits
   at::Tensor grad_input;  // of cross_entropy_forward_backward
+  at::Tensor z_loss, predictions;
 };
 
 // Loss and gradient in one go, for an incoming gradient that is known beforehand (of every row for "none"); in_place:
 // the gradient takes the memory of the logits.
 CrossEntropyResult cross_entropy_forward_backward(const at::Tensor& input, const at::Tensor& target,
-                                                  int64_t ignore_index, std::string_view reduction, double grad_output,
+                                                  const CrossEntropyOptions& options, double grad_output,
                                                   bool in_place);
 
 }  // namespace tse

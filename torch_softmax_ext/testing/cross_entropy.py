@@ -9,15 +9,31 @@ from torch_softmax_ext.testing.spec import BenchShape, ErrorCase, OpSpec, Sample
 _INF = float("inf")
 
 
-def _reference(input, target, **kwargs):
-    if input.dim() == 1:  # torch's own backward does not know a target of shape (1) there
-        target = target.reshape(())
-    return F.cross_entropy(input, target.long(), **kwargs)
+def _reference(
+    input, target, weight=None, *, reduction="mean", z_loss_weight=0.0, softcap=None, temperature=1.0, **kwargs
+):
+    """F.cross_entropy of the transformed logits, and the z-loss."""
+    s = input if softcap is None else softcap * torch.tanh(input / softcap)
+    s = s / temperature
+    indices = not target.is_floating_point()
+    t = target.long() if indices else target.to(input.dtype)
+    if indices and input.dim() == 1:  # torch's own backward does not know a target of shape (1) there
+        t = t.reshape(())
+    weight = weight if weight is None else weight.to(input.dtype)
+    loss = F.cross_entropy(s, t, weight, reduction=reduction, **kwargs)
+    if z_loss_weight == 0:
+        return loss
+    lse = s.logsumexp(0 if input.dim() == 1 else 1)
+    counted = t != kwargs.get("ignore_index", -100) if indices else torch.ones_like(lse, dtype=torch.bool)
+    z_loss = z_loss_weight * torch.where(counted, lse, torch.zeros_like(lse)) ** 2
+    if reduction == "none":
+        return loss + z_loss
+    return loss + z_loss.sum() / (counted.sum() if reduction == "mean" else 1)
 
 
-def _torch_op(input, target, **kwargs):
+def _torch_op(input, target, *args, **kwargs):
     """In fp32 for half types: torch's half loss is rounded to three digits, ours is fp32."""
-    return _reference(input if input.dtype == torch.float64 else input.float(), target, **kwargs)
+    return _reference(input if input.dtype == torch.float64 else input.float(), target, *args, **kwargs)
 
 
 def _samples(device, dtype):
@@ -31,12 +47,70 @@ def _samples(device, dtype):
         t.view(-1)[:ignored] = -100
         return t
 
+    def weight(classes):
+        return torch.rand(classes, generator=generator, dtype=torch.float64).to(dtype).to(device) + 0.5
+
+    def probabilities(*shape):
+        dim = 0 if len(shape) == 1 else 1
+        return torch.randn(shape, generator=generator, dtype=torch.float64).softmax(dim).to(dtype).to(device)
+
     for reduction in ("none", "mean", "sum"):
         kwargs = {"reduction": reduction}
         yield Sample(f"2d-{reduction}", logits(7, 10), (target(10, 7),), kwargs, small=True)
         yield Sample(f"ignored-{reduction}", logits(6, 9), (target(9, 6, ignored=2),), kwargs, small=True)
         yield Sample(f"images-{reduction}", logits(2, 21, 5, 7), (target(21, 2, 5, 7, ignored=3),), kwargs)
         yield Sample(f"1d-{reduction}", logits(5), (target(5),), kwargs, small=True)
+        yield Sample(
+            f"smoothing-{reduction}",
+            logits(6, 9),
+            (target(9, 6, ignored=2),),
+            {**kwargs, "label_smoothing": 0.1},
+            small=True,
+        )
+        yield Sample(f"weight-{reduction}", logits(6, 9), (target(9, 6, ignored=2), weight(9)), kwargs, small=True)
+        yield Sample(f"probabilities-{reduction}", logits(5, 8), (probabilities(5, 8),), kwargs, small=True)
+        yield Sample(
+            f"z-loss-{reduction}",
+            logits(6, 9),
+            (target(9, 6, ignored=2),),
+            {**kwargs, "z_loss_weight": 0.1},
+            small=True,
+        )
+        yield Sample(
+            f"all-options-{reduction}",
+            logits(2, 9, 4),
+            (target(9, 2, 4, ignored=2), weight(9)),
+            {**kwargs, "label_smoothing": 0.2, "z_loss_weight": 0.1, "softcap": 5.0, "temperature": 0.7},
+            small=True,
+        )
+        yield Sample(
+            f"all-options-probabilities-{reduction}",
+            logits(2, 9, 4),
+            (probabilities(2, 9, 4), weight(9)),
+            {**kwargs, "label_smoothing": 0.2, "z_loss_weight": 0.1, "softcap": 5.0, "temperature": 0.7},
+            small=True,
+        )
+        options = {"z_loss_weight": 0.1, "temperature": 2.0}  # that need nothing of each class
+        yield Sample(
+            f"images-options-{reduction}",
+            logits(2, 21, 5, 7),
+            (target(21, 2, 5, 7, ignored=3), weight(21)),
+            {**kwargs, **options},
+        )
+    yield Sample("softcap", logits(4, 30, scale=30.0), (target(30, 4),), {"softcap": 20.0}, small=True)
+    yield Sample("temperature", logits(4, 30), (target(30, 4),), {"temperature": 0.1}, small=True)
+    yield Sample("smoothing-of-one", logits(4, 30), (target(30, 4),), {"label_smoothing": 1.0}, small=True)
+    yield Sample("1d-probabilities", logits(8), (probabilities(8),), small=True)
+    yield Sample("no-rows-probabilities", logits(0, 5), (probabilities(0, 5),), {"reduction": "sum"})
+    yield Sample("wide-smoothing", logits(3, 9000), (target(9000, 3), weight(9000)), {"label_smoothing": 0.1})
+    yield Sample("wide-probabilities", logits(2, 9000), (probabilities(2, 9000),), {"softcap": 8.0})
+    yield Sample("one-wide-row", logits(1, 128256), (probabilities(1, 128256),), {"z_loss_weight": 1e-3})
+    yield Sample(
+        "offset-smoothing",
+        logits(4, 5000) + (100 if dtype == torch.float16 else 1e4),
+        (target(5000, 4),),
+        {"label_smoothing": 0.1},
+    )
     yield Sample("1d-target-of-one", logits(5), (target(5, 1),), small=True)
     yield Sample("3d", logits(3, 4, 5), (target(4, 3, 5),), small=True)
     yield Sample("int32", logits(7, 10), (target(10, 7).int(),), small=True)
@@ -69,6 +143,10 @@ def _samples(device, dtype):
     yield Sample("peaky", peaky, (torch.arange(6, device=device),), {"reduction": "none"})
     yield Sample("tied", torch.ones(4, 17, dtype=dtype, device=device), (target(17, 4),))
     yield Sample("offset", logits(4, 100) + (100 if dtype == torch.float16 else 1e4), (target(100, 4),))
+    smoothed = logits(3, 9000)
+    smoothed[0, 5000] = 200
+    smoothed[1, :600] = -60000 if dtype == torch.float16 else -1e9
+    yield Sample("late-maximum-smoothing", smoothed, (target(9000, 3),), {"label_smoothing": 0.1})
     late = logits(3, 9000)
     late[0, 5000] = 200
     late[1, :600] = -60000 if dtype == torch.float16 else -1e9
@@ -143,10 +221,58 @@ _ERRORS = (
         r"target: expected int64 or int32.* got Short",
     ),
     ErrorCase(
-        "probabilities",
-        lambda d: tse.cross_entropy(_x(d, 2, 5), _x(d, 2, 5)),
-        NotImplementedError,
-        r"target: expected class indices",
+        "probabilities-shape",
+        lambda d: tse.cross_entropy(_x(d, 2, 5), _x(d, 2, 4)),
+        RuntimeError,
+        r"target: expected .* class probabilities of input's shape",
+    ),
+    ErrorCase(
+        "probabilities-ignore-index",
+        lambda d: tse.cross_entropy(_x(d, 2, 5), _x(d, 2, 5), ignore_index=1),
+        RuntimeError,
+        r"ignore_index: expected none .* got 1",
+    ),
+    ErrorCase(
+        "weight-shape",
+        lambda d: tse.cross_entropy(_x(d, 2, 5), _t(d, 0, 1), _x(d, 4)),
+        RuntimeError,
+        r"weight: expected one weight for each of 5 classes, got shape \[4\]",
+    ),
+    ErrorCase(
+        "weight-integer",
+        lambda d: tse.cross_entropy(_x(d, 2, 5), _t(d, 0, 1), _x(d, 5).long()),
+        RuntimeError,
+        r"weight: expected floating point",
+    ),
+    ErrorCase(
+        "smoothing",
+        lambda d: tse.cross_entropy(_x(d, 2, 5), _t(d, 0, 1), label_smoothing=1.5),
+        RuntimeError,
+        r"label_smoothing: expected a number between 0.0 and 1.0, got 1.5",
+    ),
+    ErrorCase(
+        "temperature",
+        lambda d: tse.cross_entropy(_x(d, 2, 5), _t(d, 0, 1), temperature=0.0),
+        ValueError,
+        r"temperature: expected a positive number, got 0",
+    ),
+    ErrorCase(
+        "softcap",
+        lambda d: tse.cross_entropy(_x(d, 2, 5), _t(d, 0, 1), softcap=-1.0),
+        ValueError,
+        r"softcap: expected None or a positive number, got -1",
+    ),
+    ErrorCase(
+        "z-loss",
+        lambda d: tse.cross_entropy(_x(d, 2, 5), _t(d, 0, 1), z_loss_weight=_INF),
+        ValueError,
+        r"z_loss_weight: expected a finite number",
+    ),
+    ErrorCase(
+        "no-number",
+        lambda d: tse.cross_entropy(_x(d, 2, 5), _t(d, 0, 1), temperature="hot"),
+        TypeError,
+        r"temperature: expected float, got str",
     ),
     ErrorCase(
         "reduction",

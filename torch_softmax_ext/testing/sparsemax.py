@@ -126,12 +126,10 @@ SPEC = OpSpec(
     torch_op=_reference,
     samples=_samples,
     errors=_ERRORS,
-    bench_shapes=(
-        BenchShape((4096, 64)),
-        BenchShape((1024, 512)),
-        BenchShape((256, 8192)),
-        BenchShape((64, 32000)),
-        BenchShape((16, 131072)),
+    bench_shapes=tuple(
+        BenchShape(shape, scale=scale)  # at 0.01 hundreds of elements are in the support
+        for scale in (1.0, 0.01)
+        for shape in ((4096, 64), (1024, 512), (256, 8192), (64, 32000), (16, 131072))
     ),
     bench_args=lambda x: (),
     bench_modes={"forward": "copy", "backward": "add"},

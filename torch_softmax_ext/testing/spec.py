@@ -39,6 +39,7 @@ class ErrorCase:
 class BenchShape:
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    scale: float = 1.0  # standard deviation of the logits
 
 
 @dataclass(frozen=True)

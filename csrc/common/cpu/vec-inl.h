@@ -264,26 +264,25 @@ inline V bits_and(V a, V b) {
   return a;
 }
 
-template <class A>
-constexpr A kLog2e = A(1.4426950408889634);
-
-// x · log2(e) - m with one rounding, that of the difference: where x and m are large and near each other, it is exact.
+// x · y - m with one rounding, that of the difference: where x · y and m are large and near each other, it is exact.
 #if TSE_ISA == 0
-inline VecF exponent(VecF x, VecF m) {
-  // No fused multiply-add: both factors are split in halves of 12 bits, whose products are exact.
-  constexpr float kHigh = 0x1.714p+0f, kLow = kLog2e<float> - kHigh;
-  x = vmax(splat<VecF>(-std::numeric_limits<float>::max()), x);  // -inf has no halves
+inline VecF upper_half(VecF x) {  // 12 bits of it
   VecU bits;
   std::memcpy(&bits, &x, sizeof bits);
   bits &= 0xfffff000u;
-  VecF high;
-  std::memcpy(&high, &bits, sizeof high);
-  return ((high * kHigh - m) + (x - high) * kHigh) + x * kLow;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+inline VecF multiply_subtract(VecF x, VecF y, VecF m) {
+  // No fused multiply-add: both factors are split in halves of 12 bits, whose products are exact.
+  x = vmax(splat<VecF>(-std::numeric_limits<float>::max()), x);  // -inf has no halves
+  const VecF x1 = upper_half(x), y1 = upper_half(y);
+  return ((x1 * y1 - m) + (x - x1) * y1) + x * (y - y1);
 }
 #else
-inline VecF exponent(VecF x, VecF m) { return x * kLog2e<float> - m; }  // contracted to one instruction
+inline VecF multiply_subtract(VecF x, VecF y, VecF m) { return x * y - m; }  // contracted to one instruction
 #endif
-inline VecD exponent(VecD x, VecD m) { return x * kLog2e<double> - m; }
+inline VecD multiply_subtract(VecD x, VecD y, VecD m) { return x * y - m; }
 
 // 2^t for logits of type T: 2^floor(t) times a minimax polynomial for 2^f on [0, 1), of relative error 1e-7, and one
 // degree less, 3e-6, for half types. -inf gives 0, NaN gives NaN, 128 and above infinity. Below 2^-126 AVX-512 is
@@ -325,6 +324,30 @@ template <class T>
 inline VecD exp2(VecD t) {  // fp64 is for checking gradients, not for speed
   for (int i = 0; i < kDoubles; ++i) t[i] = std::exp2(t[i]);
   return t;
+}
+
+// tanh(x) = (e - 1) / (e + 1) of e = exp(2 |x|), where e - 1 is computed without cancellation: relative error 4e-7.
+inline VecF tanh(VecF x) {
+  VecF t = (x < VecF{} ? -x : x) * 2.88539008f;
+  t = vmin(splat<VecF>(30.0f), t);  // NaN stays
+  const VecF shifted = t + 0x1.8p23f, i = shifted - 0x1.8p23f, f = t - i;  // i: nearest integer
+  VecI bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits << 23) + (127 << 23);
+  VecF scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  VecF p = f * 1.5252734e-5f + 1.5403530e-4f;  // (2^f - 1) / f
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  const VecF e = p * f * scale + (scale - 1.0f), y = e / (e + 2.0f);
+  return x < VecF{} ? -y : y;
+}
+inline VecD tanh(VecD x) {
+  for (int i = 0; i < kDoubles; ++i) x[i] = std::tanh(x[i]);
+  return x;
 }
 
 // Reductions fold halves onto each other, always in the same order: every build of a level gives the same bits.
