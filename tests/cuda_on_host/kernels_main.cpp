@@ -48,59 +48,118 @@ struct Matrix {
   T& at(int64_t row, int64_t c) { return data()[row_offset(rows, row) + c * rows.stride_n]; }
 };
 
+struct Options {
+  bool weight = false, probabilities = false, predictions = false;
+  double smoothing = 0, z = 0, softcap = 0, temperature = 1;
+};
+
 template <class T>
-void check_cross_entropy(int64_t count, int64_t n, int64_t offset, bool columns, Reduction reduction) {
+void check_cross_entropy(int64_t count, int64_t n, int64_t offset, bool columns, Reduction reduction,
+                         const Options& o = {}) {
   using A = Acc<T>;
   std::mt19937 random(unsigned(n * 31 + count));
   std::normal_distribution<float> normal(0, 3);
-  Matrix<T> x(count, n, offset, columns), g(count, n, offset, columns);
-  std::vector<int64_t> target(count);
+  std::uniform_real_distribution<float> uniform(0.5f, 1.5f);
+  Matrix<T> x(count, n, offset, columns), g(count, n, offset, columns), q(count, n, offset, columns);
+  std::vector<int64_t> target(count), predictions(count, -1);
+  std::vector<A> weight(n);
+  for (A& w : weight) w = uniform(random);
   for (int64_t i = 0; i < count; ++i) {
-    for (int64_t c = 0; c < n; ++c) x.at(i, c) = from_acc<T>(A(normal(random)));
+    for (int64_t c = 0; c < n; ++c) {
+      x.at(i, c) = from_acc<T>(A(normal(random)));
+      q.at(i, c) = from_acc<T>(A(uniform(random) / n));
+    }
     target[i] = i == 1 ? -100 : int64_t(random() % n);
   }
   std::vector<A> row_loss(count, NAN), grad_output(reduction == Reduction::kNone ? count : 1);
   for (A& v : grad_output) v = normal(random);
-  std::vector<A> row_m(count, NAN), row_sum(count, NAN);
-  double total_weight = NAN;
-  A loss = NAN;
+  std::vector<A> row_m(count, NAN), row_sum(count, NAN), row_mass(count, NAN), grad_lse(count);
+  for (A& v : grad_lse) v = normal(random);
+  double total_weight[2] = {NAN, NAN};
+  A loss = NAN, z_loss = NAN;
   CrossEntropyParams p{};
   p.dtype = kDType<T>;
   p.rows = x.rows;
   p.input = x.data();
-  p.target = target.data();
+  if (o.probabilities) {
+    p.probabilities = q.data();
+    p.probabilities_rows = q.rows;
+  } else {
+    p.target = target.data();
+  }
   p.ignore_index = -100;
   p.reduction = reduction;
+  p.weight = o.weight ? weight.data() : nullptr;
+  p.label_smoothing = o.smoothing;
+  p.z_loss_weight = o.z;
+  p.transform = {o.temperature, o.softcap};
   p.row_loss = row_loss.data();
   p.row_m = row_m.data();
   p.row_sum = row_sum.data();
-  p.loss = &loss;
-  p.total_weight = &total_weight;
+  p.row_mass = o.smoothing != 0 || o.probabilities ? row_mass.data() : nullptr;
+  p.predictions = o.predictions ? predictions.data() : nullptr;
+  p.loss = reduction == Reduction::kNone ? nullptr : &loss;
+  p.z_loss = reduction == Reduction::kNone ? nullptr : &z_loss;
+  p.total_weight = total_weight;
   p.grad_rows = g.rows;
   p.grad_input = g.data();
   p.grad_output = grad_output.data();
   p.grad_output_stride = reduction == Reduction::kNone;
+  p.grad_lse = o.predictions ? grad_lse.data() : nullptr;
   launch_cross_entropy_fwd(p, nullptr);
+  if (reduction == Reduction::kNone) total_weight[0] = total_weight[1] = NAN;  // "none" has no divisor
   launch_cross_entropy_bwd(p, nullptr);
-  double total = 0, counted = 0;
-  for (int64_t i = 0; i < count; ++i) counted += target[i] >= 0;
+
+  const auto logit = [&](int64_t i, int64_t c) {
+    const double v = double(to_acc(x.at(i, c)));
+    return (o.softcap > 0 ? o.softcap * std::tanh(v / o.softcap) : v) / o.temperature;
+  };
+  const auto counts = [&](int64_t i) { return o.probabilities || target[i] >= 0; };
+  const auto class_weight = [&](int64_t c) { return o.weight ? double(weight[c]) : 1.0; };
+  double total = 0, total_z = 0, counted = 0, divisor = 0;
   for (int64_t i = 0; i < count; ++i) {
-    double max = -INFINITY, sum = 0;
-    for (int64_t c = 0; c < n; ++c) max = std::max(max, double(to_acc(x.at(i, c))));
-    for (int64_t c = 0; c < n; ++c) sum += std::exp(double(to_acc(x.at(i, c))) - max);
-    const double lse = max + std::log(sum), row = target[i] < 0 ? 0 : lse - double(to_acc(x.at(i, target[i])));
-    total += row;
-    expect(row_loss[i], row, std::is_same_v<T, double> ? 1e-12 : 1e-5, "loss", i, 0);
-    const double factor = reduction == Reduction::kNone   ? double(grad_output[i])
-                          : reduction == Reduction::kMean ? double(grad_output[0]) / counted
-                                                          : double(grad_output[0]);
-    for (int64_t c = 0; c < n; ++c) {
-      const double want = target[i] < 0 ? 0 : (std::exp(double(to_acc(x.at(i, c))) - lse) - (c == target[i])) * factor;
-      expect(to_acc(g.at(i, c)), want, kEps<T> * std::abs(factor), "gradient", i, c);
-    }
+    counted += counts(i);
+    divisor += counts(i) ? (o.probabilities ? 1 : class_weight(target[i])) : 0;
   }
-  if (reduction != Reduction::kNone)
-    expect(loss, reduction == Reduction::kMean ? total / counted : total, 1e-5 * (1 + total), "reduced", 0, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    double max = -INFINITY, sum = 0, row = 0, mass = 0;
+    for (int64_t c = 0; c < n; ++c) max = std::max(max, logit(i, c));
+    for (int64_t c = 0; c < n; ++c) sum += std::exp(logit(i, c) - max);
+    const double lse = max + std::log(sum);
+    const auto t = [&](int64_t c) {
+      const double own = o.probabilities ? double(to_acc(q.at(i, c))) : double(c == target[i]);
+      return class_weight(c) * ((1 - o.smoothing) * own + o.smoothing / n);
+    };
+    for (int64_t c = 0; c < n && counts(i); ++c) {
+      row += t(c) * (lse - logit(i, c));
+      mass += t(c);
+    }
+    const double z = counts(i) ? o.z * lse * lse : 0;
+    total += row;
+    total_z += z;
+    const double shown = reduction == Reduction::kNone ? row + z : row;
+    expect(row_loss[i], shown, std::is_same_v<T, double> ? 1e-11 : 2e-5 * (1 + std::abs(shown)), "loss", i, 0);
+    const double incoming = grad_output[reduction == Reduction::kNone ? i : 0];
+    const double gt = reduction == Reduction::kMean ? incoming / divisor : incoming;
+    const double gz = reduction == Reduction::kMean ? incoming / counted : incoming;
+    const double gl = o.predictions ? double(grad_lse[i]) : 0;
+    int64_t best = 0;
+    for (int64_t c = 0; c < n; ++c) {
+      if (double(to_acc(x.at(i, c))) > double(to_acc(x.at(i, best)))) best = c;
+      const double probability = std::exp(logit(i, c) - lse), s = logit(i, c) * o.temperature / o.softcap;
+      double want = probability * (mass * gt + 2 * o.z * lse * gz + gl) - t(c) * gt;
+      want *= (o.softcap > 0 ? 1 - s * s : 1) / o.temperature;
+      const double scale = (std::abs(gt) * (1 + mass) + std::abs(2 * o.z * lse * gz) + std::abs(gl)) / o.temperature;
+      const double tolerance = 2 * kEps<T> + (columns ? 3e-9 * n : 0);  // one thread adds a column's terms
+      expect(to_acc(g.at(i, c)), counts(i) ? want : 0, tolerance * scale, "gradient", i, c);
+    }
+    if (o.predictions) expect(predictions[i], counts(i) ? best : -100, 0, "prediction", i, 0);
+  }
+  if (reduction == Reduction::kNone) return;
+  const bool mean = reduction == Reduction::kMean;
+  expect(loss, (mean ? total / divisor : total) + (mean ? total_z / counted : total_z), 2e-5 * (1 + total + total_z),
+         "reduced", 0, 0);
+  expect(z_loss, mean ? total_z / counted : total_z, 2e-5 * (1 + total_z), "z-loss", 0, 0);
 }
 
 template <class T>
@@ -162,6 +221,11 @@ void check_all(const std::vector<int64_t>& widths) {
     }
     check_cross_entropy<T>(5, n, 0, true, Reduction::kNone);
     check_cross_entropy<T>(2, n, 0, false, Reduction::kSum);
+    check_cross_entropy<T>(3, n, 1, false, Reduction::kMean, {.weight = true, .z = 0.1, .temperature = 0.5});
+    check_cross_entropy<T>(3, n, 0, false, Reduction::kMean,
+                           {.weight = true, .predictions = true, .smoothing = 0.2, .z = 0.1, .softcap = 4});
+    check_cross_entropy<T>(3, n, 1, true, Reduction::kNone, {.predictions = true, .smoothing = 0.1, .z = 0.1});
+    check_cross_entropy<T>(2, n, 1, false, Reduction::kSum, {.probabilities = true, .softcap = 3, .temperature = 2});
     check_sparsemax<T>(3, n, 0, true, 1);
     check_sparsemax<T>(2, n, 0, false, 0.01f);
   }
@@ -176,6 +240,7 @@ int main(int argc, char** argv) {
     if (tsan) {
       check_cross_entropy<float>(2, 1030, 1, false, Reduction::kNone);
       check_cross_entropy<__nv_bfloat16>(9, 70, 0, false, Reduction::kNone);
+      check_cross_entropy<float>(2, 1030, 0, false, Reduction::kMean, {.predictions = true, .smoothing = 0.2, .z = 1});
       check_sparsemax<float>(2, 1030, 0, false, 1);
       check_sparsemax<__half>(9, 70, 1, false, 1);
     } else {
