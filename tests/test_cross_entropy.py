@@ -207,3 +207,71 @@ def test_class_weights_have_no_gradient(device):
         tse.cross_entropy(x, target, weight)
     with torch.no_grad():
         assert torch.equal(tse.cross_entropy(x, target, weight), tse.cross_entropy(x, target))
+
+
+# ---- in place of torch's own ---------------------------------------------------------------------------------------
+
+
+def train(device, loss_module, steps=15):
+    """A stock script: it knows nothing of this package."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    weight = torch.linspace(0.5, 1.5, 10, device=device)
+    criterion = loss_module(weight=weight, label_smoothing=0.1, ignore_index=3)
+    x, y = torch.randn(256, 20, device=device), torch.randint(0, 10, (256,), device=device)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        logits = model(x)
+        loss = criterion(logits, y) + 0.1 * torch.nn.functional.cross_entropy(logits, logits.detach().softmax(-1))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("replaced", ["function", "module", "both"])
+def test_drop_in(device, monkeypatch, replaced):
+    want = train(device, torch.nn.CrossEntropyLoss)
+    if replaced != "module":
+        monkeypatch.setattr(torch.nn.functional, "cross_entropy", tse.cross_entropy)
+    if replaced != "function":
+        monkeypatch.setattr(torch.nn, "CrossEntropyLoss", tse.CrossEntropyLoss)
+    torch.testing.assert_close(train(device, torch.nn.CrossEntropyLoss), want, rtol=2e-4, atol=0)
+    assert want[-1] < want[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight": True},
+        {"label_smoothing": 0.1},
+        {"z_loss_weight": 0.1, "temperature": 0.5},
+        {"softcap": 4.0},
+        {"probabilities": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(8, 30), (2, 30, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradient_in_place_with_options(device, options, shape, dtype):
+    """The same bits as without, in the memory of the logits."""
+    options = dict(options)
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=dtype, device=device)
+    rows = (shape[0], *shape[2:])
+    target = torch.randint(0, 30, rows, device=device)
+    if options.pop("probabilities", False):
+        target = torch.randn(shape, device=device).softmax(1).to(dtype)
+    weight = torch.rand(30, device=device) + 0.5 if options.pop("weight", False) else None
+    results = []
+    for in_place in (False, True):
+        leaf = x.clone().requires_grad_()
+        logits = leaf * 2
+        loss = tse.cross_entropy(logits, target, weight, inplace_backward=in_place, **options)
+        (grad,) = torch.autograd.grad(loss, leaf)
+        results.append((loss, grad))
+        assert in_place == (logits._version > 0)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])

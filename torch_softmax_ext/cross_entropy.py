@@ -279,3 +279,18 @@ def _vmap(info, in_dims, input, target, weight=None, *, ignore_index=-100, reduc
     total = weight[t.clamp_min(0)].where(counted, torch.zeros((), dtype=weight.dtype, device=t.device))
     z_loss = (loss - main).reshape(size, -1).sum(1) / count
     return main.reshape(size, -1).sum(1) / total.reshape(size, -1).sum(1) + z_loss, 0
+
+
+@torch.library.register_vmap("torch_softmax_ext::cross_entropy_with_metrics")
+def _vmap_metrics(info, in_dims, input, target, weight=None, **options):
+    """One call after the other: each has its own accuracy and divisors."""
+
+    def element(t, dim, i):
+        return t if dim is None else t.select(dim, i)
+
+    dims = (*in_dims, None)[:3]
+    results = [
+        _metrics_op(*(element(t, d, i) for t, d in zip((input, target, weight), dims, strict=True)), **options)
+        for i in range(info.batch_size)
+    ]
+    return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * 5

@@ -41,7 +41,8 @@ void check_options(const at::Tensor& input, const at::Tensor& target, const Cros
   const at::Tensor& w = *o.weight;
   const c10::SymInt classes = input.sym_size(input.dim() == 1 ? 0 : 1);
   check_same_device(kOp, "weight", w, input);
-  TSE_CHECK(w.is_floating_point(), kOp, "weight", "expected floating point, got ", w.scalar_type());
+  TSE_CHECK(w.is_floating_point() || target.is_floating_point(), kOp, "weight", "expected floating point, got ",
+            w.scalar_type());
   TSE_CHECK(w.dim() == 1 && w.sym_size(0).sym_eq(classes).expect_true(__FILE__, __LINE__), kOp, "weight",
             "expected one weight for each of ", classes, " classes, got shape ", w.sym_sizes());
   TSE_CHECK(!(w.requires_grad() && c10::GradMode::is_enabled()), kOp, "weight",
