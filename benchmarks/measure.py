@@ -60,7 +60,10 @@ def rows_of(specs, pattern=""):
             for mode in spec.bench_modes:
                 if mode in ("accumulation", "in place") and math.prod(shape.shape) < LARGE:
                     continue
+                if shape.modes is not None and mode not in shape.modes:
+                    continue
                 scale = "" if shape.scale == 1 else f" x{shape.scale}"
+                scale += f" {shape.label}" if shape.label else ""
                 name = f"{spec.name} {'x'.join(map(str, shape.shape))} {str(shape.dtype)[6:]}{scale} {mode}"
                 if pattern in name:
                     yield name, spec, shape, mode
@@ -76,16 +79,17 @@ def measure(specs, threads, rounds=7, pattern="", skip=()):
         torch.manual_seed(0)
         torch._dynamo.reset()
         x = (torch.randn(shape.shape) * shape.scale).to(shape.dtype)
-        args = spec.bench_args(x)
-        others = () if mode == "in place" else providers(spec)  # nobody else can
+        args = (shape.args or spec.bench_args)(x)
+        functions = providers(spec, shape.options)
+        others = () if mode == "in place" else functions  # nobody else can
         names = [n for n in ("ours", *others) if n not in skip]
-        calls = {n: call(providers(spec)[n], mode, x, args) for n in dict.fromkeys(names)}
+        calls = {n: call(functions[n], mode, x, args) for n in dict.fromkeys(names)}
         if shape.shape[0] == 1:  # one row is split over the threads
             calls["ours 1 thread"] = calls["ours"]
         seconds = interleaved({**calls, **roofs(x)}, threads, rounds)
         memory = {n: peak_memory(calls[n]) for n in names} if x.numel() >= 1 << 16 else {}
         row = {"name": name, "operator": spec.name, "mode": mode, "bytes": x.nbytes, "roof": spec.bench_modes[mode]}
-        row |= {"shape": list(shape.shape), "dtype": str(shape.dtype)[6:], "scale": shape.scale}
+        row |= {"shape": list(shape.shape), "dtype": str(shape.dtype)[6:], "scale": shape.scale, "label": shape.label}
         results.append(row | {"seconds": seconds, "peak_bytes": memory})
     return {"environment": environment(threads), "rows": results}
 

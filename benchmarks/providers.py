@@ -1,16 +1,17 @@
 """Who is measured: for each operator the functions that do the same work, and the roofs of the machine."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
 
-def providers(spec):
+def providers(spec, options):
     """{name: function(input, *args)}; "ours" first."""
-    result = {"ours": spec.op}
-    if spec.name == "cross_entropy":
-        result["eager"] = F.cross_entropy
-    else:
-        result["eager"] = spec.torch_op  # a composition of torch's operators: torch has no such operator
+    result = {"ours": functools.partial(spec.op, **options)}
+    # Where torch has no such operator, or not with such options: a composition of torch's operators.
+    has = spec.name == "cross_entropy" and not options.keys() & {"z_loss_weight", "softcap", "temperature"}
+    result["eager"] = functools.partial(F.cross_entropy if has else spec.torch_op, **options)
     result["compile"] = torch.compile(result["eager"], fullgraph=True, dynamic=False)
     if spec.name == "sparsemax":
         import entmax

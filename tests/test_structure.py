@@ -107,6 +107,18 @@ def test_documentation_of_the_operator(spec):
         assert f"{argument.name}:" in spec.op.__doc__, f"{argument.name} is not documented"
 
 
+def test_the_feature_table_names_tests_that_exist():
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index("<!-- features -->") : text.index("<!-- end of features -->")]
+    rows = [[c.strip() for c in line.strip("|\n").split("|")] for line in table.splitlines()[3:]]
+    assert len(rows) > 10
+    for feature, ours, test, *_ in rows:
+        if ours == "–":
+            continue
+        file, name = test.strip("`").split("::")
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), feature
+
+
 def test_the_readme_matrix_is_true():
     """A row of the support matrix per operator; each ✓ stands for tests that run over every spec."""
     text = (ROOT / "README.md").read_text()

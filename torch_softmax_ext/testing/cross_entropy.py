@@ -300,6 +300,8 @@ _ERRORS = (
     ),
 )
 
+_TRAINING = ("forward+backward",)
+
 SPEC = OpSpec(
     name="cross_entropy",
     op=tse.cross_entropy,
@@ -318,6 +320,13 @@ SPEC = OpSpec(
         BenchShape((1024, 32000), torch.bfloat16),
         BenchShape((256, 128256), torch.bfloat16),
         BenchShape((1, 128256)),
+        BenchShape((1024, 32000), label="smoothing", options={"label_smoothing": 0.1}, modes=_TRAINING),
+        BenchShape(
+            (1024, 32000), label="softcap, z-loss", options={"softcap": 30.0, "z_loss_weight": 1e-4}, modes=_TRAINING
+        ),
+        BenchShape(
+            (1024, 32000), label="probabilities", args=lambda x: (torch.rand_like(x).softmax(1),), modes=_TRAINING
+        ),
     ),
     bench_args=lambda x: (torch.randint(0, x.shape[1], (x.shape[0], *x.shape[2:])),),
     bench_modes={"forward": "read", "forward+backward": "copy", "accumulation": "copy", "in place": "copy"},

@@ -40,6 +40,10 @@ class BenchShape:
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     scale: float = 1.0  # standard deviation of the logits
+    label: str = ""  # of what follows, in tables
+    options: dict = field(default_factory=dict)  # keywords of the call
+    args: Callable | None = None  # instead of the spec's bench_args
+    modes: tuple[str, ...] | None = None  # instead of all the spec's bench_modes
 
 
 @dataclass(frozen=True)
