@@ -275,3 +275,38 @@ def test_gradient_in_place_with_options(device, options, shape, dtype):
         assert in_place == (logits._version > 0)
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "softcap": 4.0, "temperature": 0.7}], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 5, 4)], ids=str)
+def test_gradient_of_class_probabilities(device, options, reduction, shape):
+    torch.manual_seed(0)
+    dim = 0 if len(shape) == 1 else 1
+    x = torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
+    q = torch.rand(shape, dtype=torch.float64, device=device).softmax(dim).requires_grad_()
+    w = torch.rand(shape[dim], dtype=torch.float64, device=device) + 0.5
+
+    def loss(x, q):
+        return tse.cross_entropy(x, q, w, reduction=reduction, **options)
+
+    assert torch.autograd.gradcheck(loss, (x, q))
+    assert torch.autograd.gradgradcheck(loss, (x, q))
+    assert torch.autograd.gradcheck(lambda q: loss(x.detach(), q), (q,))  # of the target alone
+    (got,) = torch.autograd.grad(loss(x.float(), q.bfloat16()).sum(), q)
+    (want,) = torch.autograd.grad(loss(x, q).sum(), q)
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+
+
+def test_class_probabilities_of_another_dtype(device):
+    """In the wider of the two, as torch."""
+    x, q = torch.randn(4, 9, device=device), torch.randn(4, 9, device=device).softmax(1)
+    for a, b in ((x, q.double()), (x.double(), q), (x.bfloat16(), q), (x.half(), q.bfloat16())):
+        want = torch.nn.functional.cross_entropy(a, b)
+        got = tse.cross_entropy(a, b)
+        assert got.dtype == want.dtype
+        close = {"rtol": 1e-2, "atol": 0} if a.itemsize == 2 else {}  # torch rounds its log-probabilities there
+        torch.testing.assert_close(got, want, **close)
+        torch.testing.assert_close(tse.cross_entropy(a.clone().requires_grad_(), b), got)
+        with torch.inference_mode():  # below autograd
+            assert torch.equal(tse.cross_entropy(a, b), got)

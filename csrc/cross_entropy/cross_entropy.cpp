@@ -8,6 +8,7 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/ScalarType.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -82,6 +83,13 @@ void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, cons
   }
   TSE_CHECK(same, kOp, "target", "expected the shape of input without its class dimension, input ", x, ", got ", t);
   check_options(input, target, options);
+}
+
+std::pair<at::Tensor, at::Tensor> promote_probabilities(const at::Tensor& input, const at::Tensor& target) {
+  if (!target.is_floating_point() || !input.is_floating_point() || target.scalar_type() == input.scalar_type())
+    return {input, target};
+  const auto type = c10::promoteTypes(input.scalar_type(), target.scalar_type());
+  return {input.to(type), target.to(type)};
 }
 
 namespace {
@@ -215,6 +223,8 @@ struct Operands {
       : input(as_rows(logits, class_dim(logits))) {
     const int64_t dim = class_dim(logits);
     if (target_.is_floating_point()) {
+      TSE_CHECK(target_.scalar_type() == logits.scalar_type(), kOp, "target",
+                "expected probabilities in input's dtype ", logits.scalar_type(), ", got ", target_.scalar_type());
       probabilities = as_rows(target_, dim);
       if (probabilities.rows.stride_n != 1) probabilities = as_rows(classes_last(target_), dim);
     } else {
@@ -318,9 +328,10 @@ c10::SymDimVector row_sizes(const at::Tensor& input, const at::Tensor& target) {
   return sizes;
 }
 
-CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options,
+CrossEntropyResult run_forward(const at::Tensor& input_, const at::Tensor& target_, const CrossEntropyOptions& options,
                                Gradient gradient = Gradient::kNone, double grad_output = 0, bool metrics = false) {
-  check_cross_entropy(input, target, options);
+  check_cross_entropy(input_, target_, options);
+  const auto [input, target] = promote_probabilities(input_, target_);
   const c10::OptionalDeviceGuard guard(input.device());
   const Operands operands(input, target, options, gradient, metrics || needs_classes_inside(target, options));
   const int64_t count = row_count(operands.input.rows);
@@ -449,7 +460,9 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_forward_meta(const at::Tensor& 
                                                               TSE_OPTIONS) {
   const CrossEntropyOptions options = TSE_PACKED;
   check_cross_entropy(input, target, options);
-  const auto loss_options = input.options().dtype(accumulate_type(input.scalar_type()));
+  const auto type =
+      target.is_floating_point() ? c10::promoteTypes(input.scalar_type(), target.scalar_type()) : input.scalar_type();
+  const auto loss_options = input.options().dtype(accumulate_type(type));
   const auto sizes = row_sizes(input, target);
   const auto rows = c10::multiply_integers(sizes);
   const auto size = stats_size<c10::SymInt>(rows, loss_options.dtype() == at::kDouble, has_mass(target, options));

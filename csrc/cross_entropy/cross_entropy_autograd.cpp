@@ -9,7 +9,6 @@
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
-#include <c10/core/ScalarType.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -112,14 +111,6 @@ Composed composed(const at::Tensor& input, const at::Tensor& target, const Cross
     c.lse = c.lse.reshape_symint(target.sym_sizes());
   }
   return c;
-}
-
-// Class probabilities of another dtype: as torch, in the wider of the two.
-std::pair<at::Tensor, at::Tensor> promoted(const at::Tensor& input, const at::Tensor& target) {
-  if (!target.is_floating_point() || !input.is_floating_point() || target.scalar_type() == input.scalar_type())
-    return {input, target};
-  const auto type = c10::promoteTypes(input.scalar_type(), target.scalar_type());
-  return {input.to(type), target.to(type)};
 }
 
 // The gradient of class probabilities: w (1 - smoothing) (lse - s) · g.
@@ -336,7 +327,7 @@ GradientPath path_of(const at::Tensor& input, const at::Tensor& target) {
 at::Tensor cross_entropy_autograd(const at::Tensor& input_, const at::Tensor& target_, TSE_OPTIONS) {
   const CrossEntropyOptions options{weight,        ignore_index, reduction,  label_smoothing,
                                     z_loss_weight, softcap,      temperature};
-  const auto [input, target] = promoted(input_, target_);
+  const auto [input, target] = promote_probabilities(input_, target_);
   switch (path_of(input, target)) {
     case GradientPath::kFused:
       return CrossEntropy::apply(input, target, options);
@@ -370,7 +361,7 @@ using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, a
 FiveTensors cross_entropy_metrics_autograd(const at::Tensor& input_, const at::Tensor& target_, TSE_OPTIONS) {
   const CrossEntropyOptions options{weight,        ignore_index, reduction,  label_smoothing,
                                     z_loss_weight, softcap,      temperature};
-  const auto [input, target] = promoted(input_, target_);
+  const auto [input, target] = promote_probabilities(input_, target_);
   const GradientPath path = path_of(input, target);
   if (path == GradientPath::kFused) {
     const variable_list r = CrossEntropyMetrics::apply(input, target, options);

@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <string_view>
+#include <utility>
 
 namespace tse {
 
@@ -22,6 +23,9 @@ struct CrossEntropyOptions {
 
 // Raises what torch.nn.functional.cross_entropy would. Reads no memory; sizes may be symbolic.
 void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options);
+
+// Logits and class probabilities of two dtypes, both in the wider one, as torch computes them.
+std::pair<at::Tensor, at::Tensor> promote_probabilities(const at::Tensor& input, const at::Tensor& target);
 
 struct CrossEntropyResult {
   at::Tensor loss;
