@@ -154,6 +154,8 @@ def test_errors(spec, case, device):
 @dtypes
 def test_autocast_keeps_the_logits(spec, device, dtype):
     s = first(spec, device, dtype)
+    if spec.autocasts:
+        pytest.skip("has a test of its own")
     with torch.autocast(device.type, torch.bfloat16):
         y = s.call(spec.op)
     assert y.dtype == s.call(spec.op).dtype
@@ -166,7 +168,7 @@ def test_saved_tensor_modified_in_place_is_caught(spec, device):
     x = s.input.clone().requires_grad_()
     z = x * 1
     y = s.call(spec.op, z)
-    (z if spec.name == "cross_entropy" else y).detach().zero_()
+    (z if spec.name.endswith("cross_entropy") else y).detach().zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -211,6 +213,8 @@ def test_module(spec, device):
 @dtypes
 @pytest.mark.parametrize("shape", [(64, 10), (5, 9000), (3, 50257)], ids=str)
 def test_same_bits_alone_in_a_batch_and_with_any_threads(spec, device, dtype, shape):
+    if not spec.batch_invariant:
+        pytest.skip("promised by none")
     x = torch.randn(shape, device=device).to(dtype)
     args = tuple(a.to(device) for a in spec.bench_args(x))
     kwargs = {"reduction": "none"} if spec.name == "cross_entropy" else {}

@@ -11,13 +11,16 @@ from torch_softmax_ext.cross_entropy import (  # noqa: E402
     cross_entropy_with_metrics,
 )
 from torch_softmax_ext.entmax import Sparsemax, sparsemax  # noqa: E402
+from torch_softmax_ext.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy  # noqa: E402
 
 __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyMetrics",
+    "LinearCrossEntropyLoss",
     "Sparsemax",
     "cross_entropy",
     "cross_entropy_with_metrics",
+    "linear_cross_entropy",
     "sparsemax",
 ]
 __version__ = "0.1.0"

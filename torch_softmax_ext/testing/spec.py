@@ -62,6 +62,8 @@ class OpSpec:
     # (input in float64, *args) -> where the gradient exists, by a margin; None: everywhere
     differentiable: Callable | None = None
     dtypes: tuple[torch.dtype, ...] = FLOATING
+    batch_invariant: bool = True  # False: of matrix products, whose sums depend on shape and threads
+    autocasts: bool = False  # True: computes in the dtype of autocast
 
     @property
     def overload(self):

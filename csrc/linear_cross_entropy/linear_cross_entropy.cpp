@@ -1,0 +1,350 @@
+// Host entries of linear cross-entropy: chunks of rows through torch's matrix product and the fused cross-entropy.
+// [torch]
+//
+// Of the logits there is one buffer of chunk_size rows. A chunk's gradient takes the memory of its logits, and is spent
+// on the gradients of input, weight and bias before the next chunk comes. Composed of ATen operators: one code for CPU
+// and CUDA.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mv.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/autograd.h"
+#include "common/host.h"
+#include "linear_cross_entropy/linear_cross_entropy_host.h"
+
+namespace tse {
+constexpr const char* kOp = "linear_cross_entropy";
+
+void check_linear_cross_entropy(const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
+                                const LinearCrossEntropyOptions& options) {
+  const auto equal = [](const c10::SymInt& a, const c10::SymInt& b) {
+    return a.sym_eq(b).expect_true(__FILE__, __LINE__);
+  };
+  const auto check_parameter = [&](const char* name, const at::Tensor& t, int64_t dim, const char* shape) {
+    check_same_device(kOp, name, t, input);
+    TSE_CHECK(t.scalar_type() == input.scalar_type(), kOp, name, "expected ", input.scalar_type(), " as input, got ",
+              t.scalar_type());
+    TSE_CHECK(t.layout() == at::kStrided && t.dim() == dim, kOp, name, "expected shape ", shape, ", got ",
+              t.sym_sizes());
+  };
+  check_floating(kOp, "input", input);
+  const auto x = input.sym_sizes(), t = target.sym_sizes();
+  TSE_CHECK(!x.empty(), kOp, "input", "expected (…, H), got a scalar");
+  check_parameter("linear_weight", linear_weight, 2, "(C, H)");
+  TSE_CHECK(equal(linear_weight.sym_size(1), x.back()), kOp, "linear_weight", "expected (C, ", x.back(),
+            ") for input of shape ", x, ", got ", linear_weight.sym_sizes());
+  const c10::SymInt classes = linear_weight.sym_size(0);
+  if (options.bias.has_value()) {
+    check_parameter("linear_bias", *options.bias, 1, "(C)");
+    TSE_CHECK(equal(options.bias->sym_size(0), classes), kOp, "linear_bias", "expected one for each of ", classes,
+              " classes, got shape ", options.bias->sym_sizes());
+  }
+  check_same_device(kOp, "target", target, input);
+  TSE_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt, kOp, "target",
+            "expected int64 or int32 class indices, got ", target.scalar_type());
+  bool same = t.size() + 1 == x.size();
+  for (size_t d = 0; same && d < t.size(); ++d) same = equal(x[d], t[d]);
+  TSE_CHECK_VALUE(same, kOp, "target", "expected the shape of input without its last dimension, input ", x, ", got ",
+                  t);
+  TSE_CHECK_VALUE(options.chunk_size.value_or(1) > 0, kOp, "chunk_size",
+                  "expected None or a positive number of rows, got ", *options.chunk_size);
+
+  const CrossEntropyOptions& o = options.loss;
+  parse_reduction(kOp, o.reduction);
+  TSE_CHECK(o.label_smoothing >= 0 && o.label_smoothing <= 1, kOp, "label_smoothing",
+            "expected a number between 0.0 and 1.0, got ", o.label_smoothing);
+  TSE_CHECK_VALUE(std::isfinite(o.z_loss_weight), kOp, "z_loss_weight", "expected a finite number, got ",
+                  o.z_loss_weight);
+  check_transform(kOp, o.softcap, o.temperature);
+  if (!o.weight.has_value()) return;
+  check_same_device(kOp, "weight", *o.weight, input);
+  TSE_CHECK(o.weight->is_floating_point(), kOp, "weight", "expected floating point, got ", o.weight->scalar_type());
+  TSE_CHECK(o.weight->dim() == 1 && equal(o.weight->sym_size(0), classes), kOp, "weight",
+            "expected one weight for each of ", classes, " classes, got shape ", o.weight->sym_sizes());
+  TSE_CHECK(!(o.weight->requires_grad() && c10::GradMode::is_enabled()), kOp, "weight",
+            "expected no gradient to be asked for (torch has none, either), got a tensor that requires grad");
+}
+
+namespace {
+
+at::Tensor call_cross_entropy(const at::Tensor& logits, const at::Tensor& target, const CrossEntropyOptions& o) {
+  static const auto op =
+      find_op<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, std::string_view, double,
+                         double, std::optional<double>, double)>("torch_softmax_ext::cross_entropy");
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return op.call(logits, target, o.weight, o.ignore_index, o.reduction, o.label_smoothing, o.z_loss_weight, o.softcap,
+                 o.temperature);
+}
+
+// A ninth of the rows: with what else a chunk needs, an eighth of the logits' memory. Each chunk reads and writes the
+// sum of grad_weight once: below 256 rows this shows beside its matrix products, from 1024 on it does not.
+int64_t default_chunk_size(int64_t rows) { return std::clamp<int64_t>((rows + 8) / 9, 256, 1024); }
+
+// The gradients of float16 tensors leave in float32: they would underflow before the loss scale arrives in backward.
+at::ScalarType gradient_type(at::ScalarType type) { return type == at::kHalf ? at::kFloat : type; }
+
+// The rows that count, and what the sums over all of them are divided by.
+struct CountedRows {
+  at::Tensor target;  // theirs
+  at::Tensor index;  // where they are; undefined where all count
+  int64_t count;
+  double total_weight;
+
+  CountedRows(const at::Tensor& target_, int64_t classes, const CrossEntropyOptions& options) {
+    target = target_.reshape({-1});
+    const at::Tensor counted = target.ne(options.ignore_index);
+    const at::Tensor outside = target.lt(0).logical_or_(target.ge(classes)).logical_and_(counted);
+    if (outside.any().item<bool>()) {
+      const int64_t row = outside.nonzero()[0].item<int64_t>();
+      TSE_CHECK_INDEX(false, kOp, "target", "expected a class index in [0, ", classes, ") or ignore_index ",
+                      options.ignore_index, ", got ", target[row].item<int64_t>(), " at row ", row);
+    }
+    const at::Tensor rows = counted.nonzero().squeeze(1);
+    count = rows.size(0);
+    if (count < target.size(0)) {
+      index = rows;
+      target = target.index_select(0, index);
+    }
+    total_weight = double(count);
+    if (options.weight.has_value())
+      total_weight = options.weight->index_select(0, target).sum(at::kDouble).item<double>();
+  }
+};
+
+// Copies of weights in another dtype are made of so many classes at a time.
+template <class F>
+void by_classes(int64_t classes, const F& f) {
+  constexpr int64_t kClasses = 4096;
+  for (int64_t c = 0; c < classes; c += kClasses) f(c, std::min(kClasses, classes - c));
+}
+
+// The gradients, added up chunk by chunk; those of half types in float32. The products of float16 are in float32, too,
+// whose range gradients need.
+class Gradients {
+ public:
+  at::Tensor input, weight, bias;
+
+  Gradients(const at::Tensor& x, const at::Tensor& linear_weight, const CountedRows& counted, Wanted wanted)
+      : x_(x), w_(linear_weight), counted_(counted), wanted_(wanted) {
+    const auto type = x.scalar_type(), sum_type = accumulate_type(type);
+    // No row counts: zeros, as there are no chunks. Else the first chunk writes.
+    const auto fresh = [&](at::IntArrayRef sizes, at::ScalarType t, bool zero) {
+      const auto options = x.options().dtype(t);
+      return with_huge_pages(zero ? at::zeros(sizes, options) : at::empty(sizes, options));
+    };
+    const int64_t classes = w_.size(0), features = w_.size(1);
+    if (wanted.input) input = fresh({x.size(0), features}, gradient_type(type), counted.index.defined());
+    if (wanted.weight) weight = fresh({classes, features}, sum_type, counted.count == 0);
+    if (wanted.bias) bias = fresh({classes}, sum_type, true);
+  }
+
+  // g: of the chunk's logits; rows: the chunk's input; factors: of the rows, for an incoming gradient of each.
+  void add(int64_t begin, const at::Tensor& g, const at::Tensor& rows, const at::Tensor& factors) {
+    const bool is_half = x_.scalar_type() == at::kHalf, is_first = begin == 0;
+    const at::Tensor column = factors.defined() ? factors.unsqueeze(1) : at::Tensor();
+    if (wanted_.input) {
+      const bool in_place = !counted_.index.defined();
+      at::Tensor out =
+          in_place ? input.narrow(0, begin, g.size(0)) : at::empty({g.size(0), w_.size(1)}, input.options());
+      if (is_half) {
+        by_classes(w_.size(0), [&](int64_t c, int64_t n) {
+          const at::Tensor w = w_.narrow(0, c, n).to(at::kFloat), part = g.narrow(1, c, n);
+          if (c == 0) at::mm_out(out, part, w);
+          else out.addmm_(part, w);
+        });
+      } else {
+        at::mm_out(out, g, w_);
+      }
+      if (column.defined()) out.mul_(column);
+      if (!in_place) input.index_copy_(0, counted_.index.narrow(0, begin, g.size(0)), out);
+    }
+    if (wanted_.weight) {
+      const at::Tensor scaled = column.defined() ? rows * column : rows;
+      if (weight.scalar_type() == g.scalar_type()) {
+        if (is_first) at::mm_out(weight, g.t(), scaled);
+        else weight.addmm_(g.t(), scaled);
+      } else {
+        by_classes(w_.size(0), [&](int64_t c, int64_t n) {
+          const at::Tensor part = at::mm(g.narrow(1, c, n).t(), scaled);
+          at::Tensor sum = weight.narrow(0, c, n);
+          if (is_first) sum.copy_(part);
+          else sum.add_(part);
+        });
+      }
+    }
+    if (wanted_.bias) bias.add_(factors.defined() ? at::mv(g.t(), factors) : g.sum(0, false, bias.scalar_type()));
+  }
+
+ private:
+  const at::Tensor x_, w_;
+  const CountedRows& counted_;
+  const Wanted wanted_;
+};
+
+using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// grad_output: of each row, for reduction "none"; undefined: 1.
+FourTensors run(const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
+                const LinearCrossEntropyOptions& options, Wanted wanted, const at::Tensor& grad_output = {}) {
+  check_linear_cross_entropy(input, linear_weight, target, options);
+  const c10::OptionalDeviceGuard guard(input.device());
+  const int64_t classes = linear_weight.size(0), features = linear_weight.size(1), rows = target.numel();
+  const at::Tensor x = input.reshape({rows, features}), w_t = linear_weight.t();
+  const CountedRows counted(target, classes, options.loss);
+  const bool is_half = input.scalar_type() == at::kHalf;
+  const Reduction reduction = parse_reduction(kOp, options.loss.reduction);
+  const bool mean = reduction == Reduction::kMean;
+  const auto loss_options = input.options().dtype(accumulate_type(input.scalar_type()));
+
+  CrossEntropyOptions o = options.loss;
+  if (o.weight.has_value()) o.weight = o.weight->to(loss_options.dtype());  // once, not per chunk
+  o.reduction = reduction == Reduction::kNone ? "none" : "sum";
+  // The z-loss has the count as its divisor: scaled so that it may be divided by the weights as the rest.
+  if (mean && counted.count != 0) o.z_loss_weight *= counted.total_weight / double(counted.count);
+  const double factor = mean ? 1 / counted.total_weight : 1;
+
+  Gradients gradients(x, linear_weight, counted, wanted);
+  at::Tensor loss = reduction == Reduction::kNone ? at::zeros({rows}, loss_options)
+                                                  : at::zeros({}, input.options().dtype(at::kDouble));
+  at::Tensor factors = grad_output;
+  if (factors.defined()) {
+    factors = factors.reshape({-1}).to(gradient_type(input.scalar_type()));
+    if (counted.index.defined()) factors = factors.index_select(0, counted.index);
+  }
+  const int64_t chunk = std::min(options.chunk_size.value_or(default_chunk_size(counted.count)), counted.count);
+  const auto buffer_type = gradient_type(input.scalar_type());
+  const at::Tensor buffer = with_huge_pages(at::empty({chunk, classes}, input.options().dtype(buffer_type)));
+
+  for (int64_t begin = 0; begin < counted.count; begin += chunk) {
+    const int64_t n = std::min(chunk, counted.count - begin);
+    const auto part = [&](const at::Tensor& t) { return t.narrow(0, begin, n); };
+    const at::Tensor chunk_rows =
+        (counted.index.defined() ? x.index_select(0, part(counted.index)) : part(x)).to(buffer_type);
+    const at::Tensor logits = buffer.narrow(0, 0, n);
+    const auto multiply = [&](at::Tensor out, int64_t c, int64_t count) {
+      const at::Tensor w = w_t.narrow(1, c, count).to(buffer_type);
+      if (!options.bias.has_value()) at::mm_out(out, chunk_rows, w);
+      else at::addmm_out(out, options.bias->narrow(0, c, count).to(buffer_type), chunk_rows, w);
+    };
+    if (is_half) by_classes(classes, [&](int64_t c, int64_t count) { multiply(logits.narrow(1, c, count), c, count); });
+    else multiply(logits, 0, classes);
+
+    const at::Tensor t = part(counted.target);
+    const at::Tensor chunk_loss = wanted.any()
+                                      ? cross_entropy_forward_backward(logits, t, o, factor, /*in_place=*/true).loss
+                                      : call_cross_entropy(logits, t, o);
+    if (reduction != Reduction::kNone) loss.add_(chunk_loss);
+    else if (counted.index.defined()) loss.index_copy_(0, part(counted.index), chunk_loss);
+    else part(loss).copy_(chunk_loss);
+    if (wanted.any()) gradients.add(begin, logits, chunk_rows, factors.defined() ? part(factors) : factors);
+  }
+  if (mean) loss.div_(counted.total_weight);  // 0 / 0 is NaN
+  loss = reduction == Reduction::kNone ? loss.reshape(target.sizes()) : loss.to(loss_options.dtype());
+  const auto finished = [&](const at::Tensor& sum, at::IntArrayRef sizes) {
+    if (!sum.defined()) return at::empty({0}, input.options());
+    return sum.to(gradient_type(input.scalar_type())).reshape(sizes);
+  };
+  return {loss, finished(gradients.input, input.sizes()), finished(gradients.weight, linear_weight.sizes()),
+          finished(gradients.bias, {classes})};
+}
+
+FourTensors linear_cross_entropy_forward(const at::Tensor& input, const at::Tensor& linear_weight,
+                                         const at::Tensor& target, TSE_LINEAR_OPTIONS, bool grad_input,
+                                         bool grad_weight, bool grad_bias) {
+  return run(input, linear_weight, target, TSE_LINEAR_PACKED, {grad_input, grad_weight, grad_bias});
+}
+
+using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+
+ThreeTensors linear_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                           const at::Tensor& linear_weight, const at::Tensor& target,
+                                           TSE_LINEAR_OPTIONS, bool grad_input, bool grad_weight, bool grad_bias) {
+  LinearCrossEntropyOptions options = TSE_LINEAR_PACKED;
+  TSE_CHECK(reduction == "none" && grad_output.sizes() == target.sizes(), kOp, "grad_output",
+            "expected one for each row of reduction 'none', got shape ", grad_output.sizes());
+  auto [loss, of_input, of_weight, of_bias] =
+      run(input, linear_weight, target, options, {grad_input, grad_weight, grad_bias}, grad_output);
+  return {of_input, of_weight, of_bias};
+}
+
+at::Tensor linear_cross_entropy(const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
+                                TSE_LINEAR_OPTIONS) {
+  return std::get<0>(run(input, linear_weight, target, TSE_LINEAR_PACKED, {}));
+}
+
+// ---- shapes only: fake tensors, whose sizes may be symbolic -------------------------------------------------------
+
+FourTensors linear_cross_entropy_forward_meta(const at::Tensor& input, const at::Tensor& linear_weight,
+                                              const at::Tensor& target, TSE_LINEAR_OPTIONS, bool grad_input,
+                                              bool grad_weight, bool grad_bias) {
+  check_linear_cross_entropy(input, linear_weight, target, TSE_LINEAR_PACKED);
+  const auto type = input.scalar_type();
+  const auto loss_options = input.options().dtype(accumulate_type(type));
+  const auto gradient = [&](bool wanted, c10::SymIntArrayRef sizes) {
+    return wanted ? at::empty_symint(sizes, input.options().dtype(gradient_type(type)))
+                  : at::empty({0}, input.options());
+  };
+  const c10::SymInt classes = linear_weight.sym_size(0);
+  return {parse_reduction(kOp, reduction) == Reduction::kNone ? at::empty_symint(target.sym_sizes(), loss_options)
+                                                              : at::empty({}, loss_options),
+          gradient(grad_input, input.sym_sizes()), gradient(grad_weight, linear_weight.sym_sizes()),
+          gradient(grad_bias, {&classes, 1})};
+}
+
+ThreeTensors linear_cross_entropy_backward_meta(const at::Tensor&, const at::Tensor& input,
+                                                const at::Tensor& linear_weight, const at::Tensor& target,
+                                                TSE_LINEAR_OPTIONS, bool grad_input, bool grad_weight, bool grad_bias) {
+  auto [loss, of_input, of_weight, of_bias] = linear_cross_entropy_forward_meta(
+      input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing, z_loss_weight,
+      softcap, temperature, chunk_size, grad_input, grad_weight, grad_bias);
+  return {of_input, of_weight, of_bias};
+}
+
+at::Tensor linear_cross_entropy_meta(const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
+                                     TSE_LINEAR_OPTIONS) {
+  return std::get<0>(linear_cross_entropy_forward_meta(input, linear_weight, target, linear_bias, weight, ignore_index,
+                                                       reduction, label_smoothing, z_loss_weight, softcap, temperature,
+                                                       chunk_size, false, false, false));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
+  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias=None, Tensor? "
+      "weight=None, *, int ignore_index=-100, str reduction=\"mean\", float label_smoothing=0.0, float "
+      "z_loss_weight=0.0, float? softcap=None, float temperature=1.0, int? chunk_size=None) -> Tensor",
+      tags);
+  const std::string arguments =
+      "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, int ignore_index, str "
+      "reduction, float label_smoothing, float z_loss_weight, float? softcap, float temperature, int? chunk_size, bool "
+      "grad_input, bool grad_weight, bool grad_bias) -> (";
+  const std::string gradients = "Tensor grad_input, Tensor grad_weight, Tensor grad_bias)";
+  m.def(("_linear_cross_entropy_forward(" + arguments + "Tensor loss, " + gradients).c_str(), tags);
+  m.def(("_linear_cross_entropy_backward(Tensor grad_output, " + arguments + gradients).c_str(), tags);
+}
+
+#define TSE_REGISTER(key, suffix)                                                    \
+  TORCH_LIBRARY_IMPL(torch_softmax_ext, key, m) {                                    \
+    m.impl("linear_cross_entropy", linear_cross_entropy##suffix);                    \
+    m.impl("_linear_cross_entropy_forward", linear_cross_entropy_forward##suffix);   \
+    m.impl("_linear_cross_entropy_backward", linear_cross_entropy_backward##suffix); \
+  }
+TSE_REGISTER(CPU, )
+TSE_REGISTER(CUDA, )
+TSE_REGISTER(Meta, _meta)
+
+}  // namespace tse

@@ -1,0 +1,181 @@
+"""Cross-entropy of a linear layer's outputs without holding them: function, module, and the rule of
+torch.func.vmap."""
+
+import torch
+from torch import Tensor, nn
+
+from torch_softmax_ext._check import check_types
+
+_op = torch.ops.torch_softmax_ext.linear_cross_entropy.default
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> Tensor:
+    r"""Softmax cross-entropy of a linear layer, the last one of a language model, without its logits: they are computed
+    ``chunk_size`` rows at a time, into one buffer.
+
+    .. math::
+        x_i = W h_i + b, \quad
+        s_{ic} = \frac{\text{softcap} \cdot \tanh(x_{ic} / \text{softcap})}{\text{temperature}}, \quad
+        \text{lse}_i = \log \sum_c \exp s_{ic}, \quad
+        \ell_i = \sum_c w_c \, q_{ic} \, (\text{lse}_i - s_{ic}) + \text{z\_loss\_weight} \cdot \text{lse}_i^2
+
+    with :math:`q_i = (1 - \varepsilon) \, \text{onehot}(y_i) + \varepsilon / C` for the class :math:`y_i` and label
+    smoothing :math:`\varepsilon`. Without softcap the fraction is :math:`x_{ic} / \text{temperature}`.
+
+    The same as ``cross_entropy(linear(input, linear_weight, linear_bias), target)`` in value and gradients, within
+    rounding. Where a gradient is asked for, the forward pass computes it, chunk by chunk, for an incoming gradient of
+    1, and backward multiplies; with ``reduction="none"`` and in checkpoints, backward computes each chunk once more.
+    Only the gradients that are asked for are computed. Ignored rows take no part: they cost no matrix product. The same
+    inputs give the same bits; a row's bits may depend on its chunk, as those of a matrix product do.
+
+    In bfloat16, logits and their gradients are rounded to the dtype, as behind a linear layer; the gradients of weight
+    and bias are added up over the chunks in float32. Float16 is computed in float32, matrix products included, from
+    copies of a few thousand classes' weights at a time; its gradients are kept in float32 until the incoming gradient,
+    a loss scale mostly, is known. Under autocast the inputs are cast to its dtype.
+    Double backward, ``torch.func`` and forward-mode AD hold all logits: they take torch's linear and
+    :func:`cross_entropy`.
+
+    After Cut Your Losses (arXiv:2411.09009) and Liger Kernel (arXiv:2410.10989); arguments as
+    ``torch.nn.functional.linear_cross_entropy`` of torch 2.13.
+
+    Args:
+        input: hidden states of shape ``(…, H)``; float32, float64, float16 or bfloat16; any strides.
+        linear_weight: of the linear layer, shape ``(C, H)``, ``input``'s dtype.
+        target: class indices of shape ``(…)``; int64 or int32; in ``[0, C)`` or ``ignore_index``.
+        linear_bias: of the linear layer, shape ``(C)``, ``input``'s dtype; None: none.
+        weight: of the classes, shape ``(C)``, floating point; None: 1.
+        ignore_index: a target that is not counted: its loss and gradient are 0.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum divided by the weights of all counted targets, the
+            z-loss by their number; NaN where there is none.
+        label_smoothing: part of the target that is spread evenly over the classes, in [0, 1].
+        z_loss_weight: of the squared log-sum-exp of each counted row, without class weight (PaLM, arXiv:2204.02311).
+        softcap: bound of the logits (Gemma 2, arXiv:2408.00118); None: none.
+        temperature: what the logits, capped, are divided by.
+        chunk_size: how many rows of logits there are at a time, those of float16 in float32. None: a
+            ninth of the counted rows, between 256 and 1024.
+
+    Returns:
+        The loss in float32 (float64 for float64 input): a scalar, or of the shape of ``target`` for ``"none"``.
+
+    Raises:
+        IndexError: a target that is neither a class nor ``ignore_index``, on CPU and CUDA.
+        ValueError: a target of another shape, an unknown ``reduction``, a ``chunk_size``, ``temperature`` or
+            ``softcap`` that is not positive, a ``z_loss_weight`` that is not finite.
+        RuntimeError: other shapes that do not fit, another dtype of ``linear_weight`` or ``linear_bias`` than
+            ``input``'s, a target that is neither int64 nor int32, tensors on two devices, a ``weight`` that requires
+            grad, ``label_smoothing`` outside [0, 1].
+        NotImplementedError: input that is not floating point.
+        TypeError: an argument of another type.
+    """
+    if not torch.compiler.is_compiling():
+        op = "linear_cross_entropy"
+        check_types(
+            op,
+            input=(input, Tensor),
+            linear_weight=(linear_weight, Tensor),
+            target=(target, Tensor),
+            linear_bias=(linear_bias, Tensor | None),
+            weight=(weight, Tensor | None),
+            ignore_index=(ignore_index, int),
+            label_smoothing=(label_smoothing, float),
+            z_loss_weight=(z_loss_weight, float),
+            softcap=(softcap, float | None),
+            temperature=(temperature, float),
+            chunk_size=(chunk_size, int | None),
+        )
+        if not isinstance(reduction, str):
+            raise ValueError(f"{op}: reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    return _op(
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss_weight=z_loss_weight,
+        softcap=softcap,
+        temperature=temperature,
+        chunk_size=chunk_size,
+    )
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """:func:`linear_cross_entropy` as a module. The linear layer is not part of it: its weight, often the embedding's,
+    too, and its bias come with each call, in the order of :func:`linear_cross_entropy` (Liger's
+    ``LigerFusedLinearCrossEntropyLoss`` has the weight first: ``loss(lm_head.weight, hidden, target, lm_head.bias)``).
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss_weight: float = 0.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.z_loss_weight = z_loss_weight
+        self.softcap = softcap
+        self.temperature = temperature
+        self.chunk_size = chunk_size
+
+    def forward(
+        self, input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None
+    ) -> Tensor:
+        return linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            z_loss_weight=self.z_loss_weight,
+            softcap=self.softcap,
+            temperature=self.temperature,
+            chunk_size=self.chunk_size,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, "
+            f"z_loss_weight={self.z_loss_weight}, softcap={self.softcap}, temperature={self.temperature}, "
+            f"chunk_size={self.chunk_size}"
+        )
+
+
+@torch.library.register_vmap("torch_softmax_ext::linear_cross_entropy")
+def _vmap(info, in_dims, *args, **options):
+    """One call for each element of the batch: they may differ in their weights, and each fills a matrix product."""
+    calls = (
+        [arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)]
+        for i in range(info.batch_size)
+    )
+    return torch.stack([_op(*call, **options) for call in calls]), 0

@@ -1,0 +1,150 @@
+"""Specification of linear_cross_entropy."""
+
+import torch
+import torch.nn.functional as F
+
+import torch_softmax_ext as tse
+from torch_softmax_ext.testing.cross_entropy import SPEC as CROSS_ENTROPY
+from torch_softmax_ext.testing.spec import ErrorCase, OpSpec, Sample
+
+
+def _logits(input, linear_weight, linear_bias):
+    linear_bias = linear_bias if linear_bias is None else linear_bias.to(input.dtype)
+    return F.linear(
+        input.flatten(0, -2) if input.dim() > 1 else input[None], linear_weight.to(input.dtype), linear_bias
+    )
+
+
+def _composed(loss, input, linear_weight, target, *, linear_bias=None, chunk_size=None, **kwargs):
+    y = loss(_logits(input, linear_weight, linear_bias), target.reshape(-1), **kwargs)
+    return y.reshape(target.shape) if kwargs.get("reduction") == "none" else y
+
+
+def _reference(*args, **kwargs):
+    """A linear layer and cross_entropy's reference."""
+    return _composed(CROSS_ENTROPY.reference, *args, **kwargs)
+
+
+def _torch_op(*args, **kwargs):
+    return _composed(CROSS_ENTROPY.torch_op, *args, **kwargs)
+
+
+def _samples(device, dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
+
+    def target(classes, *shape, ignored=0):
+        t = torch.randint(0, classes, shape, generator=generator).to(device)
+        t.view(-1)[:ignored] = -100
+        return t
+
+    def weight(classes):
+        return torch.rand(classes, generator=generator, dtype=torch.float64).to(dtype).to(device) + 0.5
+
+    for reduction in ("none", "mean", "sum"):
+        kwargs = {"reduction": reduction}
+        yield Sample(f"2d-{reduction}", normal(7, 4), (normal(10, 4), target(10, 7)), kwargs, small=True)
+        yield Sample(
+            f"chunks-{reduction}",
+            normal(7, 4),
+            (normal(10, 4), target(10, 7, ignored=2)),
+            {**kwargs, "linear_bias": normal(10), "chunk_size": 2},
+            small=True,
+        )
+        yield Sample(
+            f"all-options-{reduction}",
+            normal(2, 3, 4),
+            (normal(9, 4), target(9, 2, 3, ignored=2)),
+            {
+                **kwargs,
+                "linear_bias": normal(9),
+                "weight": weight(9),
+                "label_smoothing": 0.2,
+                "z_loss_weight": 0.1,
+                "softcap": 5.0,
+                "temperature": 0.7,
+                "chunk_size": 3,
+            },
+            small=True,
+        )
+        yield Sample(
+            f"wide-{reduction}", normal(600, 32), (normal(5003, 32, scale=0.3), target(5003, 600, ignored=9)), kwargs
+        )
+    yield Sample("1d", normal(4), (normal(9, 4), target(9)), small=True)
+    yield Sample("int32", normal(5, 4), (normal(9, 4), target(9, 5).int()), small=True)
+    yield Sample("one-row-chunks", normal(5, 4), (normal(9, 4), target(9, 5)), {"chunk_size": 1})
+    yield Sample("transposed", normal(4, 9).t(), (normal(4, 10).t(), target(10, 9)))
+    yield Sample("every-other", normal(6, 10, 8)[:, ::2, ::2], (normal(10, 8)[:, ::2], target(10, 6, 5)))
+    yield Sample("expanded", normal(1, 4).expand(6, 4), (normal(10, 4), target(10, 6)))
+    yield Sample("no-rows-sum", normal(0, 4), (normal(5, 4), target(5, 0)), {"reduction": "sum"})
+    yield Sample("no-rows-none", normal(0, 4), (normal(5, 4), target(5, 0)), {"reduction": "none"})
+    yield Sample("no-rows-mean", normal(0, 4), (normal(5, 4), target(5, 0)), finite=False)
+    yield Sample("all-ignored-sum", normal(3, 4), (normal(5, 4), target(5, 3, ignored=3)), {"reduction": "sum"})
+    yield Sample("all-ignored-mean", normal(3, 4), (normal(5, 4), target(5, 3, ignored=3)), finite=False)
+
+
+def _error(name, error, match, shape=(3, 4), classes=5, indices=(0, 1, 2), features=4, dtype=torch.float32, **options):
+    def call(device):
+        input = torch.zeros(shape, device=device)
+        linear_weight = torch.zeros(classes, features, device=device, dtype=dtype)
+        o = {
+            k: v.to(device) if isinstance(v, torch.Tensor) and v.device.type != "meta" else v
+            for k, v in options.items()
+        }
+        t = o.pop("target", None)
+        if t is None:
+            t = torch.tensor(indices, device=device)
+        return tse.linear_cross_entropy(o.pop("input", input), linear_weight, t, **o)
+
+    return ErrorCase(name, call, error, match)
+
+
+_ERRORS = (
+    _error("class-too-large", IndexError, r"target: .*\[0, 5\).* got 5 at row 1", indices=(0, 5, 1)),
+    _error("class-negative", IndexError, r"target: .* got -1 at row 2", indices=(0, 1, -1)),
+    _error("rows", ValueError, r"target: expected the shape of input without", indices=(0, 1)),
+    _error("scalar", RuntimeError, r"input: .* scalar", shape=()),
+    _error("integer-input", NotImplementedError, r"input: expected float32.* got Long", input=torch.zeros(3, 4).long()),
+    _error("int16-target", RuntimeError, r"target: expected int64 or int32.* got Short", target=torch.zeros(3).short()),
+    _error("target-device", RuntimeError, r"target: expected device .* got meta", target=torch.zeros(3, device="meta")),
+    _error("features", RuntimeError, r"linear_weight: expected \(C, 4\) .* got \[5, 6\]", features=6),
+    _error("dtype", RuntimeError, r"linear_weight: expected Float as input, got Double", dtype=torch.float64),
+    _error("bias-dim", RuntimeError, r"linear_bias: expected shape \(C\), got \[5, 1\]", linear_bias=torch.zeros(5, 1)),
+    _error("bias-size", RuntimeError, r"linear_bias: expected one for each of 5 .* \[4\]", linear_bias=torch.zeros(4)),
+    _error("weight-shape", RuntimeError, r"weight: expected one weight for each of 5 .* \[4\]", weight=torch.ones(4)),
+    _error("weight-integer", RuntimeError, r"weight: expected floating point", weight=torch.ones(5).long()),
+    _error("smoothing", RuntimeError, r"label_smoothing: expected .* got 1.5", label_smoothing=1.5),
+    _error("temperature", ValueError, r"temperature: expected a positive number, got 0", temperature=0.0),
+    _error("softcap", ValueError, r"softcap: expected None or a positive number, got -1", softcap=-1.0),
+    _error("z-loss", ValueError, r"z_loss_weight: expected a finite number", z_loss_weight=float("inf")),
+    _error("chunk-size", ValueError, r"chunk_size: expected None or a positive number .* got 0", chunk_size=0),
+    _error("reduction", ValueError, r"reduction: expected 'none', 'mean' or 'sum', got 'avg'", reduction="avg"),
+    _error("no-reduction", ValueError, r"reduction: expected .* got None", reduction=None),
+    _error("no-number", TypeError, r"temperature: expected float, got str", temperature="hot"),
+    _error("no-chunk-size", TypeError, r"chunk_size: expected int or None, got float", chunk_size=1.5),
+    _error("no-tensor", TypeError, r"input: expected Tensor, got list", input=[1.0]),
+    _error("no-bias", TypeError, r"linear_bias: expected Tensor or None, got int", linear_bias=1),
+)
+
+
+def _bench_args(x):
+    return torch.randn(1000, x.shape[1]).to(x.dtype) / x.shape[1] ** 0.5, torch.randint(0, 1000, (x.shape[0],))
+
+
+SPEC = OpSpec(
+    name="linear_cross_entropy",
+    op=tse.linear_cross_entropy,
+    module=tse.LinearCrossEntropyLoss,
+    reference=_reference,
+    torch_op=_torch_op,
+    samples=_samples,
+    errors=_ERRORS,
+    bench_shapes=(),  # bound by matrix products, not by the bytes that the table counts
+    bench_args=_bench_args,
+    bench_modes={},
+    rows=lambda x, linear_weight, target: (x[:1], linear_weight, target[:1]),
+    batch_invariant=False,
+    autocasts=True,
+)
