@@ -1,4 +1,4 @@
-"""Fused softmax cross-entropy and sparsemax for PyTorch, on CPU and CUDA, forward and backward."""
+"""Fused softmax cross-entropy, selective log-softmax and sparsemax for PyTorch: CPU and CUDA, forward and backward."""
 
 from torch_softmax_ext import _load
 
@@ -11,6 +11,7 @@ from torch_softmax_ext.cross_entropy import (  # noqa: E402
     cross_entropy_with_metrics,
 )
 from torch_softmax_ext.entmax import Sparsemax, sparsemax  # noqa: E402
+from torch_softmax_ext.selective_log_softmax import selective_log_softmax  # noqa: E402
 
 __all__ = [
     "CrossEntropyLoss",
@@ -18,6 +19,7 @@ __all__ = [
     "Sparsemax",
     "cross_entropy",
     "cross_entropy_with_metrics",
+    "selective_log_softmax",
     "sparsemax",
 ]
 __version__ = "0.1.0"

@@ -45,6 +45,10 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, TSE_HER
   ::cuda_on_host::warp_exchange(here, mask, &value, sizeof(T), source > (lane | (width - 1)) ? lane : source, &result);
   return result;
 }
+inline void __syncwarp(TSE_HERE) {
+  int nothing = 0;
+  ::cuda_on_host::warp_exchange(here, 0xffffffffu, &nothing, sizeof nothing, threadIdx.x % 32, &nothing);
+}
 
 namespace tse {
 
@@ -52,6 +56,7 @@ using std::ceil;  // CUDA's are overloaded for float, the host's in the global n
 using std::exp2;
 using std::fma;
 using std::log2;
+using std::tanh;
 
 inline void device_assert(bool condition, const char* text) {
   if (!condition) ::cuda_on_host::fail(std::string("device-side assertion: ") + text);
