@@ -56,12 +56,15 @@ __device__ inline void add(EntropySum<A>& s, const T* x, const Exponent<A>& expo
     if (t > s.largest) s = moved(s, s.m, t);
   }
   const A reference = s.m == -infinity<A>() ? A(0) : s.m;
+  A sum = 0, linear = 0;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     const A t = exponent(v[k], reference), term = exp2_term(t);
-    s.sum += term;
-    if (kEntropy) s.linear += term * (t - s.largest);
+    sum += term;
+    if (kEntropy) linear += term * (t - s.largest);
   }
+  s.sum += sum;
+  s.linear += linear;
 }
 
 // log p of a class with logit x. One that has nearly all of the probability is compared with the sum in the sum's own
@@ -74,6 +77,8 @@ __device__ inline A log_probability(const EntropySum<A>& s, A x, const Exponent<
   return l > 0 ? A(0) : l * kLn2<A>;
 }
 
+constexpr int kGroup = 16;
+
 template <class T, int kRowThreads, bool kEntropy>
 __global__ void __launch_bounds__(kBlockThreads<kRowThreads>)
     selective_log_softmax_fwd_kernel(SelectiveLogSoftmaxParams p) {
@@ -84,9 +89,18 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>)
   for (int64_t row = first_row<kRowThreads>(); row < rows; row += row_step<kRowThreads>()) {
     const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
     EntropySum<A> s;
+    int64_t done = 0;
+    if constexpr (kRowThreads == 1) {  // groups of 16 bound the rounding of a sum over the whole row
+      for (; done + kGroup <= n; done += kGroup) {
+        T group[kGroup];
+#pragma unroll
+        for (int k = 0; k < kGroup; ++k) group[k] = x[(done + k) * p.rows.stride_n];
+        add<kGroup, kEntropy>(s, group, exponent);
+      }
+    }
     const auto scalar = [&](int64_t, T v) { add<1, kEntropy>(s, &v, exponent); };
     const auto vector = [&](int64_t, const Vec<T>& v) { add<Vec<T>::kSize, kEntropy>(s, v.v, exponent); };
-    for_each_in_row<kRowThreads>(x, n, p.rows.stride_n, vector, scalar);
+    for_each_in_row<kRowThreads>(x + done * p.rows.stride_n, n - done, p.rows.stride_n, vector, scalar);
     s = row_reduce<kRowThreads>(s, [](const EntropySum<A>& a, const EntropySum<A>& b) { return join(a, b); });
     for (int64_t k = lane; k < p.k; k += kRowThreads) {
       const int64_t c = index_of(p, row, k);

@@ -45,10 +45,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, TSE_HER
   ::cuda_on_host::warp_exchange(here, mask, &value, sizeof(T), source > (lane | (width - 1)) ? lane : source, &result);
   return result;
 }
-inline void __syncwarp(TSE_HERE) {
-  int nothing = 0;
-  ::cuda_on_host::warp_exchange(here, 0xffffffffu, &nothing, sizeof nothing, threadIdx.x % 32, &nothing);
-}
+inline void __syncwarp(TSE_HERE) { ::cuda_on_host::warp_barrier(here); }
 
 namespace tse {
 
