@@ -99,6 +99,7 @@ GOALS = (
         reason="at 256×1000 about 20 of 70 µs are torch's autograd engine; without them it is 3.5 ×",
     ),
     Goal("cross_entropy", "forward", ("1x128256 float32",), one_thread, "{:.2f} × one thread", 1.6, at_least=True),
+    Goal("selective_log_softmax", "forward", ("512x151936 bfloat16",), eager, "{:.2f} × eager", 0.25),
     Goal(
         "sparsemax",
         "forward",

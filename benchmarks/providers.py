@@ -12,6 +12,8 @@ def providers(spec, options):
     # Where torch has no such operator, or not with such options: a composition of torch's operators.
     has = spec.name == "cross_entropy" and not options.keys() & {"z_loss_weight", "softcap", "temperature"}
     result["eager"] = functools.partial(F.cross_entropy if has else spec.torch_op, **options)
+    if spec.name == "selective_log_softmax":  # rounded to the dtype of the logits
+        result["eager"] = lambda x, i: x.log_softmax(-1).gather(-1, i.unsqueeze(-1)).squeeze(-1)
     result["compile"] = torch.compile(result["eager"], fullgraph=True, dynamic=False)
     if spec.name == "sparsemax":
         import entmax

@@ -92,6 +92,7 @@ struct Function {
 };
 
 constexpr char kCrossEntropy[] = "torch_softmax_ext::cross_entropy";
+constexpr char kSelectiveLogSoftmax[] = "torch_softmax_ext::selective_log_softmax";
 constexpr char kSparsemax[] = "torch_softmax_ext::sparsemax";
 
 }  // namespace
@@ -102,6 +103,7 @@ PyMODINIT_FUNC PyInit__C() {
   static PyMethodDef methods[] = {
       tse::Function<tse::kCrossEntropy, const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t,
                     std::string_view, double, double, std::optional<double>, double>::method(),
+      tse::Function<tse::kSelectiveLogSoftmax, const Tensor&, const Tensor&, double, std::optional<double>>::method(),
       tse::Function<tse::kSparsemax, const Tensor&, int64_t>::method(),
       {nullptr, nullptr, 0, nullptr},
   };

@@ -168,7 +168,7 @@ def test_saved_tensor_modified_in_place_is_caught(spec, device):
     x = s.input.clone().requires_grad_()
     z = x * 1
     y = s.call(spec.op, z)
-    (z if spec.name.endswith("cross_entropy") else y).detach().zero_()
+    (y if spec.name == "sparsemax" else z).detach().zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -198,6 +198,8 @@ def test_retain_graph_gives_the_same_gradient_twice(spec, device):
 
 @specs
 def test_module(spec, device):
+    if spec.module is None:
+        pytest.skip("a function alone")
     s = first(spec, device, torch.float32)
     module = spec.module()
     for m in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):

@@ -79,6 +79,10 @@ PLANTS = {
         ("entmax/entmax_fwd.cu", r"p\.rows\.n \* sizeof\(Acc<T>\) : 0;", "(p.rows.n - 1) * sizeof(Acc<T>) : 0;"),
         ("asan", "heap-buffer-overflow"),
     ),
+    "no-barrier-before-the-asked-classes": (
+        ("selective_log_softmax/selective_log_softmax_bwd.cu", r"^    row_barrier<kRowThreads>\(\);$", ""),
+        ("tsan", "data race"),
+    ),
     "lanes-missing-from-a-shuffle": (
         (REDUCE, r"^  v = warp_reduce\(v, op\);$", "  if (threadIdx.x % 32 < 20) v = warp_reduce(v, op);"),
         ("plain", "deadlock|waits for a lane|stand at"),

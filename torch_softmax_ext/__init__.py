@@ -1,4 +1,4 @@
-"""Fused softmax cross-entropy and sparsemax for PyTorch, on CPU and CUDA, forward and backward."""
+"""Fused softmax cross-entropy, selective log-softmax and sparsemax for PyTorch: CPU and CUDA, forward and backward."""
 
 from torch_softmax_ext import _load
 
@@ -12,6 +12,7 @@ from torch_softmax_ext.cross_entropy import (  # noqa: E402
 )
 from torch_softmax_ext.entmax import Sparsemax, sparsemax  # noqa: E402
 from torch_softmax_ext.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy  # noqa: E402
+from torch_softmax_ext.selective_log_softmax import selective_log_softmax  # noqa: E402
 
 __all__ = [
     "CrossEntropyLoss",
@@ -21,6 +22,7 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_with_metrics",
     "linear_cross_entropy",
+    "selective_log_softmax",
     "sparsemax",
 ]
 __version__ = "0.1.0"

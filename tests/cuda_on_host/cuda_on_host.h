@@ -45,6 +45,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, TSE_HER
   ::cuda_on_host::warp_exchange(here, mask, &value, sizeof(T), source > (lane | (width - 1)) ? lane : source, &result);
   return result;
 }
+inline void __syncwarp(TSE_HERE) { ::cuda_on_host::warp_barrier(here); }
 
 namespace tse {
 
@@ -52,6 +53,7 @@ using std::ceil;  // CUDA's are overloaded for float, the host's in the global n
 using std::exp2;
 using std::fma;
 using std::log2;
+using std::tanh;
 
 inline void device_assert(bool condition, const char* text) {
   if (!condition) ::cuda_on_host::fail(std::string("device-side assertion: ") + text);

@@ -77,6 +77,7 @@ struct Fibre {
   unsigned mask = 0;       // of that warp operation
   int source = -1;         // lane whose value it wants, -1 for none
   size_t bytes = 0;
+  unsigned warp_generation = 0;
   alignas(8) char value[8], result[8];
   char* stack = nullptr;
 #if defined(__x86_64__)
@@ -106,7 +107,7 @@ struct Engine {
   char* static_memory = nullptr;
   size_t static_used = 0, shared_bytes = 0;
   char* dynamic_memory = nullptr;
-  char barrier_words[2], launch_word, end_word;
+  char barrier_words[2], warp_words[2][32], launch_word, end_word;
   const void* main_stack = nullptr;
   size_t main_stack_bytes = 0;
 };
@@ -332,6 +333,13 @@ void warp_exchange(Location here, unsigned mask, const void* value, size_t bytes
   }
   yield();
   copy(result, f->result, bytes);
+}
+
+void warp_barrier(Location here) {
+  Fibre* f = engine->running;
+  IF_TSAN(void* word = &engine->warp_words[f->warp_generation++ % 2][f->index.thread.x / 32]; __tsan_release(word);)
+  warp_exchange(here, 0xffffffffu, nullptr, 0, /*source=*/-1, nullptr);
+  IF_TSAN(__tsan_acquire(word);)
 }
 
 void* shared_array(const void* place, size_t bytes) {

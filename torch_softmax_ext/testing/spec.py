@@ -50,7 +50,7 @@ class BenchShape:
 class OpSpec:
     name: str  # of the public function and of torch.ops.torch_softmax_ext.<name>
     op: Callable  # the public function
-    module: Callable | None  # its nn.Module, without arguments
+    module: Callable | None  # its nn.Module, without arguments; None: there is none
     reference: Callable  # the same call in plain torch, differentiable any number of times; tested in float64
     torch_op: Callable  # what a user has today, in the same dtype: the yardstick for half types
     samples: Callable[[torch.device, torch.dtype], Iterator[Sample]]

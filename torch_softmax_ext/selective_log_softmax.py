@@ -1,0 +1,84 @@
+"""Log-probabilities at given classes, with the entropy: function, and the rules of torch.func.vmap."""
+
+import torch
+from torch import Tensor
+
+from torch_softmax_ext import _C
+from torch_softmax_ext._check import check_types
+
+_op = torch.ops.torch_softmax_ext.selective_log_softmax.default
+_entropy_op = torch.ops.torch_softmax_ext.selective_log_softmax_with_entropy.default
+_fast = _C.selective_log_softmax  # plain tensors only, else NotImplemented
+
+
+def selective_log_softmax(
+    input: Tensor,
+    index: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""``log_softmax(input, -1).gather(-1, index)``, fused, and the entropy of each row: what policy gradients need of
+    the logits of a language model. Each logit is read once, and nothing of the logits' size is written or kept.
+
+    .. math::
+        s_{ic} = \frac{\text{softcap} \cdot \tanh(x_{ic} / \text{softcap})}{\text{temperature}}, \quad
+        \text{logp}_{ik} = s_{i y_{ik}} - \log \sum_c \exp s_{ic}, \quad
+        H_i = - \sum_c p_{ic} \log p_{ic}, \quad p_i = \text{softmax}(s_i)
+
+    Without softcap the fraction is :math:`x_{ic} / \text{temperature}`. The name is that of ``selective_log_softmax``
+    in TRL (https://github.com/huggingface/trl, ``trl/trainer/utils.py``). A log-probability is never positive, and
+    both results are exactly 0 where one class has all of the probability. Both are differentiable.
+
+    Args:
+        input: logits of shape ``(…, C)``; float32, float64, float16 or bfloat16; any strides. Half types are computed
+            in float32. Where classes are not neighbours in memory, the CPU works on a copy.
+        index: classes in ``[0, C)``, int64 or int32, of shape ``(…)``, one a row, or ``(…, K)``, which may repeat.
+        temperature: what the logits, capped, are divided by.
+        softcap: bound of the logits; None: none.
+        return_entropy: whether the entropy is returned, too.
+
+    Returns:
+        Log-probabilities of ``index``'s shape in float32 (float64 for float64 logits); with ``return_entropy`` a tuple
+        of them and the entropies, of shape ``(…)`` and the same dtype. A logit of ``-inf`` has log-probability ``-inf``
+        and adds 0 to the entropy; a NaN or ``+inf``, or ``-inf`` alone, makes its own row NaN.
+
+    Raises:
+        IndexError: an index that is no class (CPU; on CUDA a device-side assertion).
+        ValueError: a ``temperature`` or ``softcap`` that is not positive.
+        RuntimeError: shapes that do not fit, an index that is neither int64 nor int32, tensors on two devices.
+        NotImplementedError: logits that are not floating point.
+        TypeError: an argument of another type.
+    """
+    if not torch.compiler.is_compiling():
+        if not return_entropy:
+            result = _fast(input, index, temperature, softcap)
+            if result is not NotImplemented:
+                return result
+        check_types(
+            "selective_log_softmax",
+            input=(input, Tensor),
+            index=(index, Tensor),
+            temperature=(temperature, float),
+            softcap=(softcap, float | None),
+        )
+    return (_entropy_op if return_entropy else _op)(input, index, temperature=temperature, softcap=softcap)
+
+
+def _batched(info, in_dims, input, index):
+    """A batch is one more dimension of rows."""
+    return (
+        t.movedim(dim, 0) if dim is not None else t.expand(info.batch_size, *t.shape)
+        for t, dim in zip((input, index), in_dims, strict=False)
+    )
+
+
+@torch.library.register_vmap("torch_softmax_ext::selective_log_softmax")
+def _vmap(info, in_dims, input, index, **options):
+    return _op(*_batched(info, in_dims, input, index), **options), 0
+
+
+@torch.library.register_vmap("torch_softmax_ext::selective_log_softmax_with_entropy")
+def _vmap_with_entropy(info, in_dims, input, index, **options):
+    return _entropy_op(*_batched(info, in_dims, input, index), **options), (0, 0)

@@ -1,0 +1,163 @@
+"""Specification of selective_log_softmax; of its entropy in tests/test_selective_log_softmax.py."""
+
+import torch
+
+import torch_softmax_ext as tse
+from torch_softmax_ext.testing.spec import BenchShape, ErrorCase, OpSpec, Sample
+
+_INF = float("inf")
+
+
+def _reference(input, index, *, temperature=1.0, softcap=None):
+    s = input if softcap is None else softcap * torch.tanh(input / softcap)
+    logp = (s / temperature).log_softmax(-1)
+    if index.dim() == input.dim():
+        return logp.gather(-1, index.long())
+    return logp.gather(-1, index.long().unsqueeze(-1)).squeeze(-1)
+
+
+def _torch_op(input, index, **kwargs):
+    """In fp32 for half types: torch's half log-probabilities are rounded to three digits, ours are fp32."""
+    return _reference(input if input.dtype == torch.float64 else input.float(), index, **kwargs)
+
+
+def _samples(device, dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def logits(*shape, scale=3.0):
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
+
+    def index(classes, *shape):
+        return torch.randint(0, classes, shape, generator=generator).to(device)
+
+    yield Sample("2d", logits(7, 10), (index(10, 7),), small=True)
+    yield Sample("2d-several", logits(5, 10), (index(10, 5, 3),), small=True)
+    yield Sample("1d", logits(9), (index(9),), small=True)
+    yield Sample("1d-several", logits(9), (index(9, 4),), small=True)
+    yield Sample("3d", logits(2, 3, 8), (index(8, 2, 3),), small=True)
+    yield Sample("3d-several", logits(2, 3, 8), (index(8, 2, 3, 2),), small=True)
+    yield Sample("repeated", logits(4, 6), (index(3, 4, 12),), small=True)
+    yield Sample("int32", logits(7, 10), (index(10, 7).int(),), small=True)
+    yield Sample("temperature", logits(4, 9), (index(9, 4),), {"temperature": 0.7}, small=True)
+    yield Sample("softcap", logits(4, 9, scale=10.0), (index(9, 4),), {"softcap": 15.0}, small=True)
+    yield Sample("both", logits(4, 9), (index(9, 4, 2),), {"softcap": 5.0, "temperature": 2.0}, small=True)
+    yield Sample("one-class", logits(4, 1), (index(1, 4),), small=True)
+    yield Sample("no-rows", logits(0, 5), (index(5, 0),))
+    yield Sample("no-index", logits(3, 5), (index(5, 3, 0),))
+
+    yield Sample("transposed", logits(12, 40).t(), (index(12, 40),))
+    yield Sample("every-other-class", logits(7, 20)[:, ::2], (index(10, 7),))
+    yield Sample("every-other-row", logits(14, 33)[::2], (index(33, 7),))
+    yield Sample("shifted", logits(2, 9, 33)[:, :-1], (index(33, 2, 8),))
+    yield Sample("permuted", logits(3, 5, 2, 4).permute(2, 1, 0, 3), (index(4, 2, 5, 3),))
+    yield Sample("expanded-rows", logits(1, 33).expand(7, 33), (index(33, 7),))
+    yield Sample("expanded-classes", logits(7, 1).expand(7, 5), (index(5, 7),))
+    yield Sample("expanded-index", logits(7, 33), (index(33, 1).expand(7),))
+    yield Sample("misaligned", logits(5 * 37 + 1)[1:].view(5, 37), (index(37, 5),))
+
+    yield Sample("wide", logits(3, 5000), (index(5000, 3),))
+    yield Sample("wide-softcap", logits(3, 9001), (index(9001, 3),), {"softcap": 8.0, "temperature": 0.5})
+    yield Sample("widest", logits(2, 151936), (index(151936, 2, 5),))
+    yield Sample("many-rows", logits(3000, 16), (index(16, 3000),))
+    yield Sample("offset", logits(4, 5000) + (100 if dtype == torch.float16 else 1e4), (index(5000, 4),))
+    late = logits(3, 6000)
+    late[0, 5000] = 200
+    late[1, :600] = -60000 if dtype == torch.float16 else -1e9
+    late[2, :600] = -_INF
+    yield Sample("late-maximum", late, (torch.full((3,), 5000, device=device),))
+    holes = logits(4, 40)
+    holes[:, ::3] = -_INF
+    yield Sample("minus-inf", holes, (torch.full((4,), 1, device=device),))
+    yield Sample("minus-inf-at-index", holes, (index(40, 4, 20),), {"temperature": 3.0}, finite=False)
+    broken = logits(5, 5000)
+    broken[0, 4900] = float("nan")
+    broken[1, 3] = _INF
+    broken[2] = -_INF
+    yield Sample("nan-inf", broken, (index(5000, 5),), finite=False)
+
+
+def _x(device, *shape):
+    return torch.zeros(shape, device=device)
+
+
+def _t(device, *values):
+    return torch.tensor(values, device=device)
+
+
+_call = tse.selective_log_softmax
+_ERRORS = (
+    ErrorCase(
+        "class-too-large",
+        lambda d: _call(_x(d, 3, 5), _t(d, 0, 5, 1)),
+        IndexError,
+        r"index: expected a class in \[0, 5\), got 5 at row 1",
+        cpu_only=True,
+    ),
+    ErrorCase(
+        "class-negative",
+        lambda d: _call(_x(d, 3, 5), _t(d, [0, 1], [2, 3], [4, -1]).int(), return_entropy=True),
+        IndexError,
+        r"index: expected a class in \[0, 5\), got -1 at row 2",
+        cpu_only=True,
+    ),
+    ErrorCase("scalar", lambda d: _call(_x(d), _t(d, 0)), RuntimeError, r"input: .* scalar"),
+    ErrorCase(
+        "rows",
+        lambda d: _call(_x(d, 3, 5), _t(d, 0, 1)),
+        RuntimeError,
+        r"index: expected the shape of input without its last dimension.* got \[2\]",
+    ),
+    ErrorCase("rank", lambda d: _call(_x(d, 2, 3, 5), _t(d, 0, 1)), RuntimeError, r"index: expected the shape"),
+    ErrorCase(
+        "integer-logits",
+        lambda d: _call(_x(d, 2, 5).long(), _t(d, 0, 1)),
+        NotImplementedError,
+        r"input: expected float32.* got Long",
+    ),
+    ErrorCase(
+        "int16-index",
+        lambda d: _call(_x(d, 2, 5), _t(d, 0, 1).short()),
+        RuntimeError,
+        r"index: expected int64 or int32, got Short",
+    ),
+    ErrorCase(
+        "temperature",
+        lambda d: _call(_x(d, 2, 5), _t(d, 0, 1), temperature=0.0),
+        ValueError,
+        r"temperature: expected a positive number, got 0",
+    ),
+    ErrorCase(
+        "softcap",
+        lambda d: _call(_x(d, 2, 5), _t(d, 0, 1), softcap=-1.0),
+        ValueError,
+        r"softcap: expected None or a positive number, got -1",
+    ),
+    ErrorCase(
+        "no-number",
+        lambda d: _call(_x(d, 2, 5), _t(d, 0, 1), temperature="hot"),
+        TypeError,
+        r"temperature: expected float, got str",
+    ),
+    ErrorCase("no-tensor", lambda d: _call([1.0], _t(d, 0)), TypeError, r"input: expected Tensor, got list"),
+    ErrorCase("no-index", lambda d: _call(_x(d, 2, 5), None), TypeError, r"index: expected Tensor, got None"),
+    ErrorCase(
+        "device",
+        lambda d: _call(_x(d, 2, 5), _t("meta", 0, 1)),
+        RuntimeError,
+        r"index: expected device .* got meta",
+    ),
+)
+
+SPEC = OpSpec(
+    name="selective_log_softmax",
+    op=tse.selective_log_softmax,
+    module=None,
+    reference=_reference,
+    torch_op=_torch_op,
+    samples=_samples,
+    errors=_ERRORS,
+    bench_shapes=(BenchShape((256, 1000)), BenchShape((512, 151936), torch.bfloat16)),
+    bench_args=lambda x: (torch.randint(0, x.shape[-1], x.shape[:-1]),),
+    bench_modes={"forward": "read", "forward+backward": "copy"},
+    rows=lambda x, index: (x[:1], index[:1]),
+)
