@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.report import roof_of
+from benchmarks.report import NO_PEERS, roof_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def eager(row, rows):
 
 
 def peers(row):
-    return {n: s for n, s in row["seconds"].items() if n in ("eager", "compile", "entmax", "entmax k=64")}
+    return {n: s for n, s in row["seconds"].items() if n != "ours" and n not in NO_PEERS}
 
 
 def faster(row, rows):
@@ -39,6 +39,11 @@ def faster(row, rows):
 
 def one_thread(row, rows):
     return row["seconds"]["ours 1 thread"] / row["seconds"]["ours"]
+
+
+def extra(row, rows):
+    """Peak memory beyond the gradients (the input's and the weight's), in units of the logits."""
+    return (row["peak_bytes"]["ours"] - row["gradient_bytes"]) / row["bytes"]
 
 
 def other(replaced, by):
@@ -99,6 +104,18 @@ GOALS = (
         reason="at 256×1000 about 20 of 70 µs are torch's autograd engine; without them it is 3.5 ×",
     ),
     Goal("cross_entropy", "forward", ("1x128256 float32",), one_thread, "{:.2f} × one thread", 1.6, at_least=True),
+    Goal(
+        "linear_cross_entropy",
+        "forward+backward",
+        ("4096x1024 float32 32000 classes",),
+        faster,
+        "{:.2f} × faster",
+        1,
+        at_least=True,
+    ),
+    Goal(
+        "linear_cross_entropy", "forward+backward", ("4096x1024 float32 32000 classes",), extra, "{:.3f} logits", 0.125
+    ),
     Goal("selective_log_softmax", "forward", ("512x151936 bfloat16",), eager, "{:.2f} × eager", 0.25),
     Goal(
         "sparsemax",

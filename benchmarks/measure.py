@@ -39,16 +39,18 @@ def environment(threads):
 
 def interleaved(calls, threads, rounds, seconds=0.02):
     """Median seconds a call of each of `calls`, {name: function}."""
-    timers, numbers = {}, {}
+    timers, numbers, once_of = {}, {}, {}
     for name, function in calls.items():
         own = 1 if name.endswith("1 thread") else threads
         timers[name] = Timer("f()", globals={"f": function}, num_threads=own)
         once = timers[name].timeit(1).mean
-        timers[name].timeit(max(2, min(20, int(0.3 / once))))  # until malloc has settled where this size comes from
-        once = timers[name].timeit(1).mean
+        if once < 1:
+            timers[name].timeit(max(2, min(20, int(0.3 / once))))  # until malloc has settled where this size comes from
+            once = timers[name].timeit(1).mean
+        once_of[name] = once
         numbers[name] = max(1, int(seconds / max(once, 1e-7)))
     times = {name: [] for name in calls}
-    for _ in range(rounds):
+    for _ in range(rounds if max(once_of.values()) < 1 else min(rounds, 3)):
         for name, timer in timers.items():
             times[name].append(timer.timeit(numbers[name]).mean)
     return {name: statistics.median(t) for name, t in times.items()}
@@ -86,10 +88,18 @@ def measure(specs, threads, rounds=7, pattern="", skip=()):
         calls = {n: call(functions[n], mode, x, args) for n in dict.fromkeys(names)}
         if shape.shape[0] == 1:  # one row is split over the threads
             calls["ours 1 thread"] = calls["ours"]
-        seconds = interleaved({**calls, **roofs(x)}, threads, rounds)
-        memory = {n: peak_memory(calls[n]) for n in names} if x.numel() >= 1 << 16 else {}
-        row = {"name": name, "operator": spec.name, "mode": mode, "bytes": x.nbytes, "roof": spec.bench_modes[mode]}
+        seconds = interleaved({**calls, **roofs(x, args)}, threads, rounds)
+        memory = {n: peak_memory(calls[n]) for n in names} if spec.bench_bytes(x, *args) >= 1 << 18 else {}
+        row = {
+            "name": name,
+            "operator": spec.name,
+            "mode": mode,
+            "bytes": spec.bench_bytes(x, *args),
+            "roof": spec.bench_modes[mode],
+        }
         row |= {"shape": list(shape.shape), "dtype": str(shape.dtype)[6:], "scale": shape.scale, "label": shape.label}
+        differentiated = (x, *(a for a in args if a.requires_grad))
+        row["gradient_bytes"] = sum(t.nbytes for t in differentiated) if "backward" in mode else 0
         results.append(row | {"seconds": seconds, "peak_bytes": memory})
     return {"environment": environment(threads), "rows": results}
 

@@ -14,6 +14,12 @@ def providers(spec, options):
     result["eager"] = functools.partial(F.cross_entropy if has else spec.torch_op, **options)
     if spec.name == "selective_log_softmax":  # rounded to the dtype of the logits
         result["eager"] = lambda x, i: x.log_softmax(-1).gather(-1, i.unsqueeze(-1)).squeeze(-1)
+    if spec.name == "linear_cross_entropy":  # its composition is what torch.compile gets, too: matrix products
+        result["eager"] = lambda x, w, t: F.cross_entropy(F.linear(x, w), t)
+        if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.14
+            options = torch.nn.LinearCrossEntropyOptions()
+            result["torch chunked"] = functools.partial(F.linear_cross_entropy, options=options)
+        return result
     result["compile"] = torch.compile(result["eager"], fullgraph=True, dynamic=False)
     if spec.name == "sparsemax":
         import entmax
@@ -23,9 +29,18 @@ def providers(spec, options):
     return result
 
 
-def roofs(x):
-    """Reading the input's bytes once, copying them into warm memory, and adding two such tensors into a third: the
-    least that such reads and writes cost (in place they can cost less)."""
+def roofs(x, args=()):
+    """Where there is a linear layer, its three matrix products. Else: reading the input's bytes once, copying them into
+    warm memory, and adding two such tensors into a third: the least that such reads and writes cost (in place they can
+    cost less)."""
+    if args and args[0].dim() == 2 and args[0].shape[1] == x.shape[1] and args[0].requires_grad:
+        w = args[0].detach()
+
+        def products():
+            g = x @ w.t()
+            return g @ w, g.t() @ x
+
+        return {"products": products}
     a = x.reshape(-1).view(torch.int16 if x.element_size() == 2 else torch.int32)
     b, c = torch.empty_like(a), torch.empty_like(a)
     return {"read": lambda: a.max(), "copy": lambda: b.copy_(a), "add": lambda: torch.add(a, b, out=c)}
@@ -72,6 +87,7 @@ def call(function, mode, x, args):
 
     def run():
         function(leaf, *args).backward(g)
-        leaf.grad = None
+        for t in (leaf, *args):
+            t.grad = None
 
     return run

@@ -1,6 +1,6 @@
 """Tables and a plot from the JSON of a run."""
 
-NO_PEERS = ("ours 1 thread", "read", "copy", "add")  # in "seconds" beside the providers
+NO_PEERS = ("ours 1 thread", "read", "copy", "add", "products")  # in "seconds" beside the providers
 
 
 def roof_of(row):

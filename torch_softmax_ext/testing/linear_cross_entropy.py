@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 import torch_softmax_ext as tse
 from torch_softmax_ext.testing.cross_entropy import SPEC as CROSS_ENTROPY
-from torch_softmax_ext.testing.spec import ErrorCase, OpSpec, Sample
+from torch_softmax_ext.testing.spec import BenchShape, ErrorCase, OpSpec, Sample
 
 
 def _logits(input, linear_weight, linear_bias):
@@ -133,6 +133,14 @@ def _bench_args(x):
     return torch.randn(1000, x.shape[1]).to(x.dtype) / x.shape[1] ** 0.5, torch.randint(0, 1000, (x.shape[0],))
 
 
+def _bench_args_of(classes):
+    def args(x):
+        weight = (torch.randn(classes, x.shape[1]) / x.shape[1] ** 0.5).to(x.dtype).requires_grad_()
+        return weight, torch.randint(0, classes, x.shape[:1])
+
+    return args
+
+
 SPEC = OpSpec(
     name="linear_cross_entropy",
     op=tse.linear_cross_entropy,
@@ -141,9 +149,17 @@ SPEC = OpSpec(
     torch_op=_torch_op,
     samples=_samples,
     errors=_ERRORS,
-    bench_shapes=(),  # bound by matrix products, not by the bytes that the table counts
+    bench_shapes=tuple(
+        BenchShape(shape, dtype, label=f"{classes} classes", args=_bench_args_of(classes))
+        for shape, classes, dtype in (
+            ((1024, 512), 8000, torch.float32),
+            ((1024, 512), 8000, torch.bfloat16),
+            ((4096, 1024), 32000, torch.float32),
+        )
+    ),
     bench_args=_bench_args,
-    bench_modes={},
+    bench_modes={"forward+backward": "products"},
+    bench_bytes=lambda x, linear_weight, target: x.shape[0] * linear_weight.shape[0] * x.itemsize,
     rows=lambda x, linear_weight, target: (x[:1], linear_weight, target[:1]),
     batch_invariant=False,
     autocasts=True,

@@ -62,6 +62,7 @@ class OpSpec:
     # (input in float64, *args) -> where the gradient exists, by a margin; None: everywhere
     differentiable: Callable | None = None
     dtypes: tuple[torch.dtype, ...] = FLOATING
+    bench_bytes: Callable = lambda x, *args: x.nbytes  # of the logits
     batch_invariant: bool = True  # False: of matrix products, whose sums depend on shape and threads
     autocasts: bool = False  # True: computes in the dtype of autocast
 
