@@ -21,6 +21,10 @@ struct CrossEntropyOptions {
   double temperature = 1;
 };
 
+// Raises in the name of operator `op`. torch takes integer weights with class probabilities alone.
+void check_options(const char* op, const at::Tensor& input, const c10::SymInt& classes,
+                   const CrossEntropyOptions& options, bool integer_weight);
+
 // Raises what torch.nn.functional.cross_entropy would. Reads no memory; sizes may be symbolic.
 void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options);
 
