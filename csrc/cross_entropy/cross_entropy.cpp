@@ -40,7 +40,10 @@ void check_options(const char* op, const at::Tensor& input, const c10::SymInt& c
   TSE_CHECK(w.is_floating_point() || integer_weight, op, "weight", "expected floating point, got ", w.scalar_type());
   TSE_CHECK(w.dim() == 1 && w.sym_size(0).sym_eq(classes).expect_true(__FILE__, __LINE__), op, "weight",
             "expected one weight for each of ", classes, " classes, got shape ", w.sym_sizes());
-  TSE_CHECK(!(w.requires_grad() && c10::GradMode::is_enabled()), op, "weight",
+}
+
+void check_weight_gradient(const char* op, const OptionalTensor& weight) {
+  TSE_CHECK(!(weight.has_value() && weight->requires_grad() && c10::GradMode::is_enabled()), op, "weight",
             "expected no gradient to be asked for (torch has none, either), got a tensor that requires grad");
 }
 
@@ -131,7 +134,8 @@ double count_targets(const Index* target, int64_t rows, int64_t classes, int64_t
 template <class A>
 void count_targets(const CrossEntropyParams& p) {
   const int64_t rows = row_count(p.rows), n = p.rows.n;
-  double counted = double(rows);  // class probabilities all count, and alike
+  double counted =
+      n == 0 ? 0 : double(rows);  // class probabilities all count, and alike; of no classes the mean is NaN
   if (p.target != nullptr) {
     counted = p.target_is_int32 ? count_targets(static_cast<const int32_t*>(p.target), rows, n, p.ignore_index)
                                 : count_targets(static_cast<const int64_t*>(p.target), rows, n, p.ignore_index);
@@ -376,12 +380,6 @@ CrossEntropyResult run_forward(const at::Tensor& input_, const at::Tensor& targe
   return r;
 }
 
-#define TSE_OPTIONS                                                                                       \
-  const OptionalTensor &weight, int64_t ignore_index, std::string_view reduction, double label_smoothing, \
-      double z_loss_weight, std::optional<double> softcap, double temperature
-#define TSE_PACKED \
-  CrossEntropyOptions { weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature }
-
 std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
                                                          TSE_OPTIONS) {
   const CrossEntropyResult r = run_forward(input, target, TSE_PACKED);
@@ -422,6 +420,8 @@ using Metrics = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::T
 
 Metrics cross_entropy_metrics_forward(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
   const CrossEntropyOptions options = TSE_PACKED;
+  TSE_CHECK(input.dim() == 0 || input.size(class_dim(input)) > 0, kOp, "input",
+            "expected at least one class to predict, got shape ", input.sizes());
   const CrossEntropyResult r = run_forward(input, target, options, Gradient::kNone, 0, /*metrics=*/true);
   const auto type = r.loss.scalar_type();
   const int64_t count = r.predictions.numel();
@@ -500,7 +500,8 @@ at::Tensor cross_entropy_meta(const at::Tensor& input, const at::Tensor& target,
 CrossEntropyResult cross_entropy_forward_backward(const at::Tensor& input, const at::Tensor& target,
                                                   const CrossEntropyOptions& options, double grad_output,
                                                   bool in_place) {
-  if (in_place) at::assert_no_internal_overlap(input);
+  TSE_CHECK(!in_place || at::has_internal_overlap(input) != at::MemOverlap::Yes, kOp, "inplace_backward",
+            "expected logits whose elements do not share memory, got an expanded tensor of shape ", input.sizes());
   return run_forward(input, target, options, in_place ? Gradient::kInPlace : Gradient::kNew, grad_output);
 }
 

@@ -75,8 +75,9 @@ at::Tensor call_cross_entropy(const at::Tensor& logits, const at::Tensor& target
                  o.temperature);
 }
 
-// A ninth of the rows: with what else a chunk needs, an eighth of the logits' memory. Each chunk reads and writes the
-// sum of grad_weight once: below 256 rows this shows beside its matrix products, from 1024 on it does not.
+// A ninth of the rows: with what else a chunk needs, an eighth of the logits' memory where rows are many. Each chunk
+// reads and writes the sum of grad_weight once: below 256 rows this shows beside its matrix products, from 1024 on it
+// does not.
 int64_t default_chunk_size(int64_t rows) { return std::clamp<int64_t>((rows + 8) / 9, 256, 1024); }
 
 // The gradients of float16 tensors leave in float32: they would underflow before the loss scale arrives in backward.
