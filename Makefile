@@ -5,9 +5,9 @@ TORCH ?= torch>=2.11
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test build lint bench clean
+.PHONY: help demo test build lint bench cuda-report clean
 help: ## this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Torch first: the package is compiled against the torch that is there, not in an isolated environment.
 $(VENV)/.torch:
@@ -37,6 +37,9 @@ lint: ## ruff and clang-format, in the versions that .pre-commit-config.yaml pin
 
 bench: $(VENV)/.built ## measure against eager, torch.compile and entmax; writes benchmarks/results/
 	python -m benchmarks
+
+cuda-report: $(VENV)/.built ## registers, spills, 16-byte accesses and occupancy of the CUDA kernels, without a GPU
+	python -m benchmarks.cuda_report
 
 clean: ## remove the environment and all that was built
 	rm -rf $(VENV) build demo *.egg-info torch_softmax_ext/*.so .pytest_cache .ruff_cache .hypothesis

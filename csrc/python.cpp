@@ -25,7 +25,11 @@ struct FromPython<const at::Tensor&> {
 };
 template <>
 struct FromPython<int64_t> {
-  static bool check(PyObject* o) { return PyLong_CheckExact(o); }
+  static bool check(PyObject* o) {
+    int overflow = 1;
+    if (PyLong_CheckExact(o)) PyLong_AsLongLongAndOverflow(o, &overflow);
+    return overflow == 0;
+  }
   static int64_t convert(PyObject* o) {
     const int64_t value = PyLong_AsLongLong(o);
     if (value == -1 && PyErr_Occurred()) throw python_error();

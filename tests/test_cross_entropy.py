@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CUDA_ON_HOST
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import torch_softmax_ext as tse
@@ -181,7 +182,7 @@ def test_inplace_backward_is_refused_or_noticed_where_it_would_be_wrong(device):
         tse.cross_entropy(leaf, target, inplace_backward=True)
     with pytest.raises(RuntimeError, match="cross_entropy: inplace_backward: expected logits that were computed"):
         tse.cross_entropy(leaf.view_as(leaf), target, inplace_backward=True)
-    with pytest.raises(RuntimeError, match="single memory location"):
+    with pytest.raises(RuntimeError, match="elements do not share memory"):
         tse.cross_entropy((leaf * 1)[:1].expand(8, 50), target, inplace_backward=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # tanh saved its result
         tse.cross_entropy(leaf.tanh(), target, inplace_backward=True).backward()
@@ -203,8 +204,12 @@ def test_inplace_backward_is_refused_or_noticed_where_it_would_be_wrong(device):
 def test_class_weights_have_no_gradient(device):
     x, target = logits_and_target(device)
     weight = torch.ones(x.shape[1], device=device, requires_grad=True)
+    for logits in (x, x.detach().requires_grad_(), x.detach().requires_grad_() * 1):
+        for function in (tse.cross_entropy, tse.cross_entropy_with_metrics):
+            with pytest.raises(RuntimeError, match="cross_entropy: weight: expected no gradient"):
+                function(logits, target, weight)
     with pytest.raises(RuntimeError, match="cross_entropy: weight: expected no gradient"):
-        tse.cross_entropy(x, target, weight)
+        tse.cross_entropy(logits, target, weight, inplace_backward=True)
     with torch.no_grad():
         assert torch.equal(tse.cross_entropy(x, target, weight), tse.cross_entropy(x, target))
 
@@ -310,3 +315,90 @@ def test_class_probabilities_of_another_dtype(device):
         torch.testing.assert_close(tse.cross_entropy(a.clone().requires_grad_(), b), got)
         with torch.inference_mode():  # below autograd
             assert torch.equal(tse.cross_entropy(a, b), got)
+
+
+def test_no_classes(device):
+    """Of class probabilities over nothing: as torch, NaN for the mean, and nothing divides by zero."""
+    x, q = torch.empty(2, 0, device=device, requires_grad=True), torch.empty(2, 0, device=device, requires_grad=True)
+    for reduction in ("mean", "sum", "none"):
+        loss = tse.cross_entropy(x, q, reduction=reduction)
+        torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x, q, reduction=reduction), equal_nan=True)
+        loss.sum().backward()
+    with pytest.raises(RuntimeError, match="cross_entropy: input: expected at least one class"):
+        tse.cross_entropy_with_metrics(x, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_vmap_with_weights(device, dtype):
+    """ignore_index beyond the classes, and weights of any precision."""
+    torch.manual_seed(0)
+    x, target = torch.randn(3, 500, 5, device=device), torch.randint(0, 5, (500,), device=device)
+    target[:7] = 9
+    weight = (torch.rand(5, device=device) + 0.5).to(dtype)
+
+    def loss(x):
+        return tse.cross_entropy(x, target, weight, ignore_index=9, z_loss_weight=0.1)
+
+    got = torch.func.vmap(loss)(x)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, torch.stack([loss(v) for v in x]))
+
+
+def test_ignored_rows_that_are_not_finite(device):
+    """Their gradient is 0 on every path."""
+    x = torch.randn(4, 5, device=device)
+    x[3], target = float("nan"), torch.tensor([0, 1, 2, -100], device=device)
+    x.requires_grad_()
+    for options in ({}, {"z_loss_weight": 0.1}, {"label_smoothing": 0.1, "softcap": 3.0}):
+        for create_graph in (False, True):
+            (g,) = torch.autograd.grad(tse.cross_entropy(x, target, **options), x, create_graph=create_graph)
+            assert g.isfinite().all()
+            assert g[3].abs().max() == 0
+        g = torch.func.grad(lambda x, o=options: tse.cross_entropy(x, target, **o))(x.detach())
+        assert g[3].abs().max() == 0
+        assert g.isfinite().all()
+
+
+def test_gradient_in_place_after_extreme_gradients(device):
+    """What came before must not decide what a float can hold."""
+    x, target = logits_and_target(device, dtype=torch.float32)
+    target = target.clamp_min(0)
+    for last, now in ((1e-42, 1.0), (1e30, 1e-20), (1.0, 1.0)):
+        for scale in (last, last, last, now):
+            leaf = x.detach().requires_grad_()
+            (got,) = torch.autograd.grad(tse.cross_entropy(leaf * 1, target, inplace_backward=True) * scale, leaf)
+        (want,) = torch.autograd.grad(tse.cross_entropy(leaf.double(), target) * now, leaf)
+        torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-6 * now)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"label_smoothing": "a"}, TypeError, "label_smoothing: expected float, got str"),
+        ({"reduction": None}, ValueError, "reduction: expected 'none', 'mean' or 'sum', got None"),
+        ({"ignore_index": torch.zeros(3)}, TypeError, "ignore_index: expected int, got Tensor"),
+        ({"ignore_index": 2**70}, ValueError, "ignore_index: expected 64 bits"),
+    ],
+    ids=str,
+)
+def test_bad_options_in_place_or_not(device, options, error, text):
+    x, target = logits_and_target(device)
+    for in_place in (False, True):
+        with pytest.raises(error, match=f"cross_entropy: {text}"):
+            tse.cross_entropy(x.detach().requires_grad_() * 1, target, inplace_backward=in_place, **options)
+
+
+def test_expanded_logits_in_place(device):
+    x = torch.randn(1, 4, device=device, requires_grad=True) * 1
+    with pytest.raises(RuntimeError, match="cross_entropy: inplace_backward: expected logits whose elements do not"):
+        tse.cross_entropy(x.expand(3, 4), torch.zeros(3, dtype=torch.long, device=device), inplace_backward=True)
+
+
+def test_probabilities_that_require_grad_share_a_graph(device):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x, q: tse.cross_entropy(x * 1, q), fullgraph=True, backend=counter)
+    for rows in (4, 6, 9, 11):
+        x = torch.randn(rows, 5, device=device, requires_grad=True)
+        q = torch.rand(rows, 5, device=device, requires_grad=True)
+        compiled(x, q).backward()
+    assert counter.frame_count == 2

@@ -49,7 +49,8 @@ def check(function, reference, x, generator, args, kwargs, classes=1, weight=1.0
     (want_grad,) = torch.autograd.grad(want, x64, g.to(y.dtype).double())
     assert torch.equal(y.isnan(), want.isnan())
     scale = want.detach().abs().nan_to_num().max().clamp_min(1)
-    value_tolerance = TOLERANCE[x.dtype] if y.dtype == x.dtype else TOLERANCE[torch.float32] * 2
+    # The exp of half types is shorter: 3e-6 in each row's loss.
+    value_tolerance = TOLERANCE[x.dtype] if y.dtype == x.dtype else 2e-5
     assert (y.double() - want).abs().nan_to_num().max() <= value_tolerance * scale
     if want.isnan().any():
         return

@@ -14,10 +14,11 @@ _metrics_op = torch.ops.torch_softmax_ext.cross_entropy_with_metrics.default
 _fast = _C.cross_entropy  # plain tensors only, else NotImplemented
 
 
-def _check(op, input, target, weight, ignore_index, reduction, softcap, **numbers):
+def _check(op, input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature):
     check_types(op, input=(input, Tensor), target=(target, Tensor), weight=(weight, Tensor | None))
-    check_types(op, ignore_index=(ignore_index, int), softcap=(softcap, float | None))
-    check_types(op, **{name: (value, float) for name, value in numbers.items()})
+    check_types(op, ignore_index=(ignore_index, int), label_smoothing=(label_smoothing, float))
+    check_types(op, z_loss_weight=(z_loss_weight, float), softcap=(softcap, float | None))
+    check_types(op, temperature=(temperature, float))
     if not isinstance(reduction, str):
         raise ValueError(f"{op}: reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
 
@@ -57,7 +58,7 @@ def cross_entropy(
         target: class indices of shape ``()``, ``(N)`` or ``(N, d1, …, dk)``; int64 or int32; in ``[0, C)`` or
             ``ignore_index``. Or class probabilities of ``input``'s shape, floating point, differentiable, too; of
             another dtype than ``input`` both are computed in the wider one.
-        weight: of the classes, shape ``(C)``, floating point; None: 1.
+        weight: of the classes, shape ``(C)``, floating point, with class probabilities integers, too; None: 1.
         ignore_index: a target that is not counted: its loss and gradient are 0. Not with class probabilities.
         reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum divided by the weights of the counted targets (by the
             number of rows for class probabilities), the z-loss by their number; NaN where there is none.
@@ -69,7 +70,8 @@ def cross_entropy(
             logits' size in all. ``input`` must be a computed tensor, and must not be used afterwards; autograd raises
             where it was saved by somebody before. Double backward then raises. Without effect under
             ``torch.compile``, which plans memory itself, for float16, whose gradients would underflow before a loss
-            scale arrives, and for a target that requires grad. Not for ``torch.func.vmap``.
+            scale arrives, for a target that requires grad, and for class probabilities of another dtype than
+            ``input``. Not for ``torch.func.vmap``. An infinite incoming gradient makes ignored rows NaN, too.
 
     Returns:
         The loss in float32 (float64 for float64 logits): a scalar, or one number a row, of the shape of class indices,
@@ -88,23 +90,13 @@ def cross_entropy(
     """
     if not torch.compiler.is_compiling():
         options = (weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature)
+        if not inplace_backward:
+            result = _fast(input, target, *options)
+            if result is not NotImplemented:
+                return result
+        _check("cross_entropy", input, target, *options)
         if inplace_backward:
             return _inplace_op(input, target, *options)
-        result = _fast(input, target, *options)
-        if result is not NotImplemented:
-            return result
-        _check(
-            "cross_entropy",
-            input,
-            target,
-            weight,
-            ignore_index,
-            reduction,
-            softcap,
-            label_smoothing=label_smoothing,
-            z_loss_weight=z_loss_weight,
-            temperature=temperature,
-        )
     return _op(
         input,
         target,
@@ -168,18 +160,8 @@ def cross_entropy_with_metrics(
         Exception: as :func:`cross_entropy`.
     """
     if not torch.compiler.is_compiling():
-        _check(
-            "cross_entropy_with_metrics",
-            input,
-            target,
-            weight,
-            ignore_index,
-            reduction,
-            softcap,
-            label_smoothing=label_smoothing,
-            z_loss_weight=z_loss_weight,
-            temperature=temperature,
-        )
+        options = (weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature)
+        _check("cross_entropy_with_metrics", input, target, *options)
     return CrossEntropyMetrics(
         *_metrics_op(
             input,
@@ -248,6 +230,8 @@ class CrossEntropyLoss(nn.Module):
 def _vmap(info, in_dims, input, target, weight=None, *, ignore_index=-100, reduction="mean", **options):
     """One call for the whole batch: its elements become rows, which are then reduced apart."""
     size = info.batch_size
+    if size == 0:
+        raise ValueError("cross_entropy: input: expected at least one element of the batch under vmap, got none")
     if len(in_dims) > 2 and in_dims[2] is not None:
         raise NotImplementedError("cross_entropy: weight: expected one for the whole batch under vmap, got a batch")
 
@@ -276,7 +260,8 @@ def _vmap(info, in_dims, input, target, weight=None, *, ignore_index=-100, reduc
     if weight is None or not indices:
         return loss.reshape(size, -1).sum(1) / count, 0
     main = row_sums(0.0, smoothing)  # the z-loss has another divisor
-    total = weight[t.clamp_min(0)].where(counted, torch.zeros((), dtype=weight.dtype, device=t.device))
+    zero = torch.zeros((), dtype=loss.dtype, device=t.device)
+    total = weight.to(loss.dtype)[t.where(counted, 0)].where(counted, zero)
     z_loss = (loss - main).reshape(size, -1).sum(1) / count
     return main.reshape(size, -1).sum(1) / total.reshape(size, -1).sum(1) + z_loss, 0
 
@@ -284,6 +269,9 @@ def _vmap(info, in_dims, input, target, weight=None, *, ignore_index=-100, reduc
 @torch.library.register_vmap("torch_softmax_ext::cross_entropy_with_metrics")
 def _vmap_metrics(info, in_dims, input, target, weight=None, **options):
     """One call after the other: each has its own accuracy and divisors."""
+
+    if info.batch_size == 0:
+        raise ValueError("cross_entropy: input: expected at least one element of the batch under vmap, got none")
 
     def element(t, dim, i):
         return t if dim is None else t.select(dim, i)

@@ -46,6 +46,7 @@ def linear_cross_entropy(
     and bias are added up over the chunks in float32. Float16 is computed in float32, matrix products included, from
     copies of a few thousand classes' weights at a time; its gradients are kept in float32 until the incoming gradient,
     a loss scale mostly, is known. Under autocast the inputs are cast to its dtype.
+    On CUDA the targets are looked at by the host, which waits for them: not for CUDA graphs.
     Double backward, ``torch.func`` and forward-mode AD hold all logits: they take torch's linear and
     :func:`cross_entropy`.
 

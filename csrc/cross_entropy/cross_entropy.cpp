@@ -25,32 +25,27 @@
 namespace tse {
 constexpr const char* kOp = "cross_entropy";
 
-namespace {
-
-void check_options(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& o) {
-  parse_reduction(kOp, o.reduction);
-  // As torch, whose text it is; here nothing outside is let through, NaN neither.
-  TSE_CHECK(o.label_smoothing >= 0 && o.label_smoothing <= 1, kOp, "label_smoothing",
+void check_options(const char* op, const at::Tensor& input, const c10::SymInt& classes, const CrossEntropyOptions& o,
+                   bool integer_weight) {
+  parse_reduction(op, o.reduction);
+  // Torch's bounds; here nothing outside is let through, NaN neither.
+  TSE_CHECK(o.label_smoothing >= 0 && o.label_smoothing <= 1, op, "label_smoothing",
             "expected a number between 0.0 and 1.0, got ", o.label_smoothing);
-  TSE_CHECK_VALUE(std::isfinite(o.z_loss_weight), kOp, "z_loss_weight", "expected a finite number, got ",
+  TSE_CHECK_VALUE(std::isfinite(o.z_loss_weight), op, "z_loss_weight", "expected a finite number, got ",
                   o.z_loss_weight);
-  check_transform(kOp, o.softcap, o.temperature);
-  if (target.is_floating_point())
-    TSE_CHECK(o.ignore_index < 0, kOp, "ignore_index",
-              "expected none (a negative number) with class probabilities as target, got ", o.ignore_index);
+  check_transform(op, o.softcap, o.temperature);
   if (!o.weight.has_value()) return;
   const at::Tensor& w = *o.weight;
-  const c10::SymInt classes = input.sym_size(input.dim() == 1 ? 0 : 1);
-  check_same_device(kOp, "weight", w, input);
-  TSE_CHECK(w.is_floating_point() || target.is_floating_point(), kOp, "weight", "expected floating point, got ",
-            w.scalar_type());
-  TSE_CHECK(w.dim() == 1 && w.sym_size(0).sym_eq(classes).expect_true(__FILE__, __LINE__), kOp, "weight",
+  check_same_device(op, "weight", w, input);
+  TSE_CHECK(w.is_floating_point() || integer_weight, op, "weight", "expected floating point, got ", w.scalar_type());
+  TSE_CHECK(w.dim() == 1 && w.sym_size(0).sym_eq(classes).expect_true(__FILE__, __LINE__), op, "weight",
             "expected one weight for each of ", classes, " classes, got shape ", w.sym_sizes());
-  TSE_CHECK(!(w.requires_grad() && c10::GradMode::is_enabled()), kOp, "weight",
-            "expected no gradient to be asked for (torch has none, either), got a tensor that requires grad");
 }
 
-}  // namespace
+void check_weight_gradient(const char* op, const OptionalTensor& weight) {
+  TSE_CHECK(!(weight.has_value() && weight->requires_grad() && c10::GradMode::is_enabled()), op, "weight",
+            "expected no gradient to be asked for (torch has none, either), got a tensor that requires grad");
+}
 
 void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
   check_floating(kOp, "input", input);
@@ -60,20 +55,24 @@ void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, cons
   const auto equal = [](const c10::SymInt& a, const c10::SymInt& b) {
     return a.sym_eq(b).expect_true(__FILE__, __LINE__);
   };
-  if (target.is_floating_point()) {
+  const bool probabilities = target.is_floating_point();
+  check_options(kOp, input, x[x.size() == 1 ? 0 : 1], options, /*integer_weight=*/probabilities);
+  if (probabilities) {
+    TSE_CHECK(options.ignore_index < 0, kOp, "ignore_index",
+              "expected none (a negative number) with class probabilities as target, got ", options.ignore_index);
     check_floating(kOp, "target", target);
     bool same = t.size() == x.size();
     for (size_t d = 0; same && d < x.size(); ++d) same = equal(x[d], t[d]);
     TSE_CHECK(same, kOp, "target", "expected int64 or int32 class indices, or class probabilities of input's shape ", x,
               ", got ", target.scalar_type(), " of shape ", t);
-    return check_options(input, target, options);
+    return;
   }
   TSE_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt, kOp, "target",
             "expected int64 or int32 class indices, got ", target.scalar_type());
   if (x.size() == 1) {
     TSE_CHECK_VALUE(t.empty() || (t.size() == 1 && equal(t[0], 1)), kOp, "target",
                     "expected one class index, shape () or (1), for input of shape (C), got shape ", t);
-    return check_options(input, target, options);
+    return;
   }
   bool same = t.size() + 1 == x.size();
   if (same) {
@@ -82,7 +81,6 @@ void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, cons
     for (size_t d = 2; d < x.size(); ++d) same = same && equal(x[d], t[d - 1]);
   }
   TSE_CHECK(same, kOp, "target", "expected the shape of input without its class dimension, input ", x, ", got ", t);
-  check_options(input, target, options);
 }
 
 std::pair<at::Tensor, at::Tensor> promote_probabilities(const at::Tensor& input, const at::Tensor& target) {
@@ -136,7 +134,8 @@ double count_targets(const Index* target, int64_t rows, int64_t classes, int64_t
 template <class A>
 void count_targets(const CrossEntropyParams& p) {
   const int64_t rows = row_count(p.rows), n = p.rows.n;
-  double counted = double(rows);  // class probabilities all count, and alike
+  double counted =
+      n == 0 ? 0 : double(rows);  // class probabilities all count, and alike; of no classes the mean is NaN
   if (p.target != nullptr) {
     counted = p.target_is_int32 ? count_targets(static_cast<const int32_t*>(p.target), rows, n, p.ignore_index)
                                 : count_targets(static_cast<const int64_t*>(p.target), rows, n, p.ignore_index);
@@ -381,12 +380,6 @@ CrossEntropyResult run_forward(const at::Tensor& input_, const at::Tensor& targe
   return r;
 }
 
-#define TSE_OPTIONS                                                                                       \
-  const OptionalTensor &weight, int64_t ignore_index, std::string_view reduction, double label_smoothing, \
-      double z_loss_weight, std::optional<double> softcap, double temperature
-#define TSE_PACKED \
-  CrossEntropyOptions { weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature }
-
 std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
                                                          TSE_OPTIONS) {
   const CrossEntropyResult r = run_forward(input, target, TSE_PACKED);
@@ -427,6 +420,8 @@ using Metrics = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::T
 
 Metrics cross_entropy_metrics_forward(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
   const CrossEntropyOptions options = TSE_PACKED;
+  TSE_CHECK(input.dim() == 0 || input.size(class_dim(input)) > 0, kOp, "input",
+            "expected at least one class to predict, got shape ", input.sizes());
   const CrossEntropyResult r = run_forward(input, target, options, Gradient::kNone, 0, /*metrics=*/true);
   const auto type = r.loss.scalar_type();
   const int64_t count = r.predictions.numel();
@@ -505,7 +500,8 @@ at::Tensor cross_entropy_meta(const at::Tensor& input, const at::Tensor& target,
 CrossEntropyResult cross_entropy_forward_backward(const at::Tensor& input, const at::Tensor& target,
                                                   const CrossEntropyOptions& options, double grad_output,
                                                   bool in_place) {
-  if (in_place) at::assert_no_internal_overlap(input);
+  TSE_CHECK(!in_place || at::has_internal_overlap(input) != at::MemOverlap::Yes, kOp, "inplace_backward",
+            "expected logits whose elements do not share memory, got an expanded tensor of shape ", input.sizes());
   return run_forward(input, target, options, in_place ? Gradient::kInPlace : Gradient::kNew, grad_output);
 }
 

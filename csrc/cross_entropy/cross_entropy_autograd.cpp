@@ -29,13 +29,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The options as the schema has them.
-#define TSE_OPTIONS                                                                                       \
-  const OptionalTensor &weight, int64_t ignore_index, std::string_view reduction, double label_smoothing, \
-      double z_loss_weight, std::optional<double> softcap, double temperature
-#define TSE_UNPACKED(o) \
-  (o).weight, (o).ignore_index, (o).reduction, (o).label_smoothing, (o).z_loss_weight, (o).softcap, (o).temperature
-
 at::Tensor call_cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
   static const auto op =
       find_op<at::Tensor(const at::Tensor&, const at::Tensor&, TSE_OPTIONS)>("torch_softmax_ext::cross_entropy");
@@ -88,8 +81,13 @@ struct Composed {
 Composed composed(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
   check_cross_entropy(input, target, options);
   const auto code = static_cast<int64_t>(parse_reduction("cross_entropy", options.reduction));
-  const at::Tensor s = transformed(input, options);
   const bool indices = !target.is_floating_point();
+  at::Tensor x = input;
+  if (indices) {  // an ignored row's gradient is 0 even where its logits are not finite
+    const at::Tensor ignored = (input.dim() == 1 ? target.reshape({}) : target).eq(options.ignore_index);
+    x = x.masked_fill(ignored.unsqueeze(class_dim(input)), 0);
+  }
+  const at::Tensor s = transformed(x, options);
   // One row may have its target as () or as (1), which torch's own backward does not know.
   const at::Tensor t =
       !indices ? target.to(s.scalar_type()) : (input.dim() == 1 ? target.reshape({}) : target).to(at::kLong);
@@ -115,7 +113,7 @@ Composed composed(const at::Tensor& input, const at::Tensor& target, const Cross
 
 // The gradient of class probabilities: w (1 - smoothing) (lse - s) · g.
 at::Tensor target_gradient(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
-                           const CrossEntropyOptions& options) {
+                           const at::Tensor& stats, const CrossEntropyOptions& options) {
   const int64_t dim = class_dim(input);
   const at::Tensor s = transformed(input, options);
   at::Tensor grad = at::logsumexp(s, dim, /*keepdim=*/true) - s;
@@ -125,7 +123,7 @@ at::Tensor target_gradient(const at::Tensor& grad_output, const at::Tensor& inpu
     grad = grad * options.weight->to(s.scalar_type()).view_symint(sizes);
   }
   at::Tensor g = options.reduction == "none" ? grad_output.unsqueeze(dim) : grad_output;
-  if (options.reduction == "mean") g = g / (input.sym_numel() / input.sym_size(dim)).guard_int(__FILE__, __LINE__);
+  if (options.reduction == "mean") g = g / stats.select(0, 1).to(g.scalar_type());
   return (grad * g * (1 - options.label_smoothing)).to(target.scalar_type());
 }
 
@@ -229,7 +227,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     if (at::GradMode::is_enabled())  // somebody will differentiate this gradient
       return differentiable_gradients(ctx, input, target, options, grad_outputs);
     at::Tensor grad_input, grad_target;
-    if (ctx->needs_input_grad(1)) grad_target = target_gradient(grad_output, input, target, options);
+    if (ctx->needs_input_grad(1)) grad_target = target_gradient(grad_output, input, target, saved[2], options);
     if (options.reduction != "none" && is_plain_cpu(input) && is_plain_cpu(grad_output)) {
       const double g = grad_output.item<double>();
       guess_for(options.reduction).observe(g);
@@ -273,7 +271,7 @@ struct CrossEntropyMetrics : torch::autograd::Function<CrossEntropyMetrics> {
       grad_lse = grad_lse.has_value() ? *grad_lse + of_z : of_z;
     }
     at::Tensor grad_input, grad_target;
-    if (ctx->needs_input_grad(1)) grad_target = target_gradient(g, input, target, options);
+    if (ctx->needs_input_grad(1)) grad_target = target_gradient(g, input, target, saved[2], options);
     if (ctx->needs_input_grad(0)) grad_input = call_backward(g, grad_lse, input, target, saved[2], options);
     return {grad_input, grad_target, {}};
   }
@@ -286,7 +284,7 @@ struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
                             const CrossEntropyOptions& options) {
     const std::string_view reduction = options.reduction;
     double guess = reduction != "none" && is_plain_cpu(input) ? guess_for(reduction).get().value_or(1.0) : 1.0;
-    if (guess == 0 || !std::isfinite(guess)) guess = 1;
+    if (!(std::abs(guess) >= 0x1p-40 && std::abs(guess) <= 0x1p40)) guess = 1;  // whatever comes, its ratio is finite
     CrossEntropyResult r;
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
@@ -325,8 +323,8 @@ GradientPath path_of(const at::Tensor& input, const at::Tensor& target) {
 }
 
 at::Tensor cross_entropy_autograd(const at::Tensor& input_, const at::Tensor& target_, TSE_OPTIONS) {
-  const CrossEntropyOptions options{weight,        ignore_index, reduction,  label_smoothing,
-                                    z_loss_weight, softcap,      temperature};
+  const CrossEntropyOptions options = TSE_PACKED;
+  check_weight_gradient("cross_entropy", weight);
   const auto [input, target] = promote_probabilities(input_, target_);
   switch (path_of(input, target)) {
     case GradientPath::kFused:
@@ -347,8 +345,8 @@ at::Tensor cross_entropy_inplace_autograd(const at::Tensor& input, const at::Ten
       (target.is_floating_point() && target.scalar_type() != input.scalar_type()))
     return cross_entropy_autograd(input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight,
                                   softcap, temperature);
-  const CrossEntropyOptions options{weight,        ignore_index, reduction,  label_smoothing,
-                                    z_loss_weight, softcap,      temperature};
+  const CrossEntropyOptions options = TSE_PACKED;
+  check_weight_gradient("cross_entropy", weight);
   const bool is_leaf = input.is_leaf() || (input.is_view() && input._base().is_leaf() && input._base().requires_grad());
   TSE_CHECK(!is_leaf, "cross_entropy", "inplace_backward",
             "expected logits that were computed, got a leaf that requires grad, or a view of one, whose values would "
@@ -359,8 +357,8 @@ at::Tensor cross_entropy_inplace_autograd(const at::Tensor& input, const at::Ten
 using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
 FiveTensors cross_entropy_metrics_autograd(const at::Tensor& input_, const at::Tensor& target_, TSE_OPTIONS) {
-  const CrossEntropyOptions options{weight,        ignore_index, reduction,  label_smoothing,
-                                    z_loss_weight, softcap,      temperature};
+  const CrossEntropyOptions options = TSE_PACKED;
+  check_weight_gradient("cross_entropy", weight);
   const auto [input, target] = promote_probabilities(input_, target_);
   const GradientPath path = path_of(input, target);
   if (path == GradientPath::kFused) {

@@ -118,7 +118,7 @@ constexpr int64_t kColumns = 2048;
 constexpr int kClassesAtOnce = 4;  // so many share one pass over the columns' sums
 constexpr int64_t kTileElements = 65536;  // of the copy: half of L2 in fp32
 template <class A>
-constexpr A kLargestSum = A(0x1p64);
+constexpr A kLargestSum = A(0x1p32);
 
 template <class T>
 struct ColumnTile {
@@ -126,10 +126,10 @@ struct ColumnTile {
   using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
   int64_t width;  // a multiple of the lanes
   std::unique_ptr<T[]> logits;  // (n, width)
-  alignas(64) A m[kColumns], sum[kColumns], weight[kColumns];
-  alignas(64) A scale[kColumns], shift[kColumns];  // grad = (term - shift at the target) · scale
-  alignas(64) A at_target[kColumns];  // the target's logit
-  alignas(64) Index target[kColumns];  // -1: ignored
+  alignas(64) A m[kColumns] = {}, sum[kColumns] = {}, weight[kColumns] = {};
+  alignas(64) A scale[kColumns] = {}, shift[kColumns] = {};  // grad = (term - shift at the target) · scale
+  alignas(64) A at_target[kColumns] = {};  // the target's logit
+  alignas(64) Index target[kColumns] = {};  // -1: ignored
 
   ColumnTile(int64_t n, bool copied)
       : width(std::clamp<int64_t>(kTileElements / std::max<int64_t>(n, 1), Accumulate<T>::kLanes, kColumns) /
@@ -191,7 +191,7 @@ inline bool add_columns(const T* x, int64_t n, int64_t stride, int64_t count, co
   for (; c < n; ++c) add_classes<1>(x, c, n, stride, count, logits, tile);
   Vec<T> outside = {};
   for (int64_t j = 0; j < count; j += Accumulate<T>::kLanes)
-    outside += load(tile.sum + j) <= kLargestSum<A> ? Vec<T>{} : splat<Vec<T>>(A(1));
+    outside += tile.is_counted(j) & ~(load(tile.sum + j) <= kLargestSum<A>) ? splat<Vec<T>>(A(1)) : Vec<T>{};
   return reduce_add(outside) == 0;
 }
 
@@ -206,7 +206,7 @@ inline void fwd_columns(const T* x, int64_t n, int64_t stride, int64_t count, co
   for (int64_t j = 0; j < count && n > 0; ++j) tile.m[j] = logits.reference(load_one(x + j));
   if (add_columns(x, n, stride, count, logits, tile)) return;
   for (int64_t j = 0; j < count; ++j) {
-    if (tile.sum[j] <= kLargestSum<A>) continue;
+    if (tile.sum[j] <= kLargestSum<A> || tile.target[j] < 0) continue;
     A max = low;
     for (int64_t c = 0; c < n; ++c) max = std::max(max, load_one(x + c * stride + j));  // NaN aside
     tile.m[j] = max == low ? A(0) : logits.reference(max);

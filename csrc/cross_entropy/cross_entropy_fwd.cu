@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kReduceThreads) cross_entropy_reduce_kernel(Cr
   Total t = {0, 0, 0, 0};
   for (int64_t row = threadIdx.x; row < row_count(p.rows); row += kReduceThreads) {
     const int64_t target = target_of(p, row);
-    if (!is_counted(p, target)) continue;
+    if (!is_counted(p, target) || p.rows.n == 0) continue;  // of no classes the mean is NaN
     t.loss += double(static_cast<const A*>(p.row_loss)[row]);
     t.weight += p.target != nullptr && p.weight != nullptr ? double(static_cast<const A*>(p.weight)[target]) : 1.0;
     t.counted += 1;

@@ -21,6 +21,22 @@ struct CrossEntropyOptions {
   double temperature = 1;
 };
 
+// The arguments of the schemas behind input and target.
+#define TSE_OPTIONS                                                                                       \
+  const OptionalTensor &weight, int64_t ignore_index, std::string_view reduction, double label_smoothing, \
+      double z_loss_weight, std::optional<double> softcap, double temperature
+#define TSE_PACKED \
+  CrossEntropyOptions { weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature }
+#define TSE_UNPACKED(o) \
+  (o).weight, (o).ignore_index, (o).reduction, (o).label_smoothing, (o).z_loss_weight, (o).softcap, (o).temperature
+
+// Raises in the name of operator `op`. torch takes integer weights with class probabilities alone.
+void check_options(const char* op, const at::Tensor& input, const c10::SymInt& classes,
+                   const CrossEntropyOptions& options, bool integer_weight);
+
+// For autograd entries: below them gradients are off.
+void check_weight_gradient(const char* op, const OptionalTensor& weight);
+
 // Raises what torch.nn.functional.cross_entropy would. Reads no memory; sizes may be symbolic.
 void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options);
 

@@ -24,23 +24,6 @@ struct Threshold {
   }
 };
 
-// The largest element, NaN aside.
-template <class T>
-inline Acc<T> max_of(const T* x, int64_t n) {
-  using A = Acc<T>;
-  constexpr int kLanes = Accumulate<T>::kLanes;
-  const A low = -std::numeric_limits<A>::infinity();
-  Vec<T> m0 = splat<Vec<T>>(low), m1 = m0;
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Pair<Vec<T>> v = load2(x + i);
-    m0 = vmax(v.a, m0);
-    m1 = vmax(v.b, m1);
-  }
-  for (; i < n; i += kLanes) m0 = vmax(i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, low), m0);
-  return reduce_max(vmax(m0, m1));
-}
-
 // Elements that may be in the support, with room behind them for what pads them.
 template <class A>
 struct Candidates {
@@ -92,12 +75,12 @@ struct Candidates {
 template <class T>
 inline void collect(const T* x, int64_t n, Candidates<Acc<T>>& c) {
   c.count = 0;
-  c.max = max_of(x, std::min(kBlock, n));
+  c.max = block_max(x, std::min(kBlock, n));
   c.tau = -1;
   for (int64_t begin = 0, settled = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, n);
     const int64_t found = collect_above(x, begin, end, c.bound(), &c.values[c.count], &c.indices[c.count]);
-    if (begin > 0 && found > 0) c.raise_max(max_of(&c.values[c.count], found));
+    if (begin > 0 && found > 0) c.raise_max(block_max(&c.values[c.count], found));
     c.count += found;
     const bool last = end == n;
     if (last ? c.count > kFew && c.count != settled : c.count > settled + kFew / 2) {

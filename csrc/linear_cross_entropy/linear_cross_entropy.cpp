@@ -61,20 +61,7 @@ void check_linear_cross_entropy(const at::Tensor& input, const at::Tensor& linea
   TSE_CHECK_VALUE(options.chunk_size.value_or(1) > 0, kOp, "chunk_size",
                   "expected None or a positive number of rows, got ", *options.chunk_size);
 
-  const CrossEntropyOptions& o = options.loss;
-  parse_reduction(kOp, o.reduction);
-  TSE_CHECK(o.label_smoothing >= 0 && o.label_smoothing <= 1, kOp, "label_smoothing",
-            "expected a number between 0.0 and 1.0, got ", o.label_smoothing);
-  TSE_CHECK_VALUE(std::isfinite(o.z_loss_weight), kOp, "z_loss_weight", "expected a finite number, got ",
-                  o.z_loss_weight);
-  check_transform(kOp, o.softcap, o.temperature);
-  if (!o.weight.has_value()) return;
-  check_same_device(kOp, "weight", *o.weight, input);
-  TSE_CHECK(o.weight->is_floating_point(), kOp, "weight", "expected floating point, got ", o.weight->scalar_type());
-  TSE_CHECK(o.weight->dim() == 1 && equal(o.weight->sym_size(0), classes), kOp, "weight",
-            "expected one weight for each of ", classes, " classes, got shape ", o.weight->sym_sizes());
-  TSE_CHECK(!(o.weight->requires_grad() && c10::GradMode::is_enabled()), kOp, "weight",
-            "expected no gradient to be asked for (torch has none, either), got a tensor that requires grad");
+  check_options(kOp, input, classes, options.loss, /*integer_weight=*/false);
 }
 
 namespace {
@@ -88,8 +75,9 @@ at::Tensor call_cross_entropy(const at::Tensor& logits, const at::Tensor& target
                  o.temperature);
 }
 
-// A ninth of the rows: with what else a chunk needs, an eighth of the logits' memory. Each chunk reads and writes the
-// sum of grad_weight once: below 256 rows this shows beside its matrix products, from 1024 on it does not.
+// A ninth of the rows: with what else a chunk needs, an eighth of the logits' memory where rows are many. Each chunk
+// reads and writes the sum of grad_weight once: below 256 rows this shows beside its matrix products, from 1024 on it
+// does not.
 int64_t default_chunk_size(int64_t rows) { return std::clamp<int64_t>((rows + 8) / 9, 256, 1024); }
 
 // The gradients of float16 tensors leave in float32: they would underflow before the loss scale arrives in backward.

@@ -171,6 +171,7 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
 at::Tensor linear_cross_entropy_autograd(const at::Tensor& input, const at::Tensor& linear_weight,
                                          const at::Tensor& target, TSE_LINEAR_OPTIONS) {
   const Options options = TSE_LINEAR_PACKED;
+  check_weight_gradient("linear_cross_entropy", weight);
   const std::array<GradientPath, 3> paths = {
       gradient_path(input), gradient_path(linear_weight),
       linear_bias.has_value() ? gradient_path(*linear_bias) : GradientPath::kNone};

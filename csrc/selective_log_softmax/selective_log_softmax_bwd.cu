@@ -29,10 +29,10 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>)
     for (int64_t k = lane; k < count; k += kRowThreads) total += double(grad_logp[k]);
     total = row_reduce<kRowThreads>(total, [](double a, double b) { return a + b; });
     const SelectiveGrad<A> f = selective_grad<A>(p, row, total);
-    const bool has_entropy = p.grad_entropy != nullptr, has_cap = exponent.cap > 0;
+    const bool has_entropy = p.grad_entropy != nullptr, has_cap = exponent.capped;
     map_row<kRowThreads>(x, p.rows.stride_n, g, p.grad_rows.stride_n, n, [&](int64_t, A v) {
-      const A capped = exponent.capped(v), t = exponent(capped, f.m);
-      const A grad = exp2_term(t) * (has_entropy ? -f.level - f.slope * (t - f.mean) : -f.level);
+      const A capped = exponent.cap(v), t = exponent(capped, f.m);
+      const A grad = exp2_of(t) * (has_entropy ? -f.level - f.slope * (t - f.mean) : -f.level);
       return has_cap ? grad * (A(1) - capped * capped) : grad;
     });
     row_barrier<kRowThreads>();
@@ -46,9 +46,9 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>)
         grad += double(grad_logp[j]);
       }
       if (!is_first) continue;
-      const A capped = exponent.capped(to_acc(x[c * p.rows.stride_n])), t = exponent(capped, f.m);
+      const A capped = exponent.cap(to_acc(x[c * p.rows.stride_n])), t = exponent(capped, f.m);
       // Not from f.level: a p that is rounded to 1 must leave exactly nothing.
-      const double probability = double(exp2_term(t)) / double(f.sum), slope = double(f.slope) * double(f.sum);
+      const double probability = double(exp2_of(t)) / double(f.sum), slope = double(f.slope) * double(f.sum);
       double of_class = (grad - probability * total) / p.transform.temperature;
       if (has_entropy) of_class -= probability * slope * (double(t) - double(f.mean));
       if (has_cap) of_class *= 1 - double(capped) * double(capped);

@@ -23,7 +23,7 @@ template <class A>
 __device__ inline EntropySum<A> moved(const EntropySum<A>& s, A m, A largest) {
   if (s.m == m && s.largest == largest) return s;
   const bool empty = s.sum == 0;
-  const A down = s.m - m, scale = s.m == m ? A(1) : exp2_term(down);
+  const A down = s.m - m, scale = s.m == m ? A(1) : exp2_of(down);
   EntropySum<A> r;
   r.m = m;
   r.largest = largest;
@@ -45,7 +45,7 @@ __device__ inline void add(EntropySum<A>& s, const T* x, const Exponent<A>& expo
   A v[kCount], max = -infinity<A>();
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
-    v[k] = exponent.capped(to_acc(x[k]));
+    v[k] = exponent.cap(to_acc(x[k]));
     max = v[k] > max ? v[k] : max;
   }
   const A m = ceil(max * exponent.scale);
@@ -59,7 +59,7 @@ __device__ inline void add(EntropySum<A>& s, const T* x, const Exponent<A>& expo
   A sum = 0, linear = 0;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
-    const A t = exponent(v[k], reference), term = exp2_term(t);
+    const A t = exponent(v[k], reference), term = exp2_of(t);
     sum += term;
     if (kEntropy) linear += term * (t - s.largest);
   }
@@ -71,8 +71,8 @@ __device__ inline void add(EntropySum<A>& s, const T* x, const Exponent<A>& expo
 // arithmetic, so that a log-probability that must be 0 is 0.
 template <class A>
 __device__ inline A log_probability(const EntropySum<A>& s, A x, const Exponent<A>& exponent) {
-  if (x == -infinity<A>() && !(exponent.cap > 0)) return s.sum > 0 ? -infinity<A>() : infinity<A>() - infinity<A>();
-  const A capped = exponent.capped(x), t = fma(capped, exponent.scale, -s.m), term = exp2_term(t);
+  if (x == -infinity<A>() && !exponent.capped) return s.sum > 0 ? -infinity<A>() : infinity<A>() - infinity<A>();
+  const A capped = exponent.cap(x), t = fma(capped, exponent.scale, -s.m), term = exp2_of(t);
   const A l = term > s.sum * A(0.25) ? A(log2(term / s.sum)) : t - A(log2(s.sum));
   return l > 0 ? A(0) : l * kLn2<A>;
 }
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>)
     static_cast<A*>(p.row_sum)[row] = s.sum;
     if (!kEntropy) continue;
     const A mean = s.linear / s.sum;
-    static_cast<A*>(p.entropy)[row] = (A(log2(s.sum / exp2_term(s.largest))) - mean) * kLn2<A>;
+    static_cast<A*>(p.entropy)[row] = (A(log2(s.sum / exp2_of(s.largest))) - mean) * kLn2<A>;
     static_cast<A*>(p.row_mean)[row] = s.largest + mean;
   }
 }

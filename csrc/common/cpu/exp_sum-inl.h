@@ -6,7 +6,7 @@
 // well be above 1, and a block whose sum shows that it is not near the reference is added up again with its own.
 
 constexpr int64_t kBlock = kExpSumBlock;
-constexpr int64_t kReference = 512;  // elements whose maximum is the row's reference
+constexpr int64_t kReference = 512;  // elements whose maximum is the row's reference; terms of a short sum
 constexpr BlockSum kNothing = {-std::numeric_limits<double>::infinity(), 0};
 
 inline BlockSum join(BlockSum a, BlockSum b) {
@@ -38,23 +38,6 @@ struct Logits {
   A term_of(const T* x, A m) const { return term(cap(splat<Vec<T>>(load_one(x))), splat<Vec<T>>(m))[0]; }
   A reference(A max) const { return std::ceil(exponent(cap(splat<Vec<T>>(max)), Vec<T>{})[0]); }
 };
-
-// Max of `x`, NaN aside.
-template <class T>
-inline Acc<T> block_max(const T* x, int64_t n) {
-  using A = Acc<T>;
-  constexpr int kLanes = Accumulate<T>::kLanes;
-  const A low = -std::numeric_limits<A>::infinity();
-  Vec<T> m0 = splat<Vec<T>>(low), m1 = m0;
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Pair<Vec<T>> v = load2(x + i);
-    m0 = vmax(v.a, m0);
-    m1 = vmax(v.b, m1);
-  }
-  for (; i < n; i += kLanes) m0 = vmax(i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, low), m0);
-  return reduce_max(vmax(m0, m1));
-}
 
 template <class T>
 inline Acc<T> row_reference(const T* x, int64_t n, const Logits<T>& logits) {
@@ -125,17 +108,24 @@ inline BlockSum block_linear_sum(const T* x, int64_t n, Acc<T> row_reference, co
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   return block_sums_by(x, n, row_reference, logits, [&](A m) {
-    Vec<T> sum = {}, linear = {}, mass = {};
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, n - i);
-      const Vec<T> v = count == kLanes ? load(x + i) : load_part(x + i, count, A(0));
-      const Vec<T> t = logits.exponent(logits.cap(v), splat<Vec<T>>(m)), c = u(i, count);
-      Vec<T> term = exp2<T>(t), product = c * t;
-      for (int64_t k = count; k < kLanes; ++k) term[k] = product[k] = 0;
-      sum += term;
-      linear += product;
-      mass += c;
+    BlockSum total = {double(m), 0};
+    for (int64_t begin = 0; begin < n; begin += kReference) {  // terms of linear may be large and alike: short sums
+      Vec<T> sum = {}, linear = {}, mass = {};
+      const int64_t end = std::min(begin + kReference, n);
+      for (int64_t i = begin; i < end; i += kLanes) {
+        const int64_t count = std::min<int64_t>(kLanes, end - i);
+        const Vec<T> v = count == kLanes ? load(x + i) : load_part(x + i, count, A(0));
+        const Vec<T> t = logits.exponent(logits.cap(v), splat<Vec<T>>(m)), c = u(i, count);
+        Vec<T> term = exp2<T>(t), product = c * t;
+        for (int64_t k = count; k < kLanes; ++k) term[k] = product[k] = 0;
+        sum += term;
+        linear += product;
+        mass += c;
+      }
+      total.sum += double(reduce_add(sum));
+      total.linear += double(reduce_add(linear));
+      total.mass += double(reduce_add(mass));
     }
-    return BlockSum{double(m), double(reduce_add(sum)), double(reduce_add(linear)), double(reduce_add(mass))};
+    return total;
   });
 }

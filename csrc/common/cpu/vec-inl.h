@@ -391,6 +391,23 @@ inline float reduce_max(VecF v) {
 }
 #endif
 
+// Max of `x`, NaN aside.
+template <class T>
+inline Acc<T> block_max(const T* x, int64_t n) {
+  using A = Acc<T>;
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  const A low = -std::numeric_limits<A>::infinity();
+  Vec<T> m0 = splat<Vec<T>>(low), m1 = m0;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Pair<Vec<T>> v = load2(x + i);
+    m0 = vmax(v.a, m0);
+    m1 = vmax(v.b, m1);
+  }
+  for (; i < n; i += kLanes) m0 = vmax(i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, low), m0);
+  return reduce_max(vmax(m0, m1));
+}
+
 // ---- transposition ------------------------------------------------------------------------------------------------
 
 // Swaps the blocks of `half` lanes that lie off the diagonal, then those inside the blocks.
