@@ -89,11 +89,13 @@ def cross_entropy(
         TypeError: an argument of another type.
     """
     if not torch.compiler.is_compiling():
-        options = (weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature)
         if not inplace_backward:
-            result = _fast(input, target, *options)
+            result = _fast(
+                input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature
+            )
             if result is not NotImplemented:
                 return result
+        options = (weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature)
         _check("cross_entropy", input, target, *options)
         if inplace_backward:
             return _inplace_op(input, target, *options)

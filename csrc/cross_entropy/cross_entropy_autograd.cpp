@@ -132,21 +132,27 @@ at::Tensor target_gradient(const at::Tensor& grad_output, const at::Tensor& inpu
 constexpr std::string_view kReductions[] = {"none", "mean", "sum"};  // by their codes
 
 void save(AutogradContext* ctx, const CrossEntropyOptions& o, variable_list tensors) {
-  tensors.push_back(o.weight.value_or(at::Tensor()));
+  if (o.weight.has_value()) tensors.push_back(*o.weight);
   ctx->save_for_backward(std::move(tensors));
-  ctx->saved_data["options"] =
-      std::make_tuple(o.ignore_index, static_cast<int64_t>(parse_reduction("cross_entropy", o.reduction)),
-                      o.label_smoothing, o.z_loss_weight, o.softcap, o.temperature);
+  const auto reduction = static_cast<int64_t>(parse_reduction("cross_entropy", o.reduction));
+  const bool is_plain = o.label_smoothing == 0 && o.z_loss_weight == 0 && !o.softcap.has_value() && o.temperature == 1;
+  if (is_plain) {  // in small calls a longer tuple shows
+    ctx->saved_data["options"] = std::make_tuple(o.ignore_index, reduction);
+  } else {
+    ctx->saved_data["options"] =
+        std::make_tuple(o.ignore_index, reduction, o.label_smoothing, o.z_loss_weight, o.softcap, o.temperature);
+  }
 }
 
-// The tensors are those given to save, the weight behind them.
-CrossEntropyOptions saved_options(AutogradContext* ctx, const variable_list& tensors) {
+// Of `count` tensors that were saved before the weight.
+CrossEntropyOptions saved_options(AutogradContext* ctx, const variable_list& tensors, size_t count) {
   const auto tuple = ctx->saved_data["options"].toTuple();
   const auto& o = tuple->elements();
   CrossEntropyOptions options;
-  if (tensors.back().defined()) options.weight = tensors.back();
+  if (tensors.size() > count) options.weight = tensors.back();
   options.ignore_index = o[0].toInt();
   options.reduction = kReductions[o[1].toInt()];
+  if (o.size() == 2) return options;
   options.label_smoothing = o[2].toDouble();
   options.z_loss_weight = o[3].toDouble();
   options.softcap = o[4].toOptional<double>();
@@ -172,6 +178,12 @@ class GradOutputGuess {
   std::atomic<double> last_ = 1;
   std::atomic<bool> repeated_ = true;
 };
+
+// The number in a plain CPU tensor. item() goes through the dispatcher, which shows in small calls.
+double number_in(const at::Tensor& t) {
+  if (t.is_neg()) return t.item<double>();
+  return t.scalar_type() == at::kDouble ? *t.const_data_ptr<double>() : double(*t.const_data_ptr<float>());
+}
 
 GradOutputGuess& guess_for(std::string_view reduction) {
   static GradOutputGuess mean, sum;
@@ -222,14 +234,14 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
     const auto saved = ctx->get_saved_variables();
-    const CrossEntropyOptions options = saved_options(ctx, saved);
+    const CrossEntropyOptions options = saved_options(ctx, saved, 3);
     const at::Tensor &grad_output = grad_outputs[0], &input = saved[0], &target = saved[1];
     if (at::GradMode::is_enabled())  // somebody will differentiate this gradient
       return differentiable_gradients(ctx, input, target, options, grad_outputs);
     at::Tensor grad_input, grad_target;
     if (ctx->needs_input_grad(1)) grad_target = target_gradient(grad_output, input, target, saved[2], options);
     if (options.reduction != "none" && is_plain_cpu(input) && is_plain_cpu(grad_output)) {
-      const double g = grad_output.item<double>();
+      const double g = number_in(grad_output);
       guess_for(options.reduction).observe(g);
       if (const auto found = ctx->saved_data.find("grad_input"); found != ctx->saved_data.end()) {
         if (ctx->saved_data["guess"].toDouble() == g) grad_input = found->second.toTensor();
@@ -256,7 +268,7 @@ struct CrossEntropyMetrics : torch::autograd::Function<CrossEntropyMetrics> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const CrossEntropyOptions options = saved_options(ctx, saved);
+    const CrossEntropyOptions options = saved_options(ctx, saved, 4);
     const at::Tensor &input = saved[0], &target = saved[1], &lse = saved[3];
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return {{}, {}, {}};
     if (at::GradMode::is_enabled()) return differentiable_gradients(ctx, input, target, options, grads);
@@ -307,7 +319,7 @@ struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
     if (reduction == "none") {
       gradient.mul_(gradient.dim() == 1 ? g.reshape({}) : g.unsqueeze(1));
     } else if (is_plain_cpu(g)) {
-      const double value = g.item<double>();
+      const double value = number_in(g);
       guess_for(reduction).observe(value);
       if (value != guess) gradient.mul_(value / guess);
     } else {
@@ -318,7 +330,9 @@ struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
 };
 
 GradientPath path_of(const at::Tensor& input, const at::Tensor& target) {
-  const GradientPath of_input = gradient_path(input), of_target = gradient_path(target);
+  const GradientPath of_input = gradient_path(input);
+  if (!target.is_floating_point()) return of_input;
+  const GradientPath of_target = gradient_path(target);
   return of_target == GradientPath::kComposed || of_input == GradientPath::kNone ? of_target : of_input;
 }
 
