@@ -37,7 +37,7 @@ def markdown(run):
             peak = f"{memory['ours'] / row['bytes']:.2f} : {memory['eager'] / row['bytes']:.2f}"
         shape = "×".join(map(str, row["shape"])) + " " + dtype_name(row)
         shape += "" if row["scale"] == 1 else f", σ = {row['scale']}"
-        shape += f", {row['label']}" if row["label"] else ""
+        shape += f", {row['label']}" if row.get("label") else ""
         cells = [row["operator"], shape, row["mode"], duration(s["ours"]), roof, *ratios, peak]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
