@@ -68,8 +68,8 @@ HALF_REASON = (
     "read the bytes in 0.9 to 1.4 ms, by run"
 )
 STEPS_REASON = (
-    "158 to 327 elements are in the support instead of 4 or 5, and Newton's 5 to 10 steps from max - 1 (counted in fp64) "
-    "touch 1.3 to 244 thousand elements a row instead of 24 to 75"
+    "158 to 327 elements are in the support instead of 4 or 5, and Newton's 5 to 10 steps from max - 1, counted in "
+    "fp64, touch 1.3 to 244 thousand elements a row instead of 24 to 75"
 )
 
 GOALS = (
@@ -142,8 +142,8 @@ GOALS = (
         roof,
         "{:.2f} × copy",
         2,
-        reason="at n = 512 a row costs 590 cycles (180 for its copy, from cache): two passes for maximum and candidates "
-        "are three fifths of them, Newton's steps a sixth, zeros a seventh (perf); at 8192 1.6 to 2.8 × by run",
+        reason="at n = 512 a row costs 590 cycles (180 for its copy, from cache): two passes for maximum and "
+        "candidates are three fifths of them, Newton's steps a sixth, zeros a seventh (perf); at 8192 1.6 to 2.8 × by run",
     ),
     Goal(
         "sparsemax",
@@ -152,8 +152,8 @@ GOALS = (
         roof,
         "{:.2f} × copy",
         4,
-        reason="of a row's 160 cycles (27 for its copy, from cache) two fifths are Newton's steps for 16 rows at once, a "
-        "third transposition and maxima, the rest copying in and writing (perf)",
+        reason="of a row's 160 cycles (27 for its copy, from cache) two fifths are Newton's steps for 16 rows at once, "
+        "a third transposition and maxima, the rest copying in and writing (perf)",
     ),
     Goal(
         "sparsemax",
