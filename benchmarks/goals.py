@@ -143,7 +143,7 @@ GOALS = (
         "{:.2f} × copy",
         2,
         reason="at n = 512 a row costs 590 cycles (180 for its copy, from cache): two passes for maximum and "
-        "candidates are three fifths of them, Newton's steps a sixth, zeros a seventh (perf); at 8192 1.6 to 2.8 × by run",
+        "candidates are three fifths of them, Newton's steps a sixth, zeros a seventh (perf); at 8192 1.6–2.8 × by run",
     ),
     Goal(
         "sparsemax",
