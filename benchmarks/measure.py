@@ -82,7 +82,7 @@ def measure(specs, threads, rounds=7, pattern="", skip=()):
         torch._dynamo.reset()
         x = (torch.randn(shape.shape) * shape.scale).to(shape.dtype)
         args = (shape.args or spec.bench_args)(x)
-        functions = providers(spec, shape.options)
+        functions = providers(spec, shape.options, shape.functions)
         others = () if mode == "in place" else functions  # nobody else can
         names = [n for n in ("ours", *others) if n not in skip]
         calls = {n: call(functions[n], mode, x, args) for n in dict.fromkeys(names)}

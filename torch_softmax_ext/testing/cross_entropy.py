@@ -302,6 +302,13 @@ _ERRORS = (
 
 _TRAINING = ("forward+backward",)
 
+
+def _metrics(input, target):
+    """What cross_entropy_with_metrics returns, as one would write it in torch."""
+    predictions = input.argmax(1)
+    return F.cross_entropy(input, target), input.logsumexp(1), (predictions == target).float().mean(), predictions
+
+
 SPEC = OpSpec(
     name="cross_entropy",
     op=tse.cross_entropy,
@@ -320,6 +327,9 @@ SPEC = OpSpec(
         BenchShape((1024, 32000), torch.bfloat16),
         BenchShape((256, 128256), torch.bfloat16),
         BenchShape((1, 128256)),
+        BenchShape(
+            (1024, 32000), label="metrics", modes=("forward",), functions=(tse.cross_entropy_with_metrics, _metrics)
+        ),
         BenchShape((1024, 32000), label="smoothing", options={"label_smoothing": 0.1}, modes=_TRAINING),
         BenchShape(
             (1024, 32000), label="softcap, z-loss", options={"softcap": 30.0, "z_loss_weight": 1e-4}, modes=_TRAINING

@@ -44,6 +44,7 @@ class BenchShape:
     options: dict = field(default_factory=dict)  # keywords of the call
     args: Callable | None = None  # instead of the spec's bench_args
     modes: tuple[str, ...] | None = None  # instead of all the spec's bench_modes
+    functions: tuple[Callable, Callable] | None = None  # ours and torch's, instead of the spec's
 
 
 @dataclass(frozen=True)
