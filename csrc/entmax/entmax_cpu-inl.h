@@ -24,15 +24,53 @@ struct Threshold {
   }
 };
 
-// Elements that may be in the support, with room behind them for what pads them.
+// Max of x[0, n), NaN aside, and Σ (x - base).
+template <class T>
+inline std::pair<Acc<T>, Acc<T>> max_and_sum(const T* x, int64_t n, Acc<T> base) {
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  const Acc<T> low = -std::numeric_limits<Acc<T>>::infinity();
+  Vec<T> max[2] = {splat<Vec<T>>(low), splat<Vec<T>>(low)}, sum[2] = {};
+  const auto add = [&](Vec<T> v, int k) {
+    max[k] = vmax(v, max[k]);
+    sum[k] += v - base;
+  };
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Pair<Vec<T>> v = load2(x + i);
+    add(v.a, 0);
+    add(v.b, 1);
+  }
+  for (; i + kLanes <= n; i += kLanes) add(load(x + i), 0);
+  if (i < n) {
+    max[0] = vmax(load_part(x + i, n - i, low), max[0]);
+    sum[0] += load_part(x + i, n - i, base) - base;
+  }
+  return {reduce_max(vmax(max[0], max[1])), reduce_add(sum[0] + sum[1])};
+}
+
+// Elements of a row that may be in the support. Behind them there is room for a vector, and, in front, for the few of
+// the rows before, which wait there for being solved together.
 template <class A>
 struct Candidates {
-  std::unique_ptr<A[]> values;
-  std::unique_ptr<uint32_t[]> indices;
+  std::unique_ptr<A[]> all_values;
+  std::unique_ptr<uint32_t[]> all_indices;
+  A* values;
+  uint32_t* indices;
   int64_t count = 0;
   A max = -std::numeric_limits<A>::infinity();
   double tau = -1;     // relative to max; a lower bound of the row's, exact for the candidates after `shrink`
-  explicit Candidates(int64_t n) : values(new A[n + kFew]), indices(new uint32_t[n + kFew]) {}
+  explicit Candidates(int64_t n)
+      : all_values(new A[n + kFew * (kFloats + 1)]), all_indices(new uint32_t[n + kFew * (kFloats + 1)]) {
+    first_row();
+  }
+  void first_row() {
+    values = all_values.get();
+    indices = all_indices.get();
+  }
+  void next_row(int64_t room) {  // those of this row stay
+    values += room;
+    indices += room;
+  }
 
   void raise_max(A to) {
     if (to > max) tau = std::max(-1.0, tau + double(max) - double(to));
@@ -45,9 +83,9 @@ struct Candidates {
     return b - std::abs(b) * std::numeric_limits<A>::epsilon();
   }
 
-  // Newton's steps, each of which drops what it leaves behind.
+  // Newton's steps, each of which drops what it leaves behind; `once`: no more than one.
   template <class V>
-  void shrink() {
+  void shrink(bool once) {
     constexpr int64_t kLanes = sizeof(V) / sizeof(A);
     for (int64_t support = count + 1;;) {
       const Threshold<A> t(max, tau);
@@ -65,26 +103,92 @@ struct Candidates {
       }
       tau += (total - 1) / double(kept);
       count = kept;
-      if (kept >= support) return;
+      if (kept >= support || once) return;
       support = kept;
     }
   }
 };
 
+// Σ (x - bound)_+ and how many x are above.
+template <class T>
+inline std::pair<double, double> excess_over(const T* x, int64_t n, Acc<T> bound) {
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  Vec<T> sum[2] = {};
+  int64_t count = 0;
+  const auto add = [&](Vec<T> v, int k) {
+    v -= bound;
+    sum[k] += vmax(Vec<T>{}, v);
+    count += __builtin_popcount(mask_above(v, Acc<T>(0)));
+  };
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Pair<Vec<T>> v = load2(x + i);
+    add(v.a, 0);
+    add(v.b, 1);
+  }
+  for (; i < n; i += kLanes) add(i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, bound), 0);
+  return {double(reduce_add(sum[0] + sum[1])), double(count)};
+}
+
+// f(t) = Σ (x - t)_+ of x[0, n), n <= kBlock, at max + at, and where Newton's step for f = 1 leads from there: to a
+// lower bound of the threshold, wherever it began; to -inf where nothing is above.
+struct Excess {
+  double at, f, count;
+  double step() const { return at + (f - 1) / count; }
+};
+template <class T>
+inline Excess excess_at(const T* x, int64_t n, Acc<T> max, double at) {
+  using A = Acc<T>;
+  A bound = A(double(max) + at);  // rounded down: nothing between it and max + at is missed
+  if (double(bound) > double(max) + at) bound = std::nextafter(bound, -std::numeric_limits<A>::infinity());
+  const auto [f, count] = excess_over(x, n, bound);
+  return {double(bound) - double(max), f, count};
+}
+
+// The threshold of a row with most elements in the support: nothing is collected, and count is n. False where numbers
+// are so large that nothing lies between max - 1 and max.
+template <class T>
+inline bool solve_flat(const T* x, int64_t n, Candidates<Acc<T>>& c) {
+  double tau = c.tau;
+  for (double support = double(n) + 1;;) {
+    const Excess e = excess_at(x, n, c.max, tau);
+    if (e.count == 0) return false;
+    tau = e.step();
+    if (e.count >= support) break;
+    support = e.count;
+  }
+  c.tau = tau;
+  c.count = n;
+  return true;
+}
+
 // Fills in the candidates of a row and, unless they are few, their threshold.
 template <class T>
 inline void collect(const T* x, int64_t n, Candidates<Acc<T>>& c) {
+  const int64_t first = std::min(kBlock, n);
+  const Acc<T> base = load_one(x);
+  const auto [max, sum] = max_and_sum(x, first, base);
   c.count = 0;
-  c.max = block_max(x, std::min(kBlock, n));
+  c.max = max;
   c.tau = -1;
+  // Newton's step from below all x leads to mean - 1/n. Where that is above max - 1, the row is flat, all would be
+  // candidates, and it pays to guess: f is convex, and log f mostly concave, so that their tangents meet f = 1 before
+  // and behind the threshold. Between them is a good point for another step.
+  const double mean = (double(sum) - 1) / double(first) + (double(base) - double(max));
+  const Excess e = mean > -1 ? excess_at(x, first, max, mean) : Excess{};
+  if (e.count > 0) {
+    const Excess g = excess_at(x, first, max, (e.step() + e.at + e.f * std::log(e.f) / e.count) / 2);
+    c.tau = std::max({c.tau, e.step(), g.step()});
+    if (n == first && 4 * g.count > double(n) && solve_flat(x, n, c)) return;
+  }
   for (int64_t begin = 0, settled = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, n);
     const int64_t found = collect_above(x, begin, end, c.bound(), &c.values[c.count], &c.indices[c.count]);
     if (begin > 0 && found > 0) c.raise_max(block_max(&c.values[c.count], found));
     c.count += found;
     const bool last = end == n;
-    if (last ? c.count > kFew && c.count != settled : c.count > settled + kFew / 2) {
-      c.template shrink<Vec<T>>();
+    if (last ? c.count > kFew : c.count > settled + settled / 2 + kFew / 2) {
+      c.template shrink<Vec<T>>(/*once=*/!last);
       settled = c.count;
     }
   }
@@ -119,10 +223,10 @@ struct RowGroup {
   using A = Acc<T>;
   using V = Vec<T>;
   static constexpr int kRows = Accumulate<T>::kLanes, kParts = 8;
-  alignas(64) A values[kRows][kFew];
-  alignas(64) uint32_t indices[kRows][kFew];
+  int64_t count[kRows] = {};  // 0: there is no such row, or it is done
+  const A* values[kRows];     // of long rows: their candidates
+  const uint32_t* indices[kRows];
   alignas(64) A max[kRows], tau[kRows], rest[kRows];  // of row i: tau + rest, relative to max
-  int64_t count[kRows] = {};  // 0: this row is done
 
   Threshold<A> threshold(int64_t i) const { return {max[i], tau[i], rest[i]}; }
 
@@ -133,8 +237,9 @@ struct RowGroup {
       for (int64_t c = 0; c < n; c += 4) {
         for (int k = 0; k < 4; ++k) {
           const V p = z[c + k] - t;
-          sum[k] += vmax(V{}, p);
-          count[k] = p > V{} ? count[k] + A(1) : count[k];
+          const auto below = p <= V{};  // NaN is not
+          sum[k] = below ? sum[k] : sum[k] + p;
+          count[k] = below ? count[k] : count[k] + A(1);
         }
       }
       const V active = (count[0] + count[1]) + (count[2] + count[3]);
@@ -146,13 +251,15 @@ struct RowGroup {
     }
   }
 
-  void solve() {
+  // vector(i, c): elements of row i from c < count[i] on, -inf behind the last.
+  template <class F>
+  void solve(const F& vector) {
     const A low = -std::numeric_limits<A>::infinity();
     const int64_t most = *std::max_element(count, count + kRows);
     V z[kFew];
     int64_t n = 0;
     for (; n < most || n % kParts != 0; n += kRows) {
-      for (int64_t i = 0; i < kRows; ++i) z[n + i] = n < count[i] ? load(&values[i][n]) : splat<V>(low);
+      for (int64_t i = 0; i < kRows; ++i) z[n + i] = n < count[i] ? vector(i, n) : splat<V>(low);
       transpose(z + n);
     }
     // The largest element of each of eight parts: their tau is a good lower bound, and costs a fraction of a step.
@@ -183,27 +290,31 @@ inline void sparsemax_rows(const X& x, const Y& y, int64_t begin, int64_t end, i
   for (int64_t row = begin; row < end; row += g.kRows) {
     const int64_t rows = std::min<int64_t>(g.kRows, end - row);
     std::fill(g.count + rows, g.count + g.kRows, 0);
+    if (n <= kFew) {
+      std::fill(g.count, g.count + rows, n);
+      g.solve([&](int64_t i, int64_t j) {
+        return j + g.kRows <= n ? load(x(row + i) + j) : load_part(x(row + i) + j, n - j, low);
+      });
+      for (int64_t i = 0; i < rows; ++i) write_all(x(row + i), y(row + i), n, g.threshold(i));
+      continue;
+    }
+    c.first_row();
     for (int64_t i = 0; i < rows; ++i) {
       const T* from = x(row + i);
-      if (n <= kFew) {
-        g.count[i] = n;
-        for (int64_t j = 0; j < n; j += g.kRows)
-          store(&g.values[i][j], j + g.kRows <= n ? load(from + j) : load_part(from + j, n - j, low));
-        continue;
-      }
       collect(from, n, c);
       g.count[i] = c.count;
       if (c.count == 0 || c.count > kFew) {  // 0: -inf alone
         const Threshold<A> t = c.count == 0 ? Threshold<A>(A(0), 0.0) : Threshold<A>(c.max, c.tau);
-        write_row(from, y(row + i), n, t, &c.values[0], &c.indices[0], c.count);
+        write_row(from, y(row + i), n, t, c.values, c.indices, c.count);
         g.count[i] = 0;
         continue;
       }
       store(&c.values[c.count], splat<Vec<T>>(low));
-      for (int64_t j = 0; j < c.count; j += g.kRows) store(&g.values[i][j], load(&c.values[j]));
-      for (int64_t j = 0; j < c.count; j += kFloats) store(&g.indices[i][j], load(&c.indices[j]));
+      g.values[i] = c.values;
+      g.indices[i] = c.indices;
+      c.next_row((c.count + g.kRows - 1) / g.kRows * g.kRows);
     }
-    g.solve();
+    g.solve([&](int64_t i, int64_t j) { return load(g.values[i] + j); });
     for (int64_t i = 0; i < rows; ++i)
       if (g.count[i] > 0) write_row(x(row + i), y(row + i), n, g.threshold(i), g.values[i], g.indices[i], g.count[i]);
   }

@@ -71,6 +71,10 @@ def _samples(device, dtype):
     yield Sample("peaky", logits(6, 50, scale=100.0))
     yield Sample("tied", torch.ones(4, 17, dtype=dtype, device=device))
     yield Sample("offset", logits(4, 100) + 100)
+    yield Sample("flat", logits(5, 500, scale=1e-2))
+    yield Sample("flat-blocks", logits(3, 3000, scale=1e-2))
+    yield Sample("flat-offset", logits(5, 700, scale=3e-3).sort().values + 1e4)
+    yield Sample("all-equal", torch.full((3, 300), 3e4, dtype=dtype, device=device))
     holes = logits(4, 40)
     holes[:, ::3] = -_INF
     yield Sample("minus-inf", holes)
