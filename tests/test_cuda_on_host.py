@@ -72,7 +72,7 @@ PLANTS = {
         ("plain", "divergent barrier"),
     ),
     "read-past-the-row": (
-        ("common/cuda/vec.cuh", r"if \(tail \+ lane < n\)", "if (tail + lane <= n)"),
+        ("common/cuda/vec.cuh", r"if \(tail \+ lane < n\) scalar", "if (tail + lane <= n) scalar"),
         ("asan", "heap-buffer-overflow"),
     ),
     "unaligned-load": (

@@ -92,12 +92,12 @@ SANITIZERS = {
 def sources_of(folder):
     """What each object of a finished build was made from, resolved."""
     output = subprocess.run(["ninja", "-C", folder, "-t", "deps"], capture_output=True, text=True, check=True).stdout
-    made_of = {}
+    made_of, files = {}, set()
     for line in output.splitlines():
-        if not line.startswith(" "):
-            files = made_of.setdefault(line.split(":")[0], set())
-        else:
+        if line.startswith(" "):
             files.add((folder / line.strip()).resolve())
+        elif line:
+            files = made_of.setdefault(line.split(":")[0], set())
     return made_of
 
 
