@@ -27,6 +27,10 @@ def cuda_include():
     return None
 
 
+def object_name(source):
+    return f"{Path(source).parent.name}_{Path(source).name}.o"
+
+
 def ninja(folder, objects, link, output):
     """Builds `output` from (source, flags) pairs; what is up to date stays."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +40,7 @@ def ninja(folder, objects, link, output):
     ]
     names = []
     for source, flags in objects:
-        names.append(f"{Path(source).parent.name}_{Path(source).name}.o")
+        names.append(object_name(source))
         language = "-x c++ " if Path(source).suffix == ".cu" else ""
         lines.append(f"build {names[-1]}: cxx {source}\n  flags = {flags} {language}")
     lines.append(f"build {output}: link {' '.join(names)}")
@@ -85,24 +89,40 @@ SANITIZERS = {
 }
 
 
+def sources_of(folder):
+    """What each object of a finished build was made from, resolved."""
+    output = subprocess.run(["ninja", "-C", folder, "-t", "deps"], capture_output=True, text=True, check=True).stdout
+    made_of, files = {}, set()
+    for line in output.splitlines():
+        if line.startswith(" "):
+            files.add((folder / line.strip()).resolve())
+        elif line:
+            files = made_of.setdefault(line.split(":")[0], set())
+    return made_of
+
+
 def program(mode, plant=None):
     """kernels_main under a sanitizer. `plant` is (name, file below csrc, regular expression, replacement): a bug that
-    goes into a copy of the sources; the expression must match exactly once."""
-    sources, folder = ROOT / "csrc", BUILD / mode
+    goes into a copy of the sources; the expression must match exactly once. What does not see it is not built again."""
+    kernels, executor = SANITIZERS[mode]
+    sources, folder, untouched = ROOT / "csrc", BUILD / mode, []
     if plant is not None:
         name, file, pattern, replacement = plant
+        made_of = sources_of(program(mode).parent)
+        untouched = [n for n in made_of if sources / file not in made_of[n]]
         folder = BUILD / f"{mode}-{name}"
         sources = folder / "csrc"
         shutil.rmtree(sources, ignore_errors=True)
-        shutil.copytree(sources.parents[3] / "csrc", sources)
+        shutil.copytree(ROOT / "csrc", sources)
         text, count = re.subn(pattern, replacement, (sources / file).read_text(), flags=re.M)
         assert count == 1, f"the planted bug {name} matches {count} places of {file}"
         (sources / file).write_text(text)
-    kernels, executor = SANITIZERS[mode]
     # The executor itself is never instrumented: it tells the sanitizers what its fibres do.
     objects = [(HERE / "executor.cpp", f"-std=c++17 -O1 -g {executor} {kernel_flags(sources)}")]
     objects += [
         (source, f"-std=c++17 -O1 -g {kernels} {kernel_flags(sources)}")
         for source in [*sorted(sources.rglob("*.cu")), HERE / "kernels_main.cpp"]
     ]
-    return ninja(folder, objects, kernels, "kernels_main")
+    built = [str(BUILD / mode / n) for n in untouched]
+    objects = [o for o in objects if object_name(o[0]) not in untouched]
+    return ninja(folder, objects, " ".join([*built, kernels]), "kernels_main")

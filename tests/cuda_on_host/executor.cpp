@@ -49,13 +49,15 @@ thread_local Options options = [] {
   Options o;
   o.descending = order != nullptr && std::strcmp(order, "descending") == 0;
   if (const char* block = std::getenv("TSE_CUDA_ONLY_BLOCK")) o.first_block = o.last_block = std::atoll(block);
+  if (const char* count = std::getenv("TSE_CUDA_MULTIPROCESSORS")) o.multiprocessors = std::atoi(count);
+  if (const char* bytes = std::getenv("TSE_CUDA_SHARED_BYTES")) o.shared_bytes = std::atoll(bytes);
   return o;
 }();
 
 namespace {
 
-constexpr size_t kStackBytes = 128 * 1024, kPage = 4096, kSharedBytes = 48 * 1024, kRedZone = 64;
-constexpr size_t kStaticBytes = 2 * kSharedBytes;  // with room for the red zones
+constexpr size_t kStackBytes = 128 * 1024, kPage = 4096, kRedZone = 64;
+constexpr size_t kStaticBytes = 96 * 1024;  // 48 KiB, which is the hardware's limit, with room for the red zones
 
 void copy(void* to, const void* from, size_t n) {
   for (size_t i = 0; i < n; ++i) static_cast<volatile char*>(to)[i] = static_cast<const char*>(from)[i];
@@ -78,6 +80,8 @@ struct Fibre {
   int source = -1;         // lane whose value it wants, -1 for none
   size_t bytes = 0;
   unsigned warp_generation = 0;
+  bool fenced = false;     // has gone through a fence since its last atomic operation
+  void* atomic = nullptr;  // operand of that
   alignas(8) char value[8], result[8];
   char* stack = nullptr;
 #if defined(__x86_64__)
@@ -107,11 +111,17 @@ struct Engine {
   char* static_memory = nullptr;
   size_t static_used = 0, shared_bytes = 0;
   char* dynamic_memory = nullptr;
-  char barrier_words[2], warp_words[2][32], launch_word, end_word;
+  // What ThreadSanitizer takes for the barriers; each block has its own, or it would order blocks.
+  struct Words {
+    char barrier[2], warp[2][32];
+  };
+  Words* words = nullptr;
+  char launch_word, end_word;
   const void* main_stack = nullptr;
   size_t main_stack_bytes = 0;
 };
 thread_local std::unique_ptr<Engine> engine;
+thread_local int64_t launches = 0;
 
 #if defined(__x86_64__)
 // Saves the callee-saved registers on the stack, exchanges stacks, restores.
@@ -288,7 +298,7 @@ void block_barrier(Location here) {
   Fibre* f = e.running;
   f->state = State::kAtBarrier;
   f->here = here;
-  IF_TSAN(void* word = &e.barrier_words[e.generation % 2]; __tsan_release(word);)
+  IF_TSAN(void* word = &e.words->barrier[e.generation % 2]; __tsan_release(word);)
   ++e.arrived;
   check_barrier();
   yield();
@@ -337,9 +347,27 @@ void warp_exchange(Location here, unsigned mask, const void* value, size_t bytes
 
 void warp_barrier(Location here) {
   Fibre* f = engine->running;
-  IF_TSAN(void* word = &engine->warp_words[f->warp_generation++ % 2][f->index.thread.x / 32]; __tsan_release(word);)
+  IF_TSAN(void* word = &engine->words->warp[f->warp_generation++ % 2][f->index.thread.x / 32]; __tsan_release(word);)
   warp_exchange(here, 0xffffffffu, nullptr, 0, /*source=*/-1, nullptr);
   IF_TSAN(__tsan_acquire(word);)
+}
+
+// What a thread wrote before a fence is seen by whoever, behind the atomic operation that followed it, finds that
+// operation's value and then goes through a fence, too.
+void fence() {
+  Fibre* f = engine->running;
+  f->fenced = true;
+  IF_TSAN(if (f->atomic != nullptr) __tsan_acquire(f->atomic);)
+}
+
+unsigned atomic_increment(unsigned* p, unsigned last) {
+  Fibre* f = engine->running;
+  IF_TSAN(if (f->fenced) __tsan_release(p);)
+  f->fenced = false;
+  f->atomic = p;
+  const unsigned value = *p;
+  *p = value >= last ? 0 : value + 1;
+  return value;
 }
 
 void* shared_array(const void* place, size_t bytes) {
@@ -349,9 +377,9 @@ void* shared_array(const void* place, size_t bytes) {
   char* data = e.static_memory + e.static_used;
   e.static_used += (bytes + kRedZone + 63) / 64 * 64;
   e.shared_bytes += bytes;
-  if (e.shared_bytes > kSharedBytes)  // what a block has without asking for more
+  if (e.shared_bytes > size_t(options.shared_bytes))
     fail("static and dynamic shared memory take " + std::to_string(e.shared_bytes) + " bytes, of " +
-         std::to_string(kSharedBytes));
+         std::to_string(options.shared_bytes));
   if (e.static_used > kStaticBytes || e.shared.size() == e.shared.capacity()) fail("too much static shared memory");
   IF_ASAN(__asan_unpoison_memory_region(data, bytes);)
   fill(data, bytes);
@@ -361,13 +389,17 @@ void* shared_array(const void* place, size_t bytes) {
 
 void* dynamic_shared() { return engine->dynamic_memory; }
 
+extern "C" int64_t cuda_on_host_launches() { return launches; }
+
 // ---- launch -------------------------------------------------------------------------------------------------------
 
 void launch(const char* kernel, int64_t blocks, int threads, size_t dynamic_bytes, const std::function<void()>& body) {
   const std::string prefix = std::string("cuda_on_host: ") + kernel + ": ";
-  if (blocks < 1 || blocks > 2147483647 || threads < 1 || threads > 1024 || dynamic_bytes > kSharedBytes)
+  if (blocks < 1 || blocks > 2147483647 || threads < 1 || threads > 1024 ||
+      dynamic_bytes > size_t(options.shared_bytes))
     throw std::runtime_error(prefix + "invalid launch: " + std::to_string(blocks) + " blocks of " +
                              std::to_string(threads) + " threads, " + std::to_string(dynamic_bytes) + " shared bytes");
+  ++launches;
   if (!engine) engine = std::make_unique<Engine>();
   Engine& e = *engine;
   e.body = &body;
@@ -390,11 +422,12 @@ void launch(const char* kernel, int64_t blocks, int threads, size_t dynamic_byte
     e.shared_bytes = dynamic_bytes;
     e.arrived = 0;
     e.alive = threads;
-    void *static_memory = nullptr, *dynamic_memory = nullptr;
-    if (posix_memalign(&static_memory, 128, kStaticBytes) != 0 ||
+    void *static_memory = nullptr, *dynamic_memory = nullptr, *words = nullptr;
+    if (posix_memalign(&static_memory, 128, kStaticBytes) != 0 || posix_memalign(&words, 128, sizeof(Engine::Words)) ||
         posix_memalign(&dynamic_memory, 128, dynamic_bytes + (dynamic_bytes == 0)) != 0)
       throw std::bad_alloc();
-    garbage.insert(garbage.end(), {static_memory, dynamic_memory});
+    garbage.insert(garbage.end(), {static_memory, dynamic_memory, words});
+    e.words = static_cast<Engine::Words*>(words);
     e.static_memory = static_cast<char*>(static_memory);
     e.dynamic_memory = static_cast<char*>(dynamic_memory);
     fill(e.dynamic_memory, dynamic_bytes);
@@ -403,6 +436,8 @@ void launch(const char* kernel, int64_t blocks, int threads, size_t dynamic_byte
     IF_TSAN(set ^= 1;)
     for (int t = 0; t < threads; ++t) {
       Fibre* f = fibre(set * 1024 + t);
+      f->fenced = false;
+      f->atomic = nullptr;
       f->index.thread = {unsigned(t), 0, 0};
       f->index.block = {unsigned(block), 0, 0};
       f->index.block_dim = dim3(threads);
