@@ -82,9 +82,7 @@ void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, cons
   TSE_CHECK(same, kOp, "target", "expected the shape of input without its class dimension, input ", x, ", got ", t);
 }
 
-std::pair<at::Tensor, at::Tensor> promote_probabilities(const at::Tensor& input, const at::Tensor& target) {
-  if (!target.is_floating_point() || !input.is_floating_point() || target.scalar_type() == input.scalar_type())
-    return {input, target};
+std::pair<at::Tensor, at::Tensor> promoted(const at::Tensor& input, const at::Tensor& target) {
   const auto type = c10::promoteTypes(input.scalar_type(), target.scalar_type());
   return {input.to(type), target.to(type)};
 }
@@ -199,11 +197,12 @@ bool has_mass(const at::Tensor& target, const CrossEntropyOptions& options) {
 }
 
 // The statistics of forward for backward, in one tensor: three doubles (total_weight and guess of CrossEntropyParams),
-// then row_m, row_sum and, with has_mass, row_mass in the loss' dtype. The size in doubles:
+// then row_m, row_sum, with has_mass row_mass, and for mean and sum row_loss, in the loss' dtype: in small calls each
+// tensor shows. The size in doubles:
 constexpr int64_t kStatsOfAll = 3;
 template <class Int>
-Int stats_size(const Int& rows, bool is_double, bool mass) {
-  return rows * (is_double ? 2 + mass : 1 + mass) + kStatsOfAll;
+Int stats_size(const Int& rows, bool is_double, bool mass, bool reduce) {
+  return rows * (is_double ? 2 + mass + reduce : 1 + mass + reduce) + kStatsOfAll;
 }
 
 enum class Gradient { kNone, kNew, kInPlace };
@@ -278,7 +277,11 @@ struct Operands {
     p.guess = p.total_weight + 2;
     p.row_m = p.total_weight + kStatsOfAll;
     p.row_sum = static_cast<char*>(p.row_m) + array;
-    if (options.label_smoothing != 0 || p.probabilities != nullptr) p.row_mass = static_cast<char*>(p.row_sum) + array;
+    p.row_loss = static_cast<char*>(p.row_sum) + array;
+    if (options.label_smoothing != 0 || p.probabilities != nullptr) {
+      p.row_mass = p.row_loss;
+      p.row_loss = static_cast<char*>(p.row_mass) + array;
+    }
     if (grad.tensor.defined()) {
       p.grad_rows = grad.rows;
       p.grad_input = grad.tensor.mutable_data_ptr();
@@ -340,31 +343,32 @@ void set_incoming(CrossEntropyParams& p, const Operands& operands, std::optional
   if (p.incoming == Incoming::kGuessed && !operands.is_direct()) p.incoming = Incoming::kUnknown;
 }
 
-CrossEntropyResult run_forward(const at::Tensor& input_, const at::Tensor& target_, const CrossEntropyOptions& options,
+CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options,
                                Gradient gradient = Gradient::kNone, std::optional<double> grad_output = {},
                                bool metrics = false) {
-  check_cross_entropy(input_, target_, options);
-  const auto [input, target] = promote_probabilities(input_, target_);
+  check_cross_entropy(input, target, options);
+  if (needs_promotion(input, target)) {
+    const auto [x, t] = promoted(input, target);
+    return run_forward(x, t, options, gradient, grad_output, metrics);
+  }
   const c10::OptionalDeviceGuard guard(input.device());
   const Operands operands(input, target, options, gradient, metrics || needs_classes_inside(target, options));
   const int64_t count = row_count(operands.input.rows);
   const auto loss_options = input.options().dtype(accumulate_type(input.scalar_type()));
   const bool is_double = loss_options.dtype() == at::kDouble;
 
-  CrossEntropyResult r;
-  r.stats =
-      at::empty({stats_size<int64_t>(count, is_double, has_mass(target, options))}, input.options().dtype(at::kDouble));
-  const auto sizes = row_sizes(input, target);
   const bool reduce = parse_reduction(kOp, options.reduction) != Reduction::kNone;
-  r.loss = reduce ? at::empty({}, loss_options) : at::empty_symint(sizes, loss_options);
-  at::Tensor row_loss = r.loss;
-  if (reduce) row_loss = use_cuda(input) ? at::Tensor() : at::empty({count}, loss_options);
+  CrossEntropyResult r;
+  r.stats = at::empty({stats_size<int64_t>(count, is_double, has_mass(target, options), reduce)},
+                      input.options().dtype(at::kDouble));
+  r.loss = reduce ? at::empty({}, loss_options) : at::empty_symint(row_sizes(input, target), loss_options);
 
   CrossEntropyParams p = operands.params(options, r.stats);
-  p.row_loss = row_loss.defined() ? row_loss.mutable_data_ptr() : nullptr;
+  if (!reduce) p.row_loss = r.loss.mutable_data_ptr();
+  else if (use_cuda(input)) p.row_loss = nullptr;
   p.loss = reduce ? r.loss.mutable_data_ptr() : nullptr;
   if (metrics) {
-    r.predictions = at::empty_symint(sizes, input.options().dtype(at::kLong));
+    r.predictions = at::empty_symint(row_sizes(input, target), input.options().dtype(at::kLong));
     p.predictions = r.predictions.mutable_data_ptr<int64_t>();
     if (reduce) {
       r.z_loss = at::zeros({}, loss_options);
@@ -482,9 +486,11 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_forward_meta(const at::Tensor& 
   const auto loss_options = input.options().dtype(accumulate_type(type));
   const auto sizes = row_sizes(input, target);
   const auto rows = c10::multiply_integers(sizes);
-  const auto size = stats_size<c10::SymInt>(rows, loss_options.dtype() == at::kDouble, has_mass(target, options));
+  const bool reduce = parse_reduction(kOp, reduction) != Reduction::kNone;
+  const auto size =
+      stats_size<c10::SymInt>(rows, loss_options.dtype() == at::kDouble, has_mass(target, options), reduce);
   at::Tensor stats = at::empty_symint({size}, input.options().dtype(at::kDouble));
-  if (parse_reduction(kOp, reduction) != Reduction::kNone) return {at::empty({}, loss_options), stats};
+  if (reduce) return {at::empty({}, loss_options), stats};
   return {at::empty_symint(sizes, loss_options), stats};
 }
 
@@ -518,6 +524,10 @@ at::Tensor cross_entropy_meta(const at::Tensor& input, const at::Tensor& target,
 }
 
 }  // namespace
+
+at::Tensor cross_entropy_loss(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
+  return run_forward(input, target, options).loss;
+}
 
 CrossEntropyResult cross_entropy_forward_backward(const at::Tensor& input, const at::Tensor& target,
                                                   const CrossEntropyOptions& options, std::optional<double> grad_output,

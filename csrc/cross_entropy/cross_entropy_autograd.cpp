@@ -29,10 +29,16 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+bool all_plain_cpu(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
+  return is_plain_cpu(input) && is_plain_cpu(target) && (!options.weight.has_value() || is_plain_cpu(*options.weight));
+}
+
 at::Tensor call_cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
   static const auto op =
       find_op<at::Tensor(const at::Tensor&, const at::Tensor&, TSE_OPTIONS)>("torch_softmax_ext::cross_entropy");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  // A second pass through the dispatcher shows in small calls.
+  if (all_plain_cpu(input, target, options)) return cross_entropy_loss(input, target, options);
   return op.call(input, target, TSE_UNPACKED(options));
 }
 
@@ -225,7 +231,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
       if (r.grad_input.defined()) ctx->saved_data["grad_input"] = r.grad_input;
       return r.loss;
     }
-    const bool on_cpu = may_guess && is_plain_cpu(input) && is_plain_cpu(target);
+    const bool on_cpu = may_guess && all_plain_cpu(input, target, options);
     if (const auto guess = on_cpu ? guess_for(options.reduction).get() : std::nullopt) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       CrossEntropyResult r = cross_entropy_forward_backward(input, target, options, *guess, /*in_place=*/false);
@@ -358,10 +364,13 @@ GradientPath path_of(const at::Tensor& input, const at::Tensor& target) {
   return of_target == GradientPath::kComposed || of_input == GradientPath::kNone ? of_target : of_input;
 }
 
-at::Tensor cross_entropy_autograd(const at::Tensor& input_, const at::Tensor& target_, TSE_OPTIONS) {
+at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
   const CrossEntropyOptions options = TSE_PACKED;
   check_weight_gradient("cross_entropy", weight);
-  const auto [input, target] = promote_probabilities(input_, target_);
+  if (needs_promotion(input, target)) {
+    const auto [x, t] = promoted(input, target);
+    return cross_entropy_autograd(x, t, TSE_UNPACKED(options));
+  }
   switch (path_of(input, target)) {
     case GradientPath::kFused:
       return CrossEntropy::apply(input, target, options);
@@ -377,8 +386,7 @@ at::Tensor cross_entropy_inplace_autograd(const at::Tensor& input, const at::Ten
   // A float16 gradient would underflow, or overflow, before the loss scale of the step arrives; the gradient of a
   // target needs the logits.
   if (gradient_path(input) != GradientPath::kFused || gradient_path(target) != GradientPath::kNone ||
-      !is_plain(input) || input.scalar_type() == at::kHalf ||
-      (target.is_floating_point() && target.scalar_type() != input.scalar_type()))
+      !is_plain(input) || input.scalar_type() == at::kHalf || needs_promotion(input, target))
     return cross_entropy_autograd(input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight,
                                   softcap, temperature);
   const CrossEntropyOptions options = TSE_PACKED;
@@ -392,10 +400,13 @@ at::Tensor cross_entropy_inplace_autograd(const at::Tensor& input, const at::Ten
 
 using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-FiveTensors cross_entropy_metrics_autograd(const at::Tensor& input_, const at::Tensor& target_, TSE_OPTIONS) {
+FiveTensors cross_entropy_metrics_autograd(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
   const CrossEntropyOptions options = TSE_PACKED;
   check_weight_gradient("cross_entropy", weight);
-  const auto [input, target] = promote_probabilities(input_, target_);
+  if (needs_promotion(input, target)) {
+    const auto [x, t] = promoted(input, target);
+    return cross_entropy_metrics_autograd(x, t, TSE_UNPACKED(options));
+  }
   const GradientPath path = path_of(input, target);
   if (path == GradientPath::kFused) {
     const variable_list r = CrossEntropyMetrics::apply(input, target, options);

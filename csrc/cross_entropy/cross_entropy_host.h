@@ -40,8 +40,11 @@ void check_weight_gradient(const char* op, const OptionalTensor& weight);
 // Raises what torch.nn.functional.cross_entropy would. Reads no memory; sizes may be symbolic.
 void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options);
 
-// Logits and class probabilities of two dtypes, both in the wider one, as torch computes them.
-std::pair<at::Tensor, at::Tensor> promote_probabilities(const at::Tensor& input, const at::Tensor& target);
+// Logits and class probabilities of two dtypes are computed in the wider one, as torch does.
+inline bool needs_promotion(const at::Tensor& input, const at::Tensor& target) {
+  return target.is_floating_point() && input.is_floating_point() && target.scalar_type() != input.scalar_type();
+}
+std::pair<at::Tensor, at::Tensor> promoted(const at::Tensor& input, const at::Tensor& target);
 
 struct CrossEntropyResult {
   at::Tensor loss;
@@ -49,6 +52,9 @@ struct CrossEntropyResult {
   at::Tensor grad_input;  // of cross_entropy_forward_backward
   at::Tensor z_loss, predictions;
 };
+
+// The loss alone.
+at::Tensor cross_entropy_loss(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options);
 
 // Loss and gradient in one go, for an incoming gradient that is known beforehand (of every row for "none"); in_place:
 // the gradient takes the memory of the logits. On CUDA nullopt leaves it to the device to guess, for mean and sum; then
