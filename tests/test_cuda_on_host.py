@@ -127,6 +127,10 @@ PLANTS = {
         ),
         ("plain", "known gradient"),
     ),
+    "a-column-in-one-sum": (
+        ("cross_entropy/cross_entropy_fwd.cu", r"kColumnPart = 512", "kColumnPart = 1 << 30"),
+        ("plain", "gradient"),
+    ),
     "shared-memory-too-small": (
         ("entmax/entmax_fwd.cu", r"p\.rows\.n \* sizeof\(Acc<T>\) : 0;", "(p.rows.n - 1) * sizeof(Acc<T>) : 0;"),
         ("asan", "heap-buffer-overflow"),
