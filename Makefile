@@ -38,7 +38,7 @@ lint: ## ruff and clang-format, in the versions that .pre-commit-config.yaml pin
 bench: $(VENV)/.built ## measure against eager, torch.compile and entmax; writes benchmarks/results/
 	python -m benchmarks
 
-cuda-report: $(VENV)/.built ## registers, spills, 16-byte accesses and occupancy of the CUDA kernels, without a GPU
+cuda-report: $(VENV)/.built ## registers, spills, 16-byte accesses, issue budget and occupancy of the CUDA kernels, without a GPU
 	python -m benchmarks.cuda_report
 
 clean: ## remove the environment and all that was built
