@@ -18,6 +18,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/cuda/limits.h"
 #include "executor.h"
 
 #define threadIdx (::cuda_on_host::current->thread)
@@ -68,6 +69,16 @@ inline void store16(void* p, uint4 v) {
   *static_cast<uint4*>(p) = v;
 }
 inline float fast_exp2(float x) { return std::exp2(x); }
+
+inline DeviceLimits device_limits() {
+  const auto& o = ::cuda_on_host::options;
+  return {o.multiprocessors, /*threads_per_multiprocessor=*/2048, o.shared_bytes, o.shared_bytes + 1024,
+          /*l2_bytes=*/50 << 20};
+}
+template <class... Params>
+int64_t running_blocks(void (*)(Params...), int threads, size_t shared_bytes) {
+  return resident_blocks(device_limits(), threads, shared_bytes) * device_limits().multiprocessors;
+}
 
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes,

@@ -49,13 +49,15 @@ thread_local Options options = [] {
   Options o;
   o.descending = order != nullptr && std::strcmp(order, "descending") == 0;
   if (const char* block = std::getenv("TSE_CUDA_ONLY_BLOCK")) o.first_block = o.last_block = std::atoll(block);
+  if (const char* count = std::getenv("TSE_CUDA_MULTIPROCESSORS")) o.multiprocessors = std::atoi(count);
+  if (const char* bytes = std::getenv("TSE_CUDA_SHARED_BYTES")) o.shared_bytes = std::atoll(bytes);
   return o;
 }();
 
 namespace {
 
-constexpr size_t kStackBytes = 128 * 1024, kPage = 4096, kSharedBytes = 48 * 1024, kRedZone = 64;
-constexpr size_t kStaticBytes = 2 * kSharedBytes;  // with room for the red zones
+constexpr size_t kStackBytes = 128 * 1024, kPage = 4096, kRedZone = 64;
+constexpr size_t kStaticBytes = 96 * 1024;  // 48 KiB, which is the hardware's limit, with room for the red zones
 
 void copy(void* to, const void* from, size_t n) {
   for (size_t i = 0; i < n; ++i) static_cast<volatile char*>(to)[i] = static_cast<const char*>(from)[i];
@@ -349,9 +351,9 @@ void* shared_array(const void* place, size_t bytes) {
   char* data = e.static_memory + e.static_used;
   e.static_used += (bytes + kRedZone + 63) / 64 * 64;
   e.shared_bytes += bytes;
-  if (e.shared_bytes > kSharedBytes)  // what a block has without asking for more
+  if (e.shared_bytes > size_t(options.shared_bytes))
     fail("static and dynamic shared memory take " + std::to_string(e.shared_bytes) + " bytes, of " +
-         std::to_string(kSharedBytes));
+         std::to_string(options.shared_bytes));
   if (e.static_used > kStaticBytes || e.shared.size() == e.shared.capacity()) fail("too much static shared memory");
   IF_ASAN(__asan_unpoison_memory_region(data, bytes);)
   fill(data, bytes);
@@ -365,7 +367,8 @@ void* dynamic_shared() { return engine->dynamic_memory; }
 
 void launch(const char* kernel, int64_t blocks, int threads, size_t dynamic_bytes, const std::function<void()>& body) {
   const std::string prefix = std::string("cuda_on_host: ") + kernel + ": ";
-  if (blocks < 1 || blocks > 2147483647 || threads < 1 || threads > 1024 || dynamic_bytes > kSharedBytes)
+  if (blocks < 1 || blocks > 2147483647 || threads < 1 || threads > 1024 ||
+      dynamic_bytes > size_t(options.shared_bytes))
     throw std::runtime_error(prefix + "invalid launch: " + std::to_string(blocks) + " blocks of " +
                              std::to_string(threads) + " threads, " + std::to_string(dynamic_bytes) + " shared bytes");
   if (!engine) engine = std::make_unique<Engine>();

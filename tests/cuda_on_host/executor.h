@@ -32,8 +32,12 @@ extern thread_local ThreadIndex* current;  // of the running fibre
 struct Options {
   bool descending = false;                   // threads and blocks, last first
   int64_t first_block = 0, last_block = -1;  // run only these: index arithmetic on huge sparse buffers
+  // The card: few multiprocessors, so that blocks stride over rows; little shared memory, so that rows do not fit.
+  int multiprocessors = 4;
+  int64_t shared_bytes = 227 * 1024;
 };
-extern thread_local Options options;  // start as TSE_CUDA_ORDER=descending and TSE_CUDA_ONLY_BLOCK=n say
+// Start as TSE_CUDA_ORDER=descending, TSE_CUDA_ONLY_BLOCK, TSE_CUDA_MULTIPROCESSORS and TSE_CUDA_SHARED_BYTES say.
+extern thread_local Options options;
 
 // One-dimensional blocks of at most 1024 threads. Throws std::runtime_error with what went wrong.
 void launch(const char* name, int64_t blocks, int threads, size_t dynamic_bytes, const std::function<void()>& body);

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/cuda/limits.h"
+
 #ifdef TSE_CUDA_ON_HOST
 #include "cuda_on_host.h"
 #else
@@ -12,6 +14,7 @@
 #include <cuda_runtime.h>
 
 #include <cassert>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -38,18 +41,61 @@ __device__ inline float fast_exp2(float x) {
   return y;
 }
 
+inline void check_cuda(cudaError_t error, const std::string& what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // so that nobody else finds it
+  throw std::runtime_error("torch_softmax_ext: " + what + " failed: " + cudaGetErrorString(error));
+}
+
+// Of the current device; asked for once.
+inline const DeviceLimits& device_limits() {
+  constexpr int kDevices = 64;
+  static DeviceLimits limits[kDevices];
+  static std::once_flag asked[kDevices];
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  if (device >= kDevices) throw std::runtime_error("torch_softmax_ext: more than 64 devices");
+  std::call_once(asked[device], [device] {
+    const auto attribute = [device](cudaDeviceAttr which) {
+      int value = 0;
+      check_cuda(cudaDeviceGetAttribute(&value, which, device), "cudaDeviceGetAttribute");
+      return value;
+    };
+    limits[device] = {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxThreadsPerMultiProcessor),
+                      attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), attribute(cudaDevAttrL2CacheSize)};
+  });
+  return limits[device];
+}
+
+// More than 48 KiB of dynamic shared memory must be asked for.
+template <class... Params>
+void allow_shared(void (*kernel)(Params...), size_t bytes) {
+  if (bytes > 48 * 1024)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+               "asking for " + std::to_string(bytes) + " bytes of shared memory");
+}
+
+// Blocks that run at a time: beyond them, a grid only takes longer to start.
+template <class... Params>
+int64_t running_blocks(void (*kernel)(Params...), int threads, size_t shared_bytes) {
+  int blocks = 0;
+  allow_shared(kernel, shared_bytes);
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes),
+             "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return int64_t(blocks < 1 ? 1 : blocks) * device_limits().multiprocessors;
+}
+
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes,
             cudaStream_t stream, Args... args) {
+  allow_shared(kernel, shared_bytes);
   // clang-format off: it takes >>> for three tokens
   kernel<<<dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes, stream>>>(args...);
   // clang-format on
-  const cudaError_t error = cudaGetLastError();
-  if (error != cudaSuccess)
-    throw std::runtime_error(std::string("torch_softmax_ext: the launch of ") + name + " with " +
-                             std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads and " +
-                             std::to_string(shared_bytes) +
-                             " bytes of shared memory failed: " + cudaGetErrorString(error));
+  check_cuda(cudaGetLastError(), std::string("the launch of ") + name + " with " + std::to_string(blocks) +
+                                     " blocks of " + std::to_string(threads) + " threads and " +
+                                     std::to_string(shared_bytes) + " bytes of shared memory");
 }
 
 }  // namespace tse
@@ -63,6 +109,14 @@ constexpr int64_t kMaxBlocks = 2147483647;
 inline int64_t grid_for(int64_t rows, int rows_per_block) {
   const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
   return blocks < kMaxBlocks ? blocks : kMaxBlocks;
+}
+
+// No more blocks than run at a time. Few need not be counted, which takes the host a while.
+template <class... Params>
+int64_t grid_for(int64_t rows, int rows_per_block, void (*kernel)(Params...), int threads, size_t shared_bytes) {
+  const int64_t blocks = grid_for(rows, rows_per_block);
+  if (blocks <= device_limits().multiprocessors) return blocks;
+  return std::min(blocks, running_blocks(kernel, threads, shared_bytes));
 }
 
 }  // namespace tse

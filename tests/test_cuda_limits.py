@@ -1,0 +1,66 @@
+"""How rows are laid out on cards that are not there: csrc/common/cuda/limits.h, compiled as C++."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parent.parent / "csrc"
+PROGRAM = """
+#include <cstdio>
+#include <cstdlib>
+#include "common/cuda/limits.h"
+int main(int, char** v) {
+  const auto number = [v](int i) { return std::atoll(v[i]); };
+  const tse::DeviceLimits limits = {int(number(1)), int(number(2)), number(3), number(4), number(5)};
+  const long kept = tse::kept_bytes(limits, int(number(6)), number(7));
+  std::printf("%ld %ld", kept, long(tse::resident_blocks(limits, int(number(6)), kept)));
+}
+"""
+KIB, MIB = 1024, 1024**2
+CARDS = {  # multiprocessors, threads of one, shared memory of a block and of a multiprocessor, L2
+    "T4": (40, 1024, 64 * KIB, 64 * KIB, 4 * MIB),
+    "A100": (108, 2048, 163 * KIB, 164 * KIB, 40 * MIB),
+    "RTX 4090": (128, 1536, 99 * KIB, 100 * KIB, 72 * MIB),
+    "H100": (132, 2048, 227 * KIB, 228 * KIB, 50 * MIB),
+    "B200": (148, 2048, 227 * KIB, 228 * KIB, 126 * MIB),
+}
+cards = pytest.mark.parametrize("card", CARDS)
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("limits")
+    (folder / "main.cpp").write_text(PROGRAM)
+    subprocess.run(["g++", "-std=c++17", f"-I{CSRC}", folder / "main.cpp", "-o", folder / "main"], check=True)
+
+    def run(card, threads, row_bytes):
+        """Bytes of the row that are kept, and blocks of a multiprocessor."""
+        command = [folder / "main", *map(str, (*CARDS[card], threads, row_bytes))]
+        return map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+    return run
+
+
+@cards
+@pytest.mark.parametrize("threads", [128, 512, 1024])
+@pytest.mark.parametrize("row_bytes", [16, 2050, 32000 * 2, 50257 * 2, 128256 * 2, 128256 * 4, 2**40])
+def test_the_card_has_what_is_asked_for(layout, card, threads, row_bytes):
+    multiprocessors, most_threads, per_block, per_multiprocessor, l2 = CARDS[card]
+    kept, blocks = layout(card, threads, row_bytes)
+    assert 0 < kept <= row_bytes
+    assert kept + 5 * KIB <= per_block  # 5 KiB: of the reductions, and of the system
+    assert blocks * (kept + 5 * KIB) <= per_multiprocessor
+    assert 1 <= blocks <= max(1, most_threads // threads)
+    read_again = (row_bytes - kept) * blocks * multiprocessors
+    assert blocks == 1 or read_again <= l2 / 4
+
+
+def test_known_rows_on_h100(layout):
+    assert list(layout("H100", 512, 32000 * 2)) == [64000, 3]
+    assert list(layout("H100", 512, 50257 * 2)) == [100514, 2]
+    assert list(layout("H100", 1024, 128256 * 2)) == [221 * KIB, 1]  # the rest is in L2: 4.5 MB of all blocks
+
+
+def test_small_rows_do_not_cost_threads(layout):
+    assert list(layout("H100", 128, 2050)) == [2050, 16]
