@@ -4,11 +4,11 @@ measure.py and providers.py; here is what a GPU does otherwise."""
 import contextlib
 import dataclasses
 import datetime
-import functools
 import importlib
 import importlib.metadata
 import math
 import platform
+import re
 import statistics
 import time
 
@@ -247,6 +247,12 @@ def measure(specs, seconds, pattern="", skip=()):
     return {"environment": environment(), "rows": [r.result() for r in rows if "ours" in r.seconds]}
 
 
-@functools.cache
-def has_device():
-    return torch.cuda.is_available()
+def require_device():
+    if not torch.cuda.is_available():
+        raise SystemExit(f"benchmarks: no CUDA device: torch {torch.__version__} sees none")
+    if not torch.ops.torch_softmax_ext._has_cuda():
+        raise SystemExit("benchmarks: torch_softmax_ext was built without CUDA kernels: make gpu, or FORCE_CUDA=1")
+
+
+def file_name(environment):
+    return "cuda-" + re.sub(r"[^a-z0-9]+", "-", environment["device"].lower()).strip("-")

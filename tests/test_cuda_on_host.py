@@ -55,6 +55,7 @@ def test_sanitizers_find_nothing(mode, order):
 
 
 REDUCE = "common/cuda/reduce.cuh"
+SPARSEMAX_FWD, SPARSEMAX_BWD = "entmax/entmax_fwd.cu", "entmax/entmax_bwd.cu"
 PLANTS = {
     # name: (file, pattern, replacement), who must find it, with what words
     "no-barrier-after-write": (
@@ -78,7 +79,43 @@ PLANTS = {
         ("plain", "misaligned 16-byte load"),
     ),
     "shared-memory-too-small": (
-        ("entmax/entmax_fwd.cu", r"p\.rows\.n \* sizeof\(Acc<T>\) : 0;", "(p.rows.n - 1) * sizeof(Acc<T>) : 0;"),
+        (SPARSEMAX_FWD, r"kept \* sizeof\(Vec<T>\),", "(kept - 1) * sizeof(Vec<T>),"),
+        ("asan", "heap-buffer-overflow"),
+    ),
+    "no-shared-memory-for-the-supports": (
+        (SPARSEMAX_BWD, r"kept \* kKeptBytes<T>,", "kept * sizeof(Vec<T>),"),
+        ("asan", "heap-buffer-overflow"),
+    ),
+    "a-bound-that-kills-the-living": (
+        (SPARSEMAX_FWD, r"add_down\(max, A\(-1\)\)", "add_down(max, A(-0.5))"),
+        ("plain", "probability.*values differ"),
+    ),
+    "elements-before-the-vectors-forgotten": (
+        (SPARSEMAX_FWD, r"^      own\.add\(\(loose - m\) - t\);$", ""),
+        ("plain", "probability.*values differ"),
+    ),
+    "nan-kept-from-the-dead": (
+        (SPARSEMAX_FWD, r"rest != rest \? rest : A\(0\)", "A(0)"),
+        ("plain", "probability.*values differ"),
+    ),
+    "dead-vectors-of-a-living-group-not-kept": (
+        (SPARSEMAX_FWD, r"v < kept && \(above \|\| live\.shift != 0\)", "v < kept && above"),
+        ("plain", "probability.*values differ"),
+    ),
+    "rows-of-a-warp-part": (
+        (SPARSEMAX_FWD, r"if \(!__any_sync\(0xffffffffu, goes_on\)\) return step;", "if (!goes_on) return step;"),
+        ("plain", "deadlock|waits for a lane|stand at"),
+    ),
+    "gradient-of-a-vector-behind-those-kept": (
+        (
+            SPARSEMAX_BWD,
+            r"gradient\(v < kept \? kept_g\[v\] : .*?, support",
+            "gradient(kept_g[v < kept ? v : 0], support",
+        ),
+        ("plain", "gradient.*values differ"),
+    ),
+    "past-the-loose-elements": (
+        ("entmax/row_parts.cuh", r"return i < n \? i : -1;", "return i <= n ? i : -1;"),
         ("asan", "heap-buffer-overflow"),
     ),
     "no-barrier-before-the-asked-classes": (
@@ -97,7 +134,7 @@ def test_planted_bug_is_found(name):
     (file, pattern, replacement), (mode, words) = PLANTS[name]
     code, output = run_program(mode, "ascending", (name, file, pattern, replacement))
     assert code != 0
-    assert re.search(words, output), output[-3000:]
+    assert re.search(words, output, re.S), output[-3000:]
 
 
 def test_rows_behind_two_to_the_31(library):

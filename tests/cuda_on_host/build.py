@@ -85,24 +85,37 @@ SANITIZERS = {
 }
 
 
+def planted(name, file, pattern, replacement, folder):
+    """The text of a file below csrc with a bug in it, written into `folder`. The expression must match exactly once."""
+    text, count = re.subn(pattern, replacement, (ROOT / "csrc" / file).read_text(), flags=re.M)
+    assert count == 1, f"the planted bug {name} matches {count} places of {file}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / Path(file).name).write_text(text)
+
+
 def program(mode, plant=None):
     """kernels_main under a sanitizer. `plant` is (name, file below csrc, regular expression, replacement): a bug that
-    goes into a copy of the sources; the expression must match exactly once."""
-    sources, folder = ROOT / "csrc", BUILD / mode
+    goes into a copy of the file; for a header, of all the sources."""
+    sources, folder, output = ROOT / "csrc", BUILD / mode, "kernels_main"
+    cu_files = sorted(sources.rglob("*.cu"))
     if plant is not None:
-        name, file, pattern, replacement = plant
-        folder = BUILD / f"{mode}-{name}"
-        sources = folder / "csrc"
-        shutil.rmtree(sources, ignore_errors=True)
-        shutil.copytree(sources.parents[3] / "csrc", sources)
-        text, count = re.subn(pattern, replacement, (sources / file).read_text(), flags=re.M)
-        assert count == 1, f"the planted bug {name} matches {count} places of {file}"
-        (sources / file).write_text(text)
+        name, file, *_ = plant
+        if file.endswith(".cu"):  # what else there is, is compiled already
+            output = f"kernels_main-{name}"
+            planted(*plant, folder / "plants" / name)
+            cu_files[cu_files.index(sources / file)] = folder / "plants" / name / Path(file).name
+        else:
+            folder = BUILD / f"{mode}-{name}"
+            shutil.rmtree(folder / "csrc", ignore_errors=True)
+            shutil.copytree(sources, folder / "csrc")
+            sources = folder / "csrc"
+            planted(*plant, (sources / file).parent)
+            cu_files = sorted(sources.rglob("*.cu"))
     kernels, executor = SANITIZERS[mode]
     # The executor itself is never instrumented: it tells the sanitizers what its fibres do.
     objects = [(HERE / "executor.cpp", f"-std=c++17 -O1 -g {executor} {kernel_flags(sources)}")]
     objects += [
         (source, f"-std=c++17 -O1 -g {kernels} {kernel_flags(sources)}")
-        for source in [*sorted(sources.rglob("*.cu")), HERE / "kernels_main.cpp"]
+        for source in [*cu_files, HERE / "kernels_main.cpp"]
     ]
-    return ninja(folder, objects, kernels, "kernels_main")
+    return ninja(folder, objects, kernels, output)
