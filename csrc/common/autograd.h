@@ -42,6 +42,8 @@ inline bool is_plain(const at::Tensor& t) {
   return (t.is_cpu() || t.is_cuda()) && !keys.has_any(kWatchers);
 }
 
+inline bool is_plain_cuda(const at::Tensor& t) { return use_cuda(t) && is_plain(t); }
+
 // Its values may be looked at, too.
 inline bool is_plain_cpu(const at::Tensor& t) { return t.is_cpu() && !use_cuda(t) && is_plain(t); }
 

@@ -6,7 +6,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/ScalarType.h>
 #include <torch/library.h>
@@ -199,11 +198,12 @@ bool has_mass(const at::Tensor& target, const CrossEntropyOptions& options) {
   return options.label_smoothing != 0 || target.is_floating_point();
 }
 
-// The statistics of forward for backward, in one tensor: two doubles (CrossEntropyParams::total_weight), then row_m,
-// row_sum and, with has_mass, row_mass in the loss' dtype. The size in doubles:
+// The statistics of forward for backward, in one tensor: three doubles (total_weight and guess of CrossEntropyParams),
+// then row_m, row_sum and, with has_mass, row_mass in the loss' dtype. The size in doubles:
+constexpr int64_t kStatsOfAll = 3;
 template <class Int>
 Int stats_size(const Int& rows, bool is_double, bool mass) {
-  return rows * (is_double ? 2 + mass : 1 + mass) + 2;
+  return rows * (is_double ? 2 + mass : 1 + mass) + kStatsOfAll;
 }
 
 enum class Gradient { kNone, kNew, kInPlace };
@@ -217,8 +217,9 @@ struct Operands {
   at::Tensor grad_input;  // what the caller gets
   at::Tensor target, weight;
 
+  // `buffer`: memory for a new gradient, where the caller has some.
   Operands(const at::Tensor& logits, const at::Tensor& target_, const CrossEntropyOptions& options, Gradient gradient,
-           bool classes_inside)
+           bool classes_inside, const at::Tensor& buffer = {})
       : input(as_rows(logits, class_dim(logits))) {
     const int64_t dim = class_dim(logits);
     if (target_.is_floating_point()) {
@@ -240,7 +241,7 @@ struct Operands {
       grad = input;
       return;
     }
-    grad_input = with_huge_pages(at::empty_like(logits));
+    grad_input = buffer.defined() ? buffer : with_huge_pages(at::empty_like(logits));
     grad = as_rows(grad_input, dim);
     const bool alike = input.rows.stride_n == 1 ? grad.rows.stride_n == 1 : grad.rows.stride_inner == 1;
     if (alike) return;
@@ -274,7 +275,8 @@ struct Operands {
     p.transform = {options.temperature, options.softcap.value_or(0)};
     const int64_t array = row_count(p.rows) * (p.dtype == DType::kFloat64 ? 8 : 4);
     p.total_weight = const_cast<double*>(stats.const_data_ptr<double>());
-    p.row_m = p.total_weight + 2;
+    p.guess = p.total_weight + 2;
+    p.row_m = p.total_weight + kStatsOfAll;
     p.row_sum = static_cast<char*>(p.row_m) + array;
     if (options.label_smoothing != 0 || p.probabilities != nullptr) p.row_mass = static_cast<char*>(p.row_sum) + array;
     if (grad.tensor.defined()) {
@@ -284,8 +286,11 @@ struct Operands {
     return p;
   }
 
+  // Whether the kernels write into what the caller gets.
+  bool is_direct() const { return grad.tensor.is_same(grad_input); }
+
   at::Tensor finished_grad() const {
-    if (!grad.tensor.is_same(grad_input)) grad_input.copy_(grad.tensor);
+    if (!is_direct()) grad_input.copy_(grad.tensor);
     return grad_input;
   }
 };
@@ -327,8 +332,17 @@ c10::SymDimVector row_sizes(const at::Tensor& input, const at::Tensor& target) {
   return sizes;
 }
 
+// CUDA: where the caller does not know the incoming gradient, the device guesses it, for a gradient that is written
+// where it stays.
+void set_incoming(CrossEntropyParams& p, const Operands& operands, std::optional<double> grad_output, bool in_place) {
+  p.incoming = grad_output.has_value() ? Incoming::kFixed : in_place ? Incoming::kGuessedOrOne : Incoming::kGuessed;
+  p.fixed_incoming = grad_output.value_or(0);
+  if (p.incoming == Incoming::kGuessed && !operands.is_direct()) p.incoming = Incoming::kUnknown;
+}
+
 CrossEntropyResult run_forward(const at::Tensor& input_, const at::Tensor& target_, const CrossEntropyOptions& options,
-                               Gradient gradient = Gradient::kNone, double grad_output = 0, bool metrics = false) {
+                               Gradient gradient = Gradient::kNone, std::optional<double> grad_output = {},
+                               bool metrics = false) {
   check_cross_entropy(input_, target_, options);
   const auto [input, target] = promote_probabilities(input_, target_);
   const c10::OptionalDeviceGuard guard(input.device());
@@ -343,10 +357,11 @@ CrossEntropyResult run_forward(const at::Tensor& input_, const at::Tensor& targe
   const auto sizes = row_sizes(input, target);
   const bool reduce = parse_reduction(kOp, options.reduction) != Reduction::kNone;
   r.loss = reduce ? at::empty({}, loss_options) : at::empty_symint(sizes, loss_options);
-  const at::Tensor row_loss = reduce ? at::empty({count}, loss_options) : r.loss;
+  at::Tensor row_loss = r.loss;
+  if (reduce) row_loss = use_cuda(input) ? at::Tensor() : at::empty({count}, loss_options);
 
   CrossEntropyParams p = operands.params(options, r.stats);
-  p.row_loss = row_loss.mutable_data_ptr();
+  p.row_loss = row_loss.defined() ? row_loss.mutable_data_ptr() : nullptr;
   p.loss = reduce ? r.loss.mutable_data_ptr() : nullptr;
   if (metrics) {
     r.predictions = at::empty_symint(sizes, input.options().dtype(at::kLong));
@@ -357,20 +372,20 @@ CrossEntropyResult run_forward(const at::Tensor& input_, const at::Tensor& targe
     }
   }
   if (use_cuda(input)) {
-    at::Tensor factor;
+    if (gradient != Gradient::kNone) set_incoming(p, operands, grad_output, gradient == Gradient::kInPlace);
+    const at::Tensor sums = reduce || metrics ? at::empty({kCrossEntropySums * int64_t(sizeof(CrossEntropySums))},
+                                                          input.options().dtype(at::kByte))
+                                              : at::Tensor();
+    if (sums.defined()) p.sums = static_cast<CrossEntropySums*>(sums.mutable_data_ptr());
     if constexpr (kHasCuda) launch_cross_entropy_fwd(p, current_stream(input));
-    if (gradient != Gradient::kNone) {
-      factor = at::full({}, grad_output, loss_options);
-      p.grad_output = factor.const_data_ptr();
-      if constexpr (kHasCuda) launch_cross_entropy_bwd(p, current_stream(input));
-      r.grad_input = operands.finished_grad();
-    }
+    if (p.incoming != Incoming::kUnknown) r.grad_input = operands.finished_grad();
     return r;
   }
   if (is_double) count_targets<double>(p);
   else count_targets<float>(p);
-  const float factor32 = float(grad_output);
-  p.grad_output = is_double ? static_cast<const void*>(&grad_output) : &factor32;
+  const double factor = grad_output.value_or(0);
+  const float factor32 = float(factor);
+  p.grad_output = is_double ? static_cast<const void*>(&factor) : &factor32;
   run_cpu(p, /*forward=*/true, /*backward=*/gradient != Gradient::kNone);
   if (gradient != Gradient::kNone) r.grad_input = operands.finished_grad();
   if (reduce) {
@@ -386,14 +401,15 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input
   return {r.loss, r.stats};
 }
 
-at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
-                                  const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
-                                  TSE_OPTIONS) {
-  const CrossEntropyOptions options = TSE_PACKED;
+// `written`: the gradient of a forward that guessed; what it was written for, the device compares.
+at::Tensor run_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse, const at::Tensor& input,
+                        const at::Tensor& target, const at::Tensor& stats, const CrossEntropyOptions& options,
+                        const at::Tensor& written = {}) {
   const c10::OptionalDeviceGuard guard(input.device());
   const Operands operands(input, target, options, Gradient::kNew,
-                          grad_lse.has_value() || needs_classes_inside(target, options));
+                          grad_lse.has_value() || needs_classes_inside(target, options), written);
   CrossEntropyParams p = operands.params(options, stats);
+  p.compare_guess = written.defined();
   // A gradient that is one number expanded over the rows, as sum() sends it back, is read as that one number.
   const bool one_number =
       p.reduction != Reduction::kNone || std::all_of(grad_output.strides().begin(), grad_output.strides().end(),
@@ -411,6 +427,12 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const OptionalT
   return operands.finished_grad();
 }
 
+at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
+                                  const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
+                                  TSE_OPTIONS) {
+  return run_backward(grad_output, grad_lse, input, target, stats, TSE_PACKED);
+}
+
 at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
   return run_forward(input, target, TSE_PACKED).loss;
 }
@@ -422,11 +444,11 @@ Metrics cross_entropy_metrics_forward(const at::Tensor& input, const at::Tensor&
   const CrossEntropyOptions options = TSE_PACKED;
   TSE_CHECK(input.dim() == 0 || input.size(class_dim(input)) > 0, kOp, "input",
             "expected at least one class to predict, got shape ", input.sizes());
-  const CrossEntropyResult r = run_forward(input, target, options, Gradient::kNone, 0, /*metrics=*/true);
+  const CrossEntropyResult r = run_forward(input, target, options, Gradient::kNone, {}, /*metrics=*/true);
   const auto type = r.loss.scalar_type();
   const int64_t count = r.predictions.numel();
   const double ln2 = type == at::kDouble ? kLn2<double> : double(kLn2<float>);
-  const at::Tensor sums = r.stats.slice(0, 2).view(type);
+  const at::Tensor sums = r.stats.slice(0, kStatsOfAll).view(type);
   const at::Tensor m = sums.slice(0, 0, count), sum = sums.slice(0, count, 2 * count);
   at::Tensor lse = sum.log2().add_(m).mul_(ln2).reshape(r.predictions.sizes());
   at::Tensor right;
@@ -498,11 +520,35 @@ at::Tensor cross_entropy_meta(const at::Tensor& input, const at::Tensor& target,
 }  // namespace
 
 CrossEntropyResult cross_entropy_forward_backward(const at::Tensor& input, const at::Tensor& target,
-                                                  const CrossEntropyOptions& options, double grad_output,
+                                                  const CrossEntropyOptions& options, std::optional<double> grad_output,
                                                   bool in_place) {
   TSE_CHECK(!in_place || at::has_internal_overlap(input) != at::MemOverlap::Yes, kOp, "inplace_backward",
             "expected logits whose elements do not share memory, got an expanded tensor of shape ", input.sizes());
   return run_forward(input, target, options, in_place ? Gradient::kInPlace : Gradient::kNew, grad_output);
+}
+
+at::Tensor cross_entropy_backward_after_guess(const at::Tensor& written, const at::Tensor& grad_output,
+                                              const at::Tensor& input, const at::Tensor& target,
+                                              const at::Tensor& stats, const CrossEntropyOptions& options) {
+  return run_backward(grad_output, std::nullopt, input, target, stats, options, written);
+}
+
+void cross_entropy_rescale(const at::Tensor& written, const at::Tensor& grad_output, const at::Tensor& stats,
+                           std::string_view reduction) {
+  const c10::OptionalDeviceGuard guard(written.device());
+  const auto rows = try_rows(written, class_dim(written));
+  if (!rows.has_value()) {
+    written.mul_(grad_output / stats.select(0, 2));
+    return;
+  }
+  CrossEntropyParams p{};
+  p.dtype = dtype_of(written);
+  p.rows = p.grad_rows = *rows;
+  p.grad_input = written.mutable_data_ptr();
+  p.reduction = parse_reduction(kOp, reduction);
+  p.grad_output = grad_output.const_data_ptr();
+  p.guess = const_cast<double*>(stats.const_data_ptr<double>()) + 2;
+  if constexpr (kHasCuda) launch_cross_entropy_rescale(p, current_stream(written));
 }
 
 TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {

@@ -12,6 +12,31 @@
 
 namespace tse {
 
+// CUDA: the incoming gradient that forward already writes the gradient for.
+enum class Incoming : int32_t {
+  kUnknown,  // none: backward will write it
+  kFixed,  // fixed_incoming
+  kGuessed,  // what the stream's last two backwards had in common; none where they differ
+  kGuessedOrOne,  // the same, and 1 where they differ
+};
+
+// CUDA: what a stream remembers from call to call, on the device; zero in the beginning.
+struct CrossEntropyState {
+  double last[3];  // incoming gradient of the last backward, by reduction
+  int repeated[3];  // it was the same in the one before
+  unsigned ticket;  // blocks of the running grid that are done
+};
+
+// CUDA: sums over the rows of a block.
+struct CrossEntropySums {
+  double loss;
+  double z_loss;
+  double weight;
+  double counted;
+};
+constexpr int64_t kCrossEntropyBlocks = 8192;  // the most of a grid that adds
+constexpr int64_t kCrossEntropySums = kCrossEntropyBlocks + sizeof(CrossEntropyState) / sizeof(CrossEntropySums) + 1;
+
 struct CrossEntropyParams {
   DType dtype;  // of input and grad_input; fp16 and bf16 are computed in fp32
   Rows rows;  // of input; n = classes
@@ -28,7 +53,7 @@ struct CrossEntropyParams {
   LogitTransform transform;
 
   // forward
-  void* row_loss;  // (rows)     float32, or float64 for float64 logits; z-loss included for kNone
+  void* row_loss;  // (rows)     float32, or float64 for float64 logits; z-loss included for kNone; CUDA: or nullptr
   void* row_m;  // (rows)     Σ exp2(s · log2(e)) = row_sum · 2^row_m, row_m an integer: what backward needs.
   void* row_sum;  // (rows)     An lse of the same size would put its rounding into every gradient.
   void* row_mass;  // (rows)     Σ t; only with smoothing or probabilities
@@ -36,6 +61,10 @@ struct CrossEntropyParams {
   void* loss;  // ()         with mean or sum: the reduced loss, in row_loss' dtype
   void* z_loss;  // ()         the z-loss in it; nullptr: not asked for
   double* total_weight;  // (2)        divisor of the mean; counted targets
+  double* guess;  // ()         CUDA: the incoming gradient that grad_input is written for, NaN: it is not written
+  CrossEntropySums* sums;  // (kCrossEntropySums)  CUDA, with mean, sum or predictions: scratch
+  Incoming incoming;
+  double fixed_incoming;
 
   // backward
   Rows grad_rows;  // of grad_input; sizes as rows
@@ -43,6 +72,7 @@ struct CrossEntropyParams {
   const void* grad_output;  // (rows) for kNone, else (); in row_loss' dtype
   int64_t grad_output_stride;
   const void* grad_lse;  // (rows)     what comes into lse; nullptr: nothing
+  bool compare_guess;  // CUDA: grad_input stays as it is where grad_output is the guess
 
   // Whether more than the target's element needs its own coefficient, or the logits a function of their own.
   TSE_HOST_DEVICE bool is_general() const {
@@ -98,8 +128,12 @@ void cross_entropy_block_sums(const CrossEntropyParams& p, int64_t row, int64_t 
 void cross_entropy_finish_row(const CrossEntropyParams& p, int64_t row, const BlockSum* sums);
 void cross_entropy_bwd_blocks(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end);
 
-// CUDA: all rows, on `stream`, no synchronisation. A target outside [0, n) trips a device-side assertion.
+// CUDA: all rows, on `stream`, no synchronisation. A target outside [0, n) trips a device-side assertion. Forward
+// writes grad_input, too, unless `incoming` is kUnknown. rescale multiplies it by what the incoming gradient differs
+// from the guess.
 void launch_cross_entropy_fwd(const CrossEntropyParams& p, cudaStream_t stream);
 void launch_cross_entropy_bwd(const CrossEntropyParams& p, cudaStream_t stream);
+void launch_cross_entropy_rescale(const CrossEntropyParams& p, cudaStream_t stream);
+CrossEntropyState* cross_entropy_state(cudaStream_t stream);  // nullptr: none left
 
 }  // namespace tse

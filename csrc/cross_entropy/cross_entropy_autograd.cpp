@@ -217,9 +217,16 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
                             const CrossEntropyOptions& options) {
     // Not under saved-tensor hooks: checkpointing would keep the gradient that it is there to drop.
     const bool hooks = !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
-    const bool can_guess =
-        options.reduction != "none" && input.requires_grad() && is_plain_cpu(input) && is_plain_cpu(target) && !hooks;
-    if (const auto guess = can_guess ? guess_for(options.reduction).get() : std::nullopt) {
+    const bool may_guess = options.reduction != "none" && input.requires_grad() && !hooks;
+    if (may_guess && is_plain_cuda(input) && is_plain_cuda(target)) {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      CrossEntropyResult r = cross_entropy_forward_backward(input, target, options, std::nullopt, /*in_place=*/false);
+      save(ctx, options, {input, target, r.stats});
+      if (r.grad_input.defined()) ctx->saved_data["grad_input"] = r.grad_input;
+      return r.loss;
+    }
+    const bool on_cpu = may_guess && is_plain_cpu(input) && is_plain_cpu(target);
+    if (const auto guess = on_cpu ? guess_for(options.reduction).get() : std::nullopt) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       CrossEntropyResult r = cross_entropy_forward_backward(input, target, options, *guess, /*in_place=*/false);
       save(ctx, options, {input, target, r.stats});
@@ -247,6 +254,13 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
         if (ctx->saved_data["guess"].toDouble() == g) grad_input = found->second.toTensor();
         ctx->saved_data.erase(found);  // given away once: whoever gets it may change it
       }
+    }
+    if (const auto found = ctx->saved_data.find("grad_input");  // on CUDA, where the device compares
+        found != ctx->saved_data.end() && is_plain_cuda(input) && is_plain_cuda(grad_output) && !grad_output.is_neg()) {
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      grad_input =
+          cross_entropy_backward_after_guess(found->second.toTensor(), grad_output, input, target, saved[2], options);
+      ctx->saved_data.erase(found);
     }
     if (!grad_input.defined() && ctx->needs_input_grad(0))
       grad_input = call_backward(grad_output, std::nullopt, input, target, saved[2], options);
@@ -297,14 +311,17 @@ struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
     const std::string_view reduction = options.reduction;
     double guess = reduction != "none" && is_plain_cpu(input) ? guess_for(reduction).get().value_or(1.0) : 1.0;
     if (!(std::abs(guess) >= 0x1p-40 && std::abs(guess) <= 0x1p40)) guess = 1;  // whatever comes, its ratio is finite
+    const bool on_device = reduction != "none" && is_plain_cuda(input);  // the device guesses and compares
     CrossEntropyResult r;
     {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      r = cross_entropy_forward_backward(input, target, options, guess, /*in_place=*/true);
+      r = cross_entropy_forward_backward(input, target, options, on_device ? std::nullopt : std::optional(guess),
+                                         /*in_place=*/true);
     }
     input.unsafeGetTensorImpl()->bump_version();
     ctx->save_for_backward({input.detach()});  // shares the version, so that a later change is noticed, too
-    ctx->saved_data["guess"] = guess;
+    if (on_device) ctx->saved_data["stats"] = r.stats;
+    else ctx->saved_data["guess"] = guess;
     ctx->saved_data["reduction"] = std::string(reduction);
     return r.loss;
   }
@@ -313,9 +330,14 @@ struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
     TSE_CHECK(!at::GradMode::is_enabled(), "cross_entropy", "inplace_backward",
               "expected False for double backward (create_graph=True), since the logits are overwritten, got True");
     const at::Tensor gradient = ctx->get_saved_variables()[0];
-    const double guess = ctx->saved_data["guess"].toDouble();
     const auto reduction = ctx->saved_data["reduction"].toStringView();
-    at::Tensor g = grad_outputs[0];
+    const at::Tensor g = grad_outputs[0].resolve_neg();
+    if (const auto stats = ctx->saved_data.find("stats"); stats != ctx->saved_data.end() && is_plain_cuda(g)) {
+      cross_entropy_rescale(gradient, g, stats->second.toTensor(), reduction);
+      gradient.unsafeGetTensorImpl()->bump_version();  // scaled or not: only the device knows
+      return {gradient, {}, {}};
+    }
+    const double guess = ctx->saved_data["guess"].toDouble();
     if (reduction == "none") {
       gradient.mul_(gradient.dim() == 1 ? g.reshape({}) : g.unsqueeze(1));
     } else if (is_plain_cpu(g)) {

@@ -1,72 +1,98 @@
 // Cross-entropy backward on CUDA: grad_s = p · softmax - t · target (cross_entropy.h). [CUDA]
-// Each logit is read once and its gradient written once.
-#include "common/cuda/vec.cuh"
-#include "cross_entropy/coefficients.cuh"
-#include "cross_entropy/cross_entropy.h"
-#include "cross_entropy/exp_sum.cuh"
+// Each logit is read once and its gradient written once; nothing where forward has written it for what comes in.
+#include "cross_entropy/row_gradient.cuh"
 
 namespace tse {
 namespace {
 
-// kGeneral: with softcap or coefficients of all classes.
+// The number that comes into a mean or sum. The stream remembers it for its next forward.
+template <class A>
+__device__ inline double observe_incoming(const CrossEntropyParams& p, CrossEntropyState* state) {
+  const double grad = static_cast<const A*>(p.grad_output)[0];
+  if (state != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
+    const int which = int(p.reduction);
+    state->repeated[which] = state->last[which] == grad;
+    state->last[which] = grad;
+  }
+  return grad;
+}
+
 template <class T, int kRowThreads, bool kGeneral>
-__global__ void __launch_bounds__(kBlockThreads<kRowThreads>) cross_entropy_bwd_kernel(CrossEntropyParams p) {
+__global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, kRowThreads>)
+    cross_entropy_bwd_kernel(CrossEntropyParams p, CrossEntropyState* state) {
   using A = Acc<T>;
-  const T* input = static_cast<const T*>(p.input);
-  T* grad_input = static_cast<T*>(p.grad_input);
+  if (p.compare_guess && observe_incoming<A>(p, state) == *p.guess) return;
+  const A* grad_output = static_cast<const A*>(p.grad_output);
+  TSE_SHARED(IncomingGradient, shared_incoming, 1);
+  if (threadIdx.x == 0) shared_incoming[0] = incoming_gradient<A>(p, grad_output[0], p.total_weight);
+  __syncthreads();
   const int64_t rows = row_count(p.rows), n = p.rows.n;
   const Logits<A> logits(p.transform);
   for (int64_t row = first_row<kRowThreads>(); row < rows; row += row_step<kRowThreads>()) {
-    const T* x = input + row_offset(p.rows, row);
-    T* g = grad_input + row_offset(p.grad_rows, row);
+    const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
+    T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
     const int64_t target = target_of(p, row);
     if (!is_counted(p, target)) {
       zero_row<kRowThreads>(g, p.grad_rows.stride_n, n);
       continue;
     }
     const A m = static_cast<const A*>(p.row_m)[row], sum = static_cast<const A*>(p.row_sum)[row];
-    const A w = weight_of<A>(p, target);
-    const GradFactors f =
-        grad_factors<A>(p, row, p.z_loss_weight == 0 ? 0.0 : lse_of(m, sum),
-                        p.row_mass == nullptr ? double(w) : double(static_cast<const A*>(p.row_mass)[row]));
-    const A scale = A(f.softmax / double(sum)), of_target = A(f.target);
-    const Coefficients<T> coefficients(p, row);
-    map_row<kRowThreads>(x, p.rows.stride_n, g, p.grad_rows.stride_n, n, [&](int64_t c, A v) {
-      if constexpr (kGeneral) {
-        v = logits.cap(v);
-        A grad = logits.term(v, m) * scale - coefficients(c) * of_target;
-        if (c == target) grad -= w * of_target;
-        return logits.capped ? grad * (1 - v * v) : grad;
-      } else {
-        const A term = logits.term(v, m);
-        // The target's probability and what is taken from it may be equal, and then their difference is 0.
-        return c == target ? A(f.softmax * (double(term) / double(sum)) - double(w) * f.target) : term * scale;
-      }
-    });
+    const A mass = p.row_mass == nullptr ? weight_of<A>(p, target) : static_cast<const A*>(p.row_mass)[row];
+    const A at_target = p.target == nullptr ? A(0) : to_acc(x[target * p.rows.stride_n]);
+    const IncomingGradient in = p.grad_output_stride == 0
+                                    ? shared_incoming[0]
+                                    : incoming_gradient<A>(p, grad_output[row * p.grad_output_stride], p.total_weight);
+    write_gradient(p, LogitRow<T, kRowThreads, kGeneral>(x, n, p.rows.stride_n), g, target, at_target,
+                   RowGradient<T, kGeneral>(p, logits, row, m, sum, mass, in));
   }
 }
 
+// Of a gradient in the logits' place, which are no longer there to begin anew.
 template <class T, int kRowThreads>
-void launch_rows(const CrossEntropyParams& p, cudaStream_t stream) {
-  launch(
-      "cross_entropy_bwd_kernel",
-      p.is_general() ? cross_entropy_bwd_kernel<T, kRowThreads, true> : cross_entropy_bwd_kernel<T, kRowThreads, false>,
-      grid_for(row_count(p.rows), kRowsPerBlock<kRowThreads>), kBlockThreads<kRowThreads>, 0, stream, p);
+__global__ void __launch_bounds__(kBlockThreads<kRowThreads>)
+    cross_entropy_rescale_kernel(CrossEntropyParams p, CrossEntropyState* state) {
+  using A = Acc<T>;
+  const double ratio = observe_incoming<A>(p, state) / *p.guess;
+  if (ratio == 1) return;
+  const int64_t rows = row_count(p.grad_rows), n = p.grad_rows.n, stride = p.grad_rows.stride_n;
+  for (int64_t row = first_row<kRowThreads>(); row < rows; row += row_step<kRowThreads>()) {
+    T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
+    KeptRow<kRowThreads, T>(g, n, stride).map(g, stride, [&](int64_t, A v) { return v * A(ratio); });
+  }
 }
 
 template <class T>
 void launch_bwd(const CrossEntropyParams& p, cudaStream_t stream) {
   if (row_count(p.rows) == 0) return;
-  if (p.rows.stride_n != 1 || p.grad_rows.stride_n != 1) launch_rows<T, 1>(p, stream);
-  else if (p.rows.n <= 1024) launch_rows<T, 32>(p, stream);
-  else if (p.rows.n <= 8192) launch_rows<T, 128>(p, stream);
-  else launch_rows<T, 512>(p, stream);
+  with_row_threads<T>(p, [&](auto count) {
+    constexpr int kRowThreads = decltype(count)::value, kThreads = kBlockThreads<kRowThreads>;
+    const auto kernel = p.is_general() ? cross_entropy_bwd_kernel<T, kRowThreads, true>
+                                       : cross_entropy_bwd_kernel<T, kRowThreads, false>;
+    launch("cross_entropy_bwd_kernel", kernel,
+           grid_for(row_count(p.rows), kRowsPerBlock<kRowThreads>, kernel, kThreads, 0), kThreads, 0, stream, p,
+           p.compare_guess ? cross_entropy_state(stream) : nullptr);
+  });
+}
+
+template <class T>
+void launch_rescale(const CrossEntropyParams& p, cudaStream_t stream) {
+  if (row_count(p.grad_rows) == 0) return;
+  with_row_threads<T>(p, [&](auto count) {
+    constexpr int kRowThreads = decltype(count)::value, kThreads = kBlockThreads<kRowThreads>;
+    const auto kernel = cross_entropy_rescale_kernel<T, kRowThreads>;
+    launch("cross_entropy_rescale_kernel", kernel,
+           grid_for(row_count(p.grad_rows), kRowsPerBlock<kRowThreads>, kernel, kThreads, 0), kThreads, 0, stream, p,
+           cross_entropy_state(stream));
+  });
 }
 
 }  // namespace
 
 void launch_cross_entropy_bwd(const CrossEntropyParams& p, cudaStream_t stream) {
   TSE_LAUNCH_BY_DTYPE(p, launch_bwd, p, stream)
+}
+void launch_cross_entropy_rescale(const CrossEntropyParams& p, cudaStream_t stream) {
+  TSE_LAUNCH_BY_DTYPE(p, launch_rescale, p, stream)
 }
 
 }  // namespace tse

@@ -1,15 +1,19 @@
 // Cross-entropy forward on CUDA. [CUDA]
 //
 // Each logit is read once: every thread keeps the sum of exp2(x · log2(e) - m) of its part with a running reference
-// point m, an integer, so that sums are joined by powers of two. Then, for mean and sum, one block adds the rows'
-// losses in double and in a fixed order. Log-probabilities are never stored.
+// point m, an integer, so that sums are joined by powers of two. Where the incoming gradient is known or guessed, the
+// row stays on chip and its gradient is written at once. For mean and sum each block adds the losses of its rows in
+// double, and the last one to finish the sums of the blocks: a fixed order on one card. One launch, but for the divisor
+// of a mean over many rows. Log-probabilities are never stored.
 #include "common/cuda/reduce.cuh"
-#include "cross_entropy/coefficients.cuh"
-#include "cross_entropy/cross_entropy.h"
-#include "cross_entropy/exp_sum.cuh"
+#include "common/cuda/stream_state.cuh"
+#include "cross_entropy/row_gradient.cuh"
 
 namespace tse {
 namespace {
+
+constexpr int kStates = 1024;
+TSE_DEVICE_ARRAY(CrossEntropyState, states, kStates);
 
 // The largest logit so far and where it is; NaN is larger, and the first of equals.
 template <class A>
@@ -27,28 +31,149 @@ __device__ inline Best<A> better(Best<A> a, Best<A> b) {
 
 // -log2 p of a target with exponent t. One that has nearly all of the probability is compared with the sum in the sum's
 // own arithmetic, so that a loss that must be 0 is 0.
-template <class A>
-__device__ inline A target_loss(const ExpSum<A>& s, A t) {
+template <class A, bool kLinear>
+__device__ inline A target_loss(const ExpSum<A, kLinear>& s, A t) {
   const A term = exp2_of(t), loss = term > s.sum * A(0.25) ? log2(s.sum / term) : log2(s.sum) - t;
   return loss < 0 ? A(0) : loss;
 }
 
+// ---- sums over rows -----------------------------------------------------------------------------------------------
+
+// Of all threads of the block, in every one.
+template <int kThreads>
+__device__ inline CrossEntropySums block_sums(const CrossEntropySums& mine) {
+  return row_reduce<kThreads>(mine, [](const CrossEntropySums& a, const CrossEntropySums& b) {
+    return CrossEntropySums{a.loss + b.loss, a.z_loss + b.z_loss, a.weight + b.weight, a.counted + b.counted};
+  });
+}
+
+// The weights and the number of the counted targets, of rows [begin, end), by a block.
+template <class A, int kThreads>
+__device__ inline CrossEntropySums count_targets(const CrossEntropyParams& p, int64_t begin, int64_t end) {
+  CrossEntropySums s = {0, 0, 0, 0};
+#pragma unroll 4
+  for (int64_t row = begin + threadIdx.x; row < end; row += kThreads) {
+    const int64_t target = target_of(p, row);
+    if (!is_counted(p, target) || p.rows.n == 0) continue;  // of no classes the mean is NaN
+    s.weight += p.target != nullptr && p.weight != nullptr ? double(static_cast<const A*>(p.weight)[target]) : 1.0;
+    s.counted += 1;
+  }
+  return block_sums<kThreads>(s);
+}
+
+// Blocks add their sums, the last one those of all of them: true in its threads.
+template <int kThreads>
+__device__ inline bool add_blocks(const CrossEntropyParams& p, unsigned* ticket, CrossEntropySums& s) {
+  if (gridDim.x == 1) return true;
+  if (threadIdx.x == 0) p.sums[blockIdx.x] = s;
+  if (!is_last_block(ticket)) return false;
+  s = {0, 0, 0, 0};
+  for (int64_t block = threadIdx.x; block < gridDim.x; block += kThreads) {
+    const CrossEntropySums other = p.sums[block];
+    s = {s.loss + other.loss, s.z_loss + other.z_loss, s.weight + other.weight, s.counted + other.counted};
+  }
+  s = block_sums<kThreads>(s);
+  return true;
+}
+
+template <class A>
+__device__ inline void write_totals(const CrossEntropyParams& p, CrossEntropySums s) {
+  if (threadIdx.x != 0) return;
+  p.total_weight[0] = s.weight;
+  p.total_weight[1] = s.counted;
+  if (p.loss == nullptr) return;
+  if (p.reduction == Reduction::kMean) {
+    s.loss /= s.weight;
+    if (p.z_loss_weight != 0) s.z_loss /= s.counted;
+  }
+  *static_cast<A*>(p.loss) = A(s.loss + s.z_loss);
+  if (p.z_loss != nullptr) *static_cast<A*>(p.z_loss) = A(s.z_loss);
+}
+
+// ---- the incoming gradient ----------------------------------------------------------------------------------------
+
+// NaN: nobody knows. The same in every block, since only backward changes the state.
+__device__ inline bool is_known(double incoming) { return incoming == incoming; }
+__device__ inline double known_incoming(const CrossEntropyParams& p, const CrossEntropyState* state) {
+  const double unknown = infinity<double>() - infinity<double>();
+  if (p.incoming == Incoming::kUnknown) return unknown;
+  if (p.incoming == Incoming::kFixed) return p.fixed_incoming;
+  const int which = int(p.reduction);
+  const bool repeated = state->repeated[which] != 0;
+  if (p.incoming == Incoming::kGuessed) return repeated ? state->last[which] : infinity<double>() - infinity<double>();
+  const double last = repeated ? state->last[which] : 1.0, size = fabs(last);
+  return size >= 0x1p-40 && size <= 0x1p40 ? last : 1.0;  // whatever comes, its ratio is finite
+}
+
+constexpr int64_t kCountedByEachBlock = 4096;  // rows: 32 KiB, from L2
+constexpr int kCountThreads = 512;
+
+// The divisor of a mean over many rows, before the kernel that needs it.
+template <class A>
+__global__ void __launch_bounds__(kCountThreads) cross_entropy_count_kernel(CrossEntropyParams p, unsigned* ticket) {
+  const int64_t rows = row_count(p.rows), share = (rows + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * share;
+  CrossEntropySums s = count_targets<A, kCountThreads>(p, begin, begin + share < rows ? begin + share : rows);
+  if (!add_blocks<kCountThreads>(p, ticket, s) || threadIdx.x != 0) return;
+  p.total_weight[0] = s.weight;
+  p.total_weight[1] = s.counted;
+}
+
+// ---- forward ------------------------------------------------------------------------------------------------------
+
+// counted_before: the divisors are there. kept_vectors: of each row, where a gradient may be written.
+struct Launch {
+  CrossEntropyState* state;
+  bool counted_before;
+  int kept_vectors;
+};
+
 // kGeneral: with softcap, coefficients of all classes, or predictions.
 template <class T, int kRowThreads, bool kGeneral>
-__global__ void __launch_bounds__(kBlockThreads<kRowThreads>) cross_entropy_fwd_kernel(CrossEntropyParams p) {
+__global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, kRowThreads>)
+    cross_entropy_fwd_kernel(CrossEntropyParams p, Launch launch) {
   using A = Acc<T>;
+  constexpr int kThreads = kBlockThreads<kRowThreads>;
+  constexpr int64_t kColumnPart = 512;  // a column's one thread adds so many terms before it joins their sums
+  TSE_DYNAMIC_SHARED(uint4, kept);
+  TSE_SHARED(CrossEntropySums, sums_of_rows, kRowsPerBlock<kRowThreads>);
+  CrossEntropySums& of_rows = sums_of_rows[threadIdx.x / kRowThreads];
+  const bool is_first = threadIdx.x % kRowThreads == 0;
+  if (is_first) of_rows = {0, 0, 0, 0};
+
   const T* input = static_cast<const T*>(p.input);
   const int64_t rows = row_count(p.rows), n = p.rows.n, stride = p.rows.stride_n;
   const Logits<A> logits(p.transform);
+  TSE_SHARED(IncomingGradient, shared_incoming, 1);
+  TSE_SHARED(double, divisors, 2);
+  const bool writes_gradient = is_known(known_incoming(p, launch.state));
+  if (launch.counted_before || (writes_gradient && p.reduction == Reduction::kMean)) {
+    CrossEntropySums s = {0, 0, 0, 0};
+    if (!launch.counted_before) s = count_targets<A, kThreads>(p, 0, rows);
+    if (threadIdx.x == 0) {
+      divisors[0] = launch.counted_before ? p.total_weight[0] : s.weight;
+      divisors[1] = launch.counted_before ? p.total_weight[1] : s.counted;
+    }
+  }
+  if (threadIdx.x == 0) {
+    const double incoming = known_incoming(p, launch.state);
+    if (blockIdx.x == 0) *p.guess = incoming;
+    if (writes_gradient) shared_incoming[0] = incoming_gradient<A>(p, incoming, divisors);
+  }
+  __syncthreads();
+
   for (int64_t row = first_row<kRowThreads>(); row < rows; row += row_step<kRowThreads>()) {
     const T* x = input + row_offset(p.rows, row);
+    const LogitRow<T, kRowThreads, kGeneral> logits_of_row(
+        x, n, stride, kept + threadIdx.x / kRowThreads * launch.kept_vectors, launch.kept_vectors);
     const int64_t target = target_of(p, row);
     const bool counted = is_counted(p, target);
-    ExpSum<A> s;
+    ExpSum<A, kGeneral> s;
     Best<A> best;
+    A at_target = 0;
     if (counted) {  // the same in all threads of the row; the logits of an ignored one are not even read
       device_assert(p.target == nullptr || (target >= 0 && target < n),
                     "cross_entropy: target: expected a class index or ignore_index");
+      if (p.target != nullptr) at_target = to_acc(x[target * stride]);  // before the gradient may take its place
       const Coefficients<T> coefficients(p, row);
       const auto walk = [&](int64_t i, const T* v, auto count) {
         constexpr int kCount = decltype(count)::value;
@@ -69,97 +194,121 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>) cross_entropy_fwd_
           }
         });
       };
-      const auto scalar = [&](int64_t i, T v) { walk(i, &v, std::integral_constant<int, 1>{}); };
-      const auto vector = [&](int64_t i, const Vec<T>& v) {
-        walk(i, v.v, std::integral_constant<int, Vec<T>::kSize>{});
+      ExpSum<A, kGeneral> before;
+      const auto scalar = [&](int64_t i, T v) {
+        walk(i, &v, std::integral_constant<int, 1>{});
+        if (kRowThreads == 1 && i % kColumnPart == kColumnPart - 1) {
+          before = join(before, s);
+          s = ExpSum<A, kGeneral>();
+        }
       };
-      for_each_in_row<kRowThreads>(x, n, stride, vector, scalar);
-      s = row_reduce<kRowThreads>(s, [](ExpSum<A> a, ExpSum<A> b) { return join(a, b); });
+      const auto vector = [&](int64_t i, const Vec<T>& v) {
+        constexpr int kCount = kGeneral && Vec<T>::kSize > 4 ? 4 : Vec<T>::kSize;  // more would not fit into registers
+#pragma unroll
+        for (int k = 0; k < Vec<T>::kSize; k += kCount) walk(i + k, v.v + k, std::integral_constant<int, kCount>{});
+      };
+      logits_of_row.read(writes_gradient, vector, scalar);
+      if constexpr (kRowThreads == 1) s = join(before, s);
+      if constexpr (kRowThreads == 32) __syncwarp();  // all lanes have read at_target
+      s = row_reduce<kRowThreads>(s, [](const auto& a, const auto& b) { return join(a, b); });
       if constexpr (kGeneral) {
         if (p.predictions != nullptr)
           best = row_reduce<kRowThreads>(best, [](Best<A> a, Best<A> b) { return better(a, b); });
       }
     }
-    if (threadIdx.x % kRowThreads != 0) continue;
-    A loss = 0, mass = 0;
-    if (counted) {
-      const A w = weight_of<A>(p, target);
-      mass = w + s.mass;
-      if (p.target != nullptr) loss = w * target_loss(s, logits.exponent(logits.cap(to_acc(x[target * stride])), s.m));
-      if (p.row_mass != nullptr) loss += s.mass * log2(s.sum) - s.linear;
-      loss *= kLn2<A>;
-      if (p.z_loss_weight != 0 && p.reduction == Reduction::kNone) {
-        const double lse = lse_of(s.m, s.sum);
-        loss += A(p.z_loss_weight * lse * lse);
+    A mass = counted ? weight_of<A>(p, target) : A(0);
+    const A w = mass;
+    if constexpr (kGeneral) mass += s.mass;
+    if (is_first) {
+      A loss = 0;
+      double z_loss = 0;
+      if (counted) {
+        if (p.target != nullptr) loss = w * target_loss(s, logits.exponent(logits.cap(at_target), s.m));
+        if constexpr (kGeneral) {
+          if (p.row_mass != nullptr) loss += s.mass * log2(s.sum) - s.linear;
+        }
+        loss *= kLn2<A>;
+        if (p.z_loss_weight != 0) {
+          const double lse = lse_of(s.m, s.sum);
+          z_loss = p.z_loss_weight * lse * lse;
+          if (p.reduction == Reduction::kNone) loss += A(z_loss);
+        }
+        if (n != 0) {
+          of_rows.loss += double(loss);
+          of_rows.z_loss += z_loss;
+          of_rows.weight += 1;
+          of_rows.counted += 1;
+        }
       }
+      if (p.row_loss != nullptr) static_cast<A*>(p.row_loss)[row] = loss;
+      static_cast<A*>(p.row_m)[row] = s.m;
+      static_cast<A*>(p.row_sum)[row] = s.sum;
+      if (p.row_mass != nullptr) static_cast<A*>(p.row_mass)[row] = mass;
+      if (p.predictions != nullptr) p.predictions[row] = counted ? best.index : p.ignore_index;
     }
-    static_cast<A*>(p.row_loss)[row] = loss;
-    static_cast<A*>(p.row_m)[row] = s.m;
-    static_cast<A*>(p.row_sum)[row] = s.sum;
-    if (p.row_mass != nullptr) static_cast<A*>(p.row_mass)[row] = mass;
-    if (p.predictions != nullptr) p.predictions[row] = counted ? best.index : p.ignore_index;
+    if (!writes_gradient) continue;
+    T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
+    if (counted)
+      write_gradient(p, logits_of_row, g, target, at_target,
+                     RowGradient<T, kGeneral>(p, logits, row, s.m, s.sum, mass, shared_incoming[0]));
+    else zero_row<kRowThreads>(g, p.grad_rows.stride_n, n);
   }
-}
 
-struct Total {
-  double loss;
-  double z_loss;
-  double weight;
-  double counted;
-};
-
-constexpr int kReduceThreads = 1024;
-
-template <class A>
-__global__ void __launch_bounds__(kReduceThreads) cross_entropy_reduce_kernel(CrossEntropyParams p) {
-  Total t = {0, 0, 0, 0};
-  for (int64_t row = threadIdx.x; row < row_count(p.rows); row += kReduceThreads) {
-    const int64_t target = target_of(p, row);
-    if (!is_counted(p, target) || p.rows.n == 0) continue;  // of no classes the mean is NaN
-    t.loss += double(static_cast<const A*>(p.row_loss)[row]);
-    t.weight += p.target != nullptr && p.weight != nullptr ? double(static_cast<const A*>(p.weight)[target]) : 1.0;
-    t.counted += 1;
-    if (p.z_loss_weight != 0) {
-      const double lse = lse_of(static_cast<const A*>(p.row_m)[row], static_cast<const A*>(p.row_sum)[row]);
-      t.z_loss += p.z_loss_weight * lse * lse;
-    }
+  if (p.reduction == Reduction::kNone && p.predictions == nullptr) return;
+  CrossEntropySums s = block_sums<kThreads>(is_first ? of_rows : CrossEntropySums{0, 0, 0, 0});
+  if (!add_blocks<kThreads>(p, &launch.state->ticket, s)) return;
+  // The sum of the weights has the bits that a gradient written here was divided by, so that backward finds the same.
+  if (launch.counted_before) {
+    s.weight = divisors[0];
+    s.counted = divisors[1];
+  } else if (p.reduction == Reduction::kMean && p.target != nullptr && p.weight != nullptr) {
+    s.weight = count_targets<A, kThreads>(p, 0, rows).weight;
   }
-  t = row_reduce<kReduceThreads>(t, [](Total a, Total b) {
-    return Total{a.loss + b.loss, a.z_loss + b.z_loss, a.weight + b.weight, a.counted + b.counted};
-  });
-  if (threadIdx.x != 0) return;
-  p.total_weight[0] = t.weight;
-  p.total_weight[1] = t.counted;
-  if (p.loss == nullptr) return;
-  if (p.reduction == Reduction::kMean) {
-    t.loss /= t.weight;
-    if (p.z_loss_weight != 0) t.z_loss /= t.counted;
-  }
-  *static_cast<A*>(p.loss) = A(t.loss + t.z_loss);
-  if (p.z_loss != nullptr) *static_cast<A*>(p.z_loss) = A(t.z_loss);
-}
-
-template <class T, int kRowThreads>
-void launch_rows(const CrossEntropyParams& p, cudaStream_t stream) {
-  const bool general = p.is_general() || p.predictions != nullptr;
-  launch("cross_entropy_fwd_kernel",
-         general ? cross_entropy_fwd_kernel<T, kRowThreads, true> : cross_entropy_fwd_kernel<T, kRowThreads, false>,
-         grid_for(row_count(p.rows), kRowsPerBlock<kRowThreads>), kBlockThreads<kRowThreads>, 0, stream, p);
+  write_totals<A>(p, s);
 }
 
 template <class T>
 void launch_fwd(const CrossEntropyParams& p, cudaStream_t stream) {
-  if (row_count(p.rows) != 0) {
-    if (p.rows.stride_n != 1) launch_rows<T, 1>(p, stream);
-    else if (p.rows.n <= 1024) launch_rows<T, 32>(p, stream);
-    else if (p.rows.n <= 8192) launch_rows<T, 128>(p, stream);
-    else launch_rows<T, 512>(p, stream);
+  using A = Acc<T>;
+  const int64_t rows = row_count(p.rows);
+  const bool adds = p.reduction != Reduction::kNone || p.predictions != nullptr;
+  if (rows == 0 && !adds) return;
+  Launch how = {nullptr, false, 0};
+  if (adds) {
+    how.state = cross_entropy_state(stream);
+    if (how.state == nullptr) {  // one for this call alone
+      how.state = reinterpret_cast<CrossEntropyState*>(p.sums + kCrossEntropyBlocks);
+      zero_memory(how.state, sizeof(CrossEntropyState), stream);
+    }
   }
-  if (p.reduction != Reduction::kNone || p.predictions != nullptr)
-    launch("cross_entropy_reduce_kernel", cross_entropy_reduce_kernel<Acc<T>>, 1, kReduceThreads, 0, stream, p);
+  if (rows > kCountedByEachBlock && p.target != nullptr && p.reduction == Reduction::kMean &&
+      (p.weight != nullptr || p.incoming != Incoming::kUnknown)) {
+    how.counted_before = true;
+    launch("cross_entropy_count_kernel", cross_entropy_count_kernel<A>,
+           std::min(grid_for(rows, kCountedByEachBlock), kCrossEntropyBlocks), kCountThreads, 0, stream, p,
+           &how.state->ticket);
+  }
+  with_row_threads<T>(p, [&](auto count) {
+    constexpr int kRowThreads = decltype(count)::value, kThreads = kBlockThreads<kRowThreads>;
+    if (kRowThreads > 1 && p.incoming != Incoming::kUnknown)
+      how.kept_vectors = int(kept_bytes(device_limits(), kThreads, kRowsPerBlock<kRowThreads> * p.rows.n * sizeof(T)) /
+                             kRowsPerBlock<kRowThreads> / 16);
+    const bool general = p.is_general() || p.predictions != nullptr;
+    const auto kernel =
+        general ? cross_entropy_fwd_kernel<T, kRowThreads, true> : cross_entropy_fwd_kernel<T, kRowThreads, false>;
+    const size_t shared = size_t(how.kept_vectors) * 16 * kRowsPerBlock<kRowThreads>;
+    int64_t blocks = grid_for(std::max<int64_t>(rows, 1), kRowsPerBlock<kRowThreads>, kernel, kThreads, shared);
+    if (adds) blocks = std::min(blocks, kCrossEntropyBlocks);
+    launch("cross_entropy_fwd_kernel", kernel, blocks, kThreads, shared, stream, p, how);
+  });
 }
 
 }  // namespace
+
+CrossEntropyState* cross_entropy_state(cudaStream_t stream) {
+  static StreamStates<CrossEntropyState, kStates> of_streams([] { return device_address(states); });
+  return of_streams.of(stream);
+}
 
 void launch_cross_entropy_fwd(const CrossEntropyParams& p, cudaStream_t stream) {
   TSE_LAUNCH_BY_DTYPE(p, launch_fwd, p, stream)

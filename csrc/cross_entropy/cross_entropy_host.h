@@ -51,9 +51,19 @@ struct CrossEntropyResult {
 };
 
 // Loss and gradient in one go, for an incoming gradient that is known beforehand (of every row for "none"); in_place:
-// the gradient takes the memory of the logits.
+// the gradient takes the memory of the logits. On CUDA nullopt leaves it to the device to guess, for mean and sum; then
+// grad_input is only for one of the next two, which compare on the device. It is undefined where it had to be copied.
 CrossEntropyResult cross_entropy_forward_backward(const at::Tensor& input, const at::Tensor& target,
-                                                  const CrossEntropyOptions& options, double grad_output,
+                                                  const CrossEntropyOptions& options, std::optional<double> grad_output,
                                                   bool in_place);
+
+// The gradient, in the memory of `written`, which is right already where the guess was.
+at::Tensor cross_entropy_backward_after_guess(const at::Tensor& written, const at::Tensor& grad_output,
+                                              const at::Tensor& input, const at::Tensor& target,
+                                              const at::Tensor& stats, const CrossEntropyOptions& options);
+
+// The same for logits that `written` has taken the place of: a multiplication where the guess was wrong.
+void cross_entropy_rescale(const at::Tensor& written, const at::Tensor& grad_output, const at::Tensor& stats,
+                           std::string_view reduction);
 
 }  // namespace tse

@@ -17,6 +17,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "common/cuda/limits.h"
 #include "executor.h"
@@ -35,6 +36,7 @@
     static char place;                                                                       \
     return static_cast<type*>(::cuda_on_host::shared_array(&place, sizeof(type) * (count))); \
   }()
+#define TSE_DEVICE_ARRAY(type, name, count) type name[count]
 #define TSE_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::cuda_on_host::dynamic_shared())
 
 inline void __syncthreads(TSE_HERE) { ::cuda_on_host::block_barrier(here); }
@@ -63,6 +65,8 @@ inline double __dadd_rd(double a, double b) {
   return error < 0 ? std::nextafter(s, -HUGE_VAL) : s;
 }
 inline float __fadd_rd(float a, float b) { return __double2float_rd(__dadd_rd(a, b)); }
+inline void __threadfence() { ::cuda_on_host::fence(); }
+inline unsigned atomicInc(unsigned* p, unsigned last) { return ::cuda_on_host::atomic_increment(p, last); }
 
 namespace tse {
 
@@ -80,6 +84,7 @@ inline uint4 load16(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16 != 0) ::cuda_on_host::fail("misaligned 16-byte load");
   return *static_cast<const uint4*>(p);
 }
+inline uint4 load16_again(const void* p) { return load16(p); }
 inline void store16(void* p, uint4 v) {
   if (reinterpret_cast<uintptr_t>(p) % 16 != 0) ::cuda_on_host::fail("misaligned 16-byte store");
   *static_cast<uint4*>(p) = v;
@@ -96,10 +101,29 @@ int64_t running_blocks(void (*)(Params...), int threads, size_t shared_bytes) {
   return resident_blocks(device_limits(), threads, shared_bytes) * device_limits().multiprocessors;
 }
 
+// A launch is over when it returns, so each OS thread is a stream. One that failed leaves memory on the device as it
+// was then: nobody comes back to that stream.
+struct LaunchOrder {
+  int device;
+  const void* thread;
+  int failures;
+  bool operator<(const LaunchOrder& o) const { return std::tie(thread, failures) < std::tie(o.thread, o.failures); }
+};
+inline thread_local int launch_failures = 0;
+inline LaunchOrder launch_order(struct CUstream_st*) { return {0, &launch_failures, launch_failures}; }
+template <class V, size_t kCount>
+V* device_address(V (&array)[kCount]) {
+  return array;
+}
+inline void zero_memory(void* p, size_t bytes, struct CUstream_st*) { std::memset(p, 0, bytes); }
+
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes,
-            struct CUstream_st*, Args... args) {
+            struct CUstream_st*, Args... args) try {
   ::cuda_on_host::launch(name, blocks, threads, shared_bytes, [=] { kernel(args...); });
+} catch (...) {
+  ++launch_failures;
+  throw;
 }
 
 }  // namespace tse

@@ -80,6 +80,8 @@ struct Fibre {
   int source = -1;         // lane whose value it wants, -1 for none
   size_t bytes = 0;
   unsigned warp_generation = 0;
+  bool fenced = false;     // has gone through a fence since its last atomic operation
+  void* atomic = nullptr;  // operand of that
   alignas(8) char value[8], result[8];
   char* stack = nullptr;
 #if defined(__x86_64__)
@@ -344,6 +346,24 @@ void warp_barrier(Location here) {
   IF_TSAN(__tsan_acquire(word);)
 }
 
+// What a thread wrote before a fence is seen by whoever, behind the atomic operation that followed it, finds that
+// operation's value and then goes through a fence, too.
+void fence() {
+  Fibre* f = engine->running;
+  f->fenced = true;
+  IF_TSAN(if (f->atomic != nullptr) __tsan_acquire(f->atomic);)
+}
+
+unsigned atomic_increment(unsigned* p, unsigned last) {
+  Fibre* f = engine->running;
+  IF_TSAN(if (f->fenced) __tsan_release(p);)
+  f->fenced = false;
+  f->atomic = p;
+  const unsigned value = *p;
+  *p = value >= last ? 0 : value + 1;
+  return value;
+}
+
 void* shared_array(const void* place, size_t bytes) {
   Engine& e = *engine;
   for (const SharedArray& s : e.shared)
@@ -406,6 +426,8 @@ void launch(const char* kernel, int64_t blocks, int threads, size_t dynamic_byte
     IF_TSAN(set ^= 1;)
     for (int t = 0; t < threads; ++t) {
       Fibre* f = fibre(set * 1024 + t);
+      f->fenced = false;
+      f->atomic = nullptr;
       f->index.thread = {unsigned(t), 0, 0};
       f->index.block = {unsigned(block), 0, 0};
       f->index.block_dim = dim3(threads);

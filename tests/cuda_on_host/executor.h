@@ -46,6 +46,8 @@ void launch(const char* name, int64_t blocks, int threads, size_t dynamic_bytes,
 void block_barrier(Location here);
 void warp_barrier(Location here);  // of a whole warp
 void warp_exchange(Location here, unsigned mask, const void* value, size_t bytes, int source, void* result);
+void fence();
+unsigned atomic_increment(unsigned* p, unsigned last);  // to 0 from `last`; returns what was there
 void* shared_array(const void* place, size_t bytes);
 void* dynamic_shared();
 [[noreturn]] void fail(const std::string& what);

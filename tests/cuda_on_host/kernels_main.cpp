@@ -54,59 +54,84 @@ struct Options {
   double smoothing = 0, z = 0, softcap = 0, temperature = 1;
 };
 
+// Random logits, targets and what comes in, with room for what goes out.
+template <class T>
+struct CrossEntropyCase {
+  using A = Acc<T>;
+  Matrix<T> x, g, q;
+  std::vector<int64_t> target, predictions;
+  std::vector<A> weight, row_loss, grad_output, row_m, row_sum, row_mass, grad_lse;
+  std::vector<CrossEntropySums> sums;
+  double total_weight[2] = {NAN, NAN}, guess = 0;
+  A loss = NAN, z_loss = NAN;
+  CrossEntropyParams p{};
+
+  CrossEntropyCase(int64_t count, int64_t n, int64_t offset, bool columns, Reduction reduction, const Options& o)
+      : x(count, n, offset, columns),
+        g(count, n, offset, columns),
+        q(count, n, offset, columns),
+        target(count),
+        predictions(count, -1),
+        weight(n),
+        row_loss(count, NAN),
+        grad_output(reduction == Reduction::kNone ? count : 1),
+        row_m(count, NAN),
+        row_sum(count, NAN),
+        row_mass(count, NAN),
+        grad_lse(count),
+        sums(kCrossEntropySums) {
+    std::mt19937 random(unsigned(n * 31 + count));
+    std::normal_distribution<float> normal(0, 3);
+    std::uniform_real_distribution<float> uniform(0.5f, 1.5f);
+    for (A& w : weight) w = uniform(random);
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t c = 0; c < n; ++c) {
+        x.at(i, c) = from_acc<T>(A(normal(random)));
+        q.at(i, c) = from_acc<T>(A(uniform(random) / n));
+      }
+      target[i] = i == 1 ? -100 : int64_t(random() % n);
+    }
+    for (A& v : grad_output) v = normal(random);
+    for (A& v : grad_lse) v = normal(random);
+    p.dtype = kDType<T>;
+    p.rows = x.rows;
+    p.input = x.data();
+    if (o.probabilities) {
+      p.probabilities = q.data();
+      p.probabilities_rows = q.rows;
+    } else {
+      p.target = target.data();
+    }
+    p.ignore_index = -100;
+    p.reduction = reduction;
+    p.weight = o.weight ? weight.data() : nullptr;
+    p.label_smoothing = o.smoothing;
+    p.z_loss_weight = o.z;
+    p.transform = {o.temperature, o.softcap};
+    p.row_loss = row_loss.data();
+    p.row_m = row_m.data();
+    p.row_sum = row_sum.data();
+    p.row_mass = o.smoothing != 0 || o.probabilities ? row_mass.data() : nullptr;
+    p.predictions = o.predictions ? predictions.data() : nullptr;
+    p.loss = reduction == Reduction::kNone ? nullptr : &loss;
+    p.z_loss = reduction == Reduction::kNone ? nullptr : &z_loss;
+    p.total_weight = total_weight;
+    p.guess = &guess;
+    p.sums = sums.data();
+    p.grad_rows = g.rows;
+    p.grad_input = g.data();
+    p.grad_output = grad_output.data();
+    p.grad_output_stride = reduction == Reduction::kNone;
+    p.grad_lse = o.predictions ? grad_lse.data() : nullptr;
+  }
+};
+
 template <class T>
 void check_cross_entropy(int64_t count, int64_t n, int64_t offset, bool columns, Reduction reduction,
                          const Options& o = {}) {
-  using A = Acc<T>;
-  std::mt19937 random(unsigned(n * 31 + count));
-  std::normal_distribution<float> normal(0, 3);
-  std::uniform_real_distribution<float> uniform(0.5f, 1.5f);
-  Matrix<T> x(count, n, offset, columns), g(count, n, offset, columns), q(count, n, offset, columns);
-  std::vector<int64_t> target(count), predictions(count, -1);
-  std::vector<A> weight(n);
-  for (A& w : weight) w = uniform(random);
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t c = 0; c < n; ++c) {
-      x.at(i, c) = from_acc<T>(A(normal(random)));
-      q.at(i, c) = from_acc<T>(A(uniform(random) / n));
-    }
-    target[i] = i == 1 ? -100 : int64_t(random() % n);
-  }
-  std::vector<A> row_loss(count, NAN), grad_output(reduction == Reduction::kNone ? count : 1);
-  for (A& v : grad_output) v = normal(random);
-  std::vector<A> row_m(count, NAN), row_sum(count, NAN), row_mass(count, NAN), grad_lse(count);
-  for (A& v : grad_lse) v = normal(random);
-  double total_weight[2] = {NAN, NAN};
-  A loss = NAN, z_loss = NAN;
-  CrossEntropyParams p{};
-  p.dtype = kDType<T>;
-  p.rows = x.rows;
-  p.input = x.data();
-  if (o.probabilities) {
-    p.probabilities = q.data();
-    p.probabilities_rows = q.rows;
-  } else {
-    p.target = target.data();
-  }
-  p.ignore_index = -100;
-  p.reduction = reduction;
-  p.weight = o.weight ? weight.data() : nullptr;
-  p.label_smoothing = o.smoothing;
-  p.z_loss_weight = o.z;
-  p.transform = {o.temperature, o.softcap};
-  p.row_loss = row_loss.data();
-  p.row_m = row_m.data();
-  p.row_sum = row_sum.data();
-  p.row_mass = o.smoothing != 0 || o.probabilities ? row_mass.data() : nullptr;
-  p.predictions = o.predictions ? predictions.data() : nullptr;
-  p.loss = reduction == Reduction::kNone ? nullptr : &loss;
-  p.z_loss = reduction == Reduction::kNone ? nullptr : &z_loss;
-  p.total_weight = total_weight;
-  p.grad_rows = g.rows;
-  p.grad_input = g.data();
-  p.grad_output = grad_output.data();
-  p.grad_output_stride = reduction == Reduction::kNone;
-  p.grad_lse = o.predictions ? grad_lse.data() : nullptr;
+  CrossEntropyCase<T> problem(count, n, offset, columns, reduction, o);
+  auto& [x, g, q, target, predictions, weight, row_loss, grad_output, row_m, row_sum, row_mass, grad_lse, sums,
+         total_weight, guess, loss, z_loss, p] = problem;
   launch_cross_entropy_fwd(p, nullptr);
   if (reduction == Reduction::kNone) total_weight[0] = total_weight[1] = NAN;  // "none" has no divisor
   launch_cross_entropy_bwd(p, nullptr);
@@ -151,8 +176,7 @@ void check_cross_entropy(int64_t count, int64_t n, int64_t offset, bool columns,
       double want = probability * (mass * gt + 2 * o.z * lse * gz + gl) - t(c) * gt;
       want *= (o.softcap > 0 ? 1 - s * s : 1) / o.temperature;
       const double scale = (std::abs(gt) * (1 + mass) + std::abs(2 * o.z * lse * gz) + std::abs(gl)) / o.temperature;
-      const double tolerance = 2 * kEps<T> + (columns ? 3e-9 * n : 0);  // one thread adds a column's terms
-      expect(to_acc(g.at(i, c)), counts(i) ? want : 0, tolerance * scale, "gradient", i, c);
+      expect(to_acc(g.at(i, c)), counts(i) ? want : 0, 2 * kEps<T> * scale, "gradient", i, c);
     }
     if (o.predictions) expect(predictions[i], counts(i) ? best : -100, 0, "prediction", i, 0);
   }
@@ -161,6 +185,85 @@ void check_cross_entropy(int64_t count, int64_t n, int64_t offset, bool columns,
   expect(loss, (mean ? total / divisor : total) + (mean ? total_z / counted : total_z), 2e-5 * (1 + total + total_z),
          "reduced", 0, 0);
   expect(z_loss, mean ? total_z / counted : total_z, 2e-5 * (1 + total_z), "z-loss", 0, 0);
+}
+
+// The gradient that forward writes has the bits of backward's, whatever was guessed.
+template <class T>
+void check_gradient_in_forward(int64_t count, int64_t n, int64_t offset, bool columns, Reduction reduction,
+                               const Options& o = {}) {
+  using A = Acc<T>;
+  CrossEntropyCase<T> problem(count, n, offset, columns, reduction, o);
+  CrossEntropyParams& p = problem.p;
+  CrossEntropyState& state = *cross_entropy_state(nullptr);
+  const A incoming = problem.grad_output[0], doubled = 2 * incoming;
+  p.grad_output_stride = 0;
+  const T garbage = from_acc<T>(A(123));
+  const auto gradient = [&] {
+    std::vector<double> values;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t c = 0; c < n; ++c) values.push_back(to_acc(problem.g.at(i, c)));
+    return values;
+  };
+  const auto forward = [&](Incoming what, double fixed = NAN) {
+    p.incoming = what;
+    p.fixed_incoming = fixed;
+    problem.loss = NAN;
+    for (int64_t i = 0; i < count * n; ++i) problem.g.data()[i] = garbage;
+    launch_cross_entropy_fwd(p, nullptr);
+    expect(state.ticket, 0, 0, "ticket", 0, 0);
+  };
+  const auto backward = [&](A grad) {
+    problem.grad_output[0] = grad;
+    p.compare_guess = p.incoming == Incoming::kGuessed;
+    launch_cross_entropy_bwd(p, nullptr);
+    return gradient();
+  };
+  const auto expect_same = [&](const std::vector<double>& got, const std::vector<double>& want, const char* what) {
+    for (int64_t i = 0; i < count * n; ++i) expect(got[i], want[i], 0, what, i / n, i % n);
+  };
+
+  state = {};
+  forward(Incoming::kUnknown);
+  const double loss = problem.loss;
+  const std::vector<double> want = backward(incoming), want_doubled = backward(doubled);
+  forward(Incoming::kFixed, double(incoming));
+  expect_same(gradient(), want, "known gradient");
+  expect(problem.loss, loss, 0, "loss with gradient", 0, 0);
+  if (reduction == Reduction::kNone) return;
+
+  for (int round = 0; round < 3; ++round) {
+    forward(Incoming::kGuessed);
+    expect(problem.guess, round < 2 ? NAN : double(incoming), 0, "guess", round, 0);
+    if (round == 2) {
+      expect_same(gradient(), want, "guessed gradient");
+      problem.g.at(0, n - 1) = garbage;
+    }
+    const std::vector<double> got = backward(incoming);
+    if (round < 2) expect_same(got, want, "gradient without a guess");
+    else expect(got[n - 1], 123, 0, "a pass after a right guess", 0, n - 1);
+    expect(problem.loss, loss, 0, "loss with guess", round, 0);
+  }
+  forward(Incoming::kGuessed);
+  expect_same(backward(doubled), want_doubled, "gradient after a wrong guess");
+  forward(Incoming::kGuessed);
+  expect(problem.guess, NAN, 0, "guess after a change", 0, 0);
+
+  // In place: 1 is guessed, and the rest made up for.
+  p.input = p.grad_input;
+  for (const A factor : {A(1), A(2), A(2), A(2)}) {
+    p.incoming = Incoming::kGuessedOrOne;
+    for (int64_t i = 0; i < count * n; ++i) problem.g.data()[i] = problem.x.data()[i];
+    launch_cross_entropy_fwd(p, nullptr);
+    const std::vector<double> written = gradient();
+    const double ratio = double(factor) / problem.guess;
+    problem.grad_output[0] = factor;
+    launch_cross_entropy_rescale(p, nullptr);
+    for (int64_t i = 0; i < count * n; ++i)
+      expect(to_acc(problem.g.at(i / n, i % n)), to_acc(from_acc<T>(A(written[i] * ratio))), 0, "rescaled", i / n,
+             i % n);
+    p.grad_output_stride = 0;
+  }
+  expect(problem.guess, 2, 0, "guess in place", 0, 0);
 }
 
 template <class T>
@@ -326,6 +429,25 @@ void check_all(const std::vector<int64_t>& widths) {
   }
 }
 
+template <class T>
+void check_gradients_in_forward(const std::vector<int64_t>& widths) {
+  // Rows of the last two do not fit on chip; those of the last are many for one block.
+  constexpr int64_t kAll = 227 * 1024, kPart = 10 * 1024;
+  const auto as_before = cuda_on_host::options;
+  for (int64_t n : widths) {
+    for (const auto [shared, multiprocessors] : {std::pair(kAll, 4), std::pair(kPart, 4), std::pair(kPart, 1)}) {
+      cuda_on_host::options.shared_bytes = shared;
+      cuda_on_host::options.multiprocessors = multiprocessors;
+      check_gradient_in_forward<T>(5, n, 1, false, Reduction::kMean);
+    }
+    check_gradient_in_forward<T>(5, n, 0, false, Reduction::kSum, {.weight = true, .z = 0.1, .temperature = 0.5});
+    check_gradient_in_forward<T>(5, n, 0, false, Reduction::kMean, {.weight = true, .smoothing = 0.1, .softcap = 4});
+    check_gradient_in_forward<T>(3, n, 0, false, Reduction::kNone, {.z = 0.1});
+    check_gradient_in_forward<T>(130, n < 20 ? n : 3, 0, true, Reduction::kMean, {.weight = true});
+    cuda_on_host::options = as_before;
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -336,6 +458,8 @@ int main(int argc, char** argv) {
       check_cross_entropy<float>(2, 1030, 1, false, Reduction::kNone);
       check_cross_entropy<__nv_bfloat16>(9, 70, 0, false, Reduction::kNone);
       check_cross_entropy<float>(2, 1030, 0, false, Reduction::kMean, {.predictions = true, .smoothing = 0.2, .z = 1});
+      check_gradient_in_forward<float>(3, 1030, 1, false, Reduction::kMean);
+      check_gradient_in_forward<__nv_bfloat16>(9, 70, 0, false, Reduction::kSum);
       check_selective_log_softmax<float>(2, 1030, 3, 1, false, 0);
       check_selective_log_softmax<__nv_bfloat16>(9, 70, 3, 0, false, 0);
       check_sparsemax<float>(2, 1030, 0, false, 1);
@@ -344,6 +468,11 @@ int main(int argc, char** argv) {
       cuda_on_host::options.shared_bytes = 8 * 1024;
       check_sparsemax<float>(2, 1030, 1, false, 0.001f);
     } else {
+      check_gradients_in_forward<float>({5, 70, 1030, 8200});
+      check_gradients_in_forward<double>({33, 1030});
+      check_gradients_in_forward<__half>({9, 1100});
+      check_gradients_in_forward<__nv_bfloat16>({200, 3000, 9000});
+      check_gradient_in_forward<float>(9000, 5, 0, false, Reduction::kMean, {.weight = true});  // counted beforehand
       check_all<float>({1, 5, 33, 1000, 1030, 12030, 12300});
       check_all<double>({7, 1030});
       check_all<__half>({8, 1031});

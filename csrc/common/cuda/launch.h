@@ -17,8 +17,10 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #define TSE_SHARED(type, name, count) __shared__ type name[count]
+#define TSE_DEVICE_ARRAY(type, name, count) __device__ type name[count]
 #define TSE_DYNAMIC_SHARED(type, name)                        \
   extern __shared__ __align__(16) unsigned char name##_raw[]; \
   type* const name = reinterpret_cast<type*>(name##_raw)
@@ -27,11 +29,14 @@ namespace tse {
 
 // A broken promise of the caller's data: stops the kernel, as torch's own device-side assertions do.
 __device__ inline void device_assert(bool condition, const char* text) {
-  if (!condition) __assert_fail(text, __FILE__, __LINE__, "torch_softmax_ext");
+  if (condition) return;
+  __assert_fail(text, __FILE__, __LINE__, "torch_softmax_ext");
+  __builtin_unreachable();
 }
 
-// Cached once, not again: a logit is read once and its gradient written once.
+// Cached once, not again: a logit is read once and its gradient written once. load16_again: it will be read again.
 __device__ inline uint4 load16(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }
+__device__ inline uint4 load16_again(const void* p) { return *static_cast<const uint4*>(p); }
 __device__ inline void store16(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
 
 // 2^x: one instruction, relative error 2^-22; subnormal results are 0.
@@ -66,6 +71,37 @@ inline const DeviceLimits& device_limits() {
                       attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), attribute(cudaDevAttrL2CacheSize)};
   });
   return limits[device];
+}
+
+// Launches of equal orders never run beside each other.
+struct LaunchOrder {
+  int device;
+  const void* stream;
+  unsigned long long capture;  // 0: none
+  bool operator<(const LaunchOrder& o) const {
+    return std::tie(device, stream, capture) < std::tie(o.device, o.stream, o.capture);
+  }
+};
+inline LaunchOrder launch_order(cudaStream_t stream) {
+  LaunchOrder order = {0, stream, 0};
+  check_cuda(cudaGetDevice(&order.device), "cudaGetDevice");
+  cudaStreamCaptureStatus status;
+  unsigned long long id = 0;
+  check_cuda(cudaStreamGetCaptureInfo(stream, &status, &id), "cudaStreamGetCaptureInfo");
+  if (status == cudaStreamCaptureStatusActive) order.capture = id + 1;
+  return order;
+}
+
+// Of a TSE_DEVICE_ARRAY on the current device.
+template <class V, size_t kCount>
+V* device_address(V (&array)[kCount]) {
+  void* address = nullptr;
+  check_cuda(cudaGetSymbolAddress(&address, array), "cudaGetSymbolAddress");
+  return static_cast<V*>(address);
+}
+
+inline void zero_memory(void* p, size_t bytes, cudaStream_t stream) {
+  check_cuda(cudaMemsetAsync(p, 0, bytes, stream), "cudaMemsetAsync");
 }
 
 // More than 48 KiB of dynamic shared memory must be asked for.

@@ -15,6 +15,9 @@ struct DeviceLimits {
 
 // Of a block's shared memory, what is not for rows: the reductions' arrays, and 1 KiB of the system's from sm_80 on.
 constexpr int64_t kSharedReserve = 6 * 1024;
+// Threads of a multiprocessor that kernels leave registers for (64 each): every card has so many, and with four 16-byte
+// loads of each under way memory is busy.
+constexpr int kResidentThreads = 1024;
 constexpr int64_t kBlocksPerMultiprocessor = 16;  // what every architecture has
 
 // Blocks of a multiprocessor that threads and shared memory leave room for; registers may leave less.
@@ -30,16 +33,12 @@ inline int64_t shared_for_rows(const DeviceLimits& limits, int64_t blocks) {
   return std::max<int64_t>(0, of_block - kSharedReserve);
 }
 
-// Of a row that a block of so many threads reads twice, the bytes that it keeps in shared memory in between. While one
-// block of a multiprocessor reads, another writes; so there are two where both keep their rows, or where what they must
-// read again stays in L2. Else one keeps what it can.
+// Of a row that a block of so many threads reads twice, the bytes that it keeps in shared memory in between: the whole
+// row where a multiprocessor then has kResidentThreads threads, or at least two blocks, one of which reads while the
+// other writes; else as much as one block may have.
 inline int64_t kept_bytes(const DeviceLimits& limits, int threads, int64_t row_bytes) {
-  const int64_t most = std::clamp<int64_t>(limits.threads_per_multiprocessor / threads, 1, kBlocksPerMultiprocessor);
-  for (int64_t blocks = most; blocks > 1; --blocks) {
-    const int64_t kept = std::min(row_bytes, shared_for_rows(limits, blocks));
-    const int64_t read_again = (row_bytes - kept) * blocks * limits.multiprocessors;
-    if (read_again == 0 || (blocks == 2 && read_again <= limits.l2_bytes / 4)) return kept;
-  }
+  for (int64_t blocks = kResidentThreads / threads; blocks > 1; --blocks)
+    if (row_bytes <= shared_for_rows(limits, blocks)) return row_bytes;
   return std::min(row_bytes, shared_for_rows(limits, 1));
 }
 

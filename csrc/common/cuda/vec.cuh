@@ -115,7 +115,16 @@ __device__ inline void map_row(const T* x, int64_t x_stride, T* y, int64_t y_str
 template <int kRowThreads, class T>
 __device__ inline void zero_row(T* y, int64_t stride, int64_t n) {
   const T zero = from_acc<T>(0);
-  for (int64_t i = threadIdx.x % kRowThreads; i < n; i += kRowThreads) y[i * stride] = zero;
+  const int64_t lane = threadIdx.x % kRowThreads;
+  if (kRowThreads == 1 || stride != 1) {
+    for (int64_t i = lane; i < n; i += kRowThreads) y[i * stride] = zero;
+    return;
+  }
+  const int64_t head = unaligned_head(y, n), vectors = (n - head) / Vec<T>::kSize,
+                tail = head + vectors * Vec<T>::kSize;
+  if (lane < head) y[lane] = zero;
+  for (int64_t v = lane; v < vectors; v += kRowThreads) store16(y + head + v * Vec<T>::kSize, uint4{0, 0, 0, 0});
+  if (tail + lane < n) y[tail + lane] = zero;
 }
 
 // return launcher<T>(…) for the storage type.
