@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import CUDA_ON_HOST
@@ -42,7 +43,7 @@ def test_all_value_tests_pass_on_the_cuda_kernels(library, order):
 
 def run_program(mode, order, plant=None):
     env = {**os.environ, "TSE_CUDA_ORDER": order, "TSAN_OPTIONS": "history_size=0 halt_on_error=1"}
-    command = [str(build.program(mode, plant)), *(["tsan"] if mode == "tsan" else [])]
+    command = [str(build.program(mode, plant)), *(["small"] if mode in ("tsan", "banks") else [])]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     return run.returncode, run.stdout + run.stderr
 
@@ -127,6 +128,27 @@ PLANTS = {
         ("plain", "deadlock|waits for a lane|stand at"),
     ),
 }
+
+
+def bank_conflicts(plant=None):
+    """{line of the source: ways} of what needs more than one turn for its bytes."""
+    code, output = run_program("banks", "ascending", plant)
+    assert code == 0, output[-3000:]
+    assert int(re.search(r"(\d+) places access shared memory", output)[1]) > 30
+    found = dict(re.findall(r"(0x[0-9a-f]+) (\d+)-way bank conflict", output))
+    command = ["addr2line", "-e", str(build.program("banks", plant)), *found]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() if found else []
+    return {Path(line).name: int(ways) for line, ways in zip(lines, found.values(), strict=True)}
+
+
+def test_no_bank_conflicts():
+    assert bank_conflicts() == {}
+
+
+def test_a_planted_bank_conflict_is_found():
+    """Vectors 32 bytes apart."""
+    plant = ("vectors-apart", SPARSEMAX_FWD, r"cache\[v\]", "cache[v / 2 + v % 2 * kept / 2]")
+    assert bank_conflicts(plant) != {}
 
 
 @pytest.mark.parametrize("name", PLANTS)

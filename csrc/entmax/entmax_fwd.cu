@@ -246,7 +246,7 @@ void launch_fwd(const EntmaxParams& p, cudaStream_t stream) {
   if (p.rows.stride_n != 1 || p.output_rows.stride_n != 1 || plan.row_threads == 1)
     return launch("sparsemax_fwd_columns_kernel", sparsemax_fwd_columns_kernel<T>,
                   grid_for(row_count(p.rows), kSmallBlock), kSmallBlock, 0, stream, p);
-  if (plan.elements == 8) launch_lanes<T, 8, 8>(p, stream);
+  if (plan.row_threads == 4) launch_lanes<T, 4, 16>(p, stream);
   else if (plan.row_threads == 8) launch_lanes<T, 8, 32>(p, stream);
   else if (plan.elements == 16) launch_lanes<T, 32, 16>(p, stream);
   else if (plan.elements == 32) launch_lanes<T, 32, 32>(p, stream);

@@ -78,10 +78,16 @@ def library():
     return ninja(BUILD / "library", objects, link, "_C.so")
 
 
-SANITIZERS = {
-    "plain": ("", ""),
-    "asan": ("-fsanitize=address,undefined -fno-sanitize-recover=undefined", "-DTSE_ASAN"),
-    "tsan": ("-fsanitize=thread", "-DTSE_TSAN"),
+SANITIZERS = {  # flags of the kernels, of the executor, of the linker
+    "plain": ("-O1", "", ""),
+    "asan": (
+        "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+        "-DTSE_ASAN",
+        "-fsanitize=address,undefined",
+    ),
+    "tsan": ("-O1 -fsanitize=thread", "-DTSE_TSAN", "-fsanitize=thread"),
+    # Every access calls banks.cpp. Optimised, 16 bytes might be loaded piece by piece, as no GPU would.
+    "banks": ("-O0 -fsanitize=thread -DTSE_BANKS", "", "-no-pie"),
 }
 
 
@@ -111,11 +117,12 @@ def program(mode, plant=None):
             sources = folder / "csrc"
             planted(*plant, (sources / file).parent)
             cu_files = sorted(sources.rglob("*.cu"))
-    kernels, executor = SANITIZERS[mode]
+    kernels, executor, link = SANITIZERS[mode]
     # The executor itself is never instrumented: it tells the sanitizers what its fibres do.
-    objects = [(HERE / "executor.cpp", f"-std=c++17 -O1 -g {executor} {kernel_flags(sources)}")]
+    own = [HERE / "executor.cpp", *([HERE / "banks.cpp"] if mode == "banks" else [])]
+    objects = [(source, f"-std=c++17 -O1 -g {executor} {kernel_flags(sources)}") for source in own]
     objects += [
-        (source, f"-std=c++17 -O1 -g {kernels} {kernel_flags(sources)}")
+        (source, f"-std=c++17 -g {kernels} {kernel_flags(sources)}")
         for source in [*cu_files, HERE / "kernels_main.cpp"]
     ]
-    return ninja(folder, objects, kernels, output)
+    return ninja(folder, objects, link, output)

@@ -111,6 +111,8 @@ struct Engine {
   char* static_memory = nullptr;
   size_t static_used = 0, shared_bytes = 0;
   char* dynamic_memory = nullptr;
+  size_t dynamic_bytes = 0;
+  long long blocks_run = 0;
   char barrier_words[2], warp_words[2][32], launch_word, end_word;
   const void* main_stack = nullptr;
   size_t main_stack_bytes = 0;
@@ -383,6 +385,13 @@ void* shared_array(const void* place, size_t bytes) {
 
 void* dynamic_shared() { return engine->dynamic_memory; }
 
+bool is_shared(const void* p) {
+  const Engine& e = *engine;
+  const auto within = [p](const char* begin, size_t bytes) { return p >= begin && p < begin + bytes; };
+  return within(e.static_memory, e.static_used) || within(e.dynamic_memory, e.dynamic_bytes);
+}
+long long blocks_run() { return engine->blocks_run; }
+
 // ---- launch -------------------------------------------------------------------------------------------------------
 
 void launch(const char* kernel, int64_t blocks, int threads, size_t dynamic_bytes, const std::function<void()>& body) {
@@ -410,7 +419,8 @@ void launch(const char* kernel, int64_t blocks, int threads, size_t dynamic_byte
     e.shared.clear();
     e.shared.reserve(64);
     e.static_used = 0;
-    e.shared_bytes = dynamic_bytes;
+    e.shared_bytes = e.dynamic_bytes = dynamic_bytes;
+    ++e.blocks_run;
     e.arrived = 0;
     e.alive = threads;
     void *static_memory = nullptr, *dynamic_memory = nullptr;

@@ -1,6 +1,6 @@
 // Runs every kernel at small shapes against a double reference: the program that the sanitizers watch.
 // Exit code 0 and "ok" where all values are right. Inputs are heap blocks of their exact size, so that
-// AddressSanitizer sees one element too many. Argument: "tsan" for shapes that ThreadSanitizer can afford.
+// AddressSanitizer sees one element too many. Argument: "small" for shapes that ThreadSanitizer can afford.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -451,10 +451,10 @@ void check_gradients_in_forward(const std::vector<int64_t>& widths) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool tsan = argc > 1 && std::strcmp(argv[1], "tsan") == 0;
+  const bool small = argc > 1 && std::strcmp(argv[1], "small") == 0;
   try {
     // A warp per row, several rows a block; a block per row; rows wider than shared memory.
-    if (tsan) {
+    if (small) {
       check_cross_entropy<float>(2, 1030, 1, false, Reduction::kNone);
       check_cross_entropy<__nv_bfloat16>(9, 70, 0, false, Reduction::kNone);
       check_cross_entropy<float>(2, 1030, 0, false, Reduction::kMean, {.predictions = true, .smoothing = 0.2, .z = 1});
@@ -492,5 +492,8 @@ int main(int argc, char** argv) {
     std::printf("%d values differ\n", failures);
     return 1;
   }
+#ifdef TSE_BANKS
+  cuda_on_host::report_bank_conflicts();
+#endif
   std::printf("ok\n");
 }
