@@ -40,7 +40,7 @@ def pipe_of(opcode):
 @dataclass(frozen=True)
 class Instruction:
     address: int
-    predicated: bool
+    predicate: str  # "@P0", "@!UP1", or nothing
     opcode: str
     operands: str
 
@@ -52,7 +52,7 @@ class Instruction:
 
     @property
     def falls_through(self):
-        return self.target is None or self.predicated or "," in self.operands
+        return self.target is None or self.predicate != "" or "," in self.operands
 
     def wide(self, kinds="LDG|LDGSTS|STG"):
         return re.match(rf"(?:{kinds})\.E\S*\.128", self.opcode) is not None
@@ -61,7 +61,7 @@ class Instruction:
 def instructions_of(sass):
     """Of one function, as cuobjdump -sass writes them."""
     pattern = r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);"
-    return [Instruction(int(a, 16), bool(p), o, rest) for a, p, o, rest in re.findall(pattern, sass, re.M)]
+    return [Instruction(int(a, 16), p.strip(), o, rest) for a, p, o, rest in re.findall(pattern, sass, re.M)]
 
 
 def main_loop(instructions):
@@ -98,10 +98,17 @@ def cheapest_way(loop):
     return way
 
 
+def accesses_of(way):
+    """Its 16-byte accesses; of two under a predicate and its opposite one is made."""
+    counts = collections.Counter(x.predicate for x in way if x.wide())
+    pairs = sum(min(n, counts[p.replace("!", "")]) for p, n in counts.items() if "!" in p)
+    return counts.total() - pairs
+
+
 def budget(sass):
     """Of one function's SASS: instructions of the main loop and per 16-byte access, and its need over the budget."""
     way = cheapest_way(loop) if (loop := main_loop(instructions_of(sass))) else []
-    accesses = sum(x.wide() for x in way)
+    accesses = accesses_of(way)
     if accesses == 0:
         return {"loop": 0, "per16": 0.0, "budget": 0.0, "busiest": "–"}
     cycles = collections.Counter(issue=len(way))

@@ -37,6 +37,9 @@ def test_the_budget_of_a_loop():
     assert (got["loop"], got["per16"], got["busiest"]) == (6, 3.0, "mufu")
     assert got["budget"] == round(2 * 8 / (2 * 142), 2)
     assert cuda_sass.budget(SASS.replace("LDG.E.128", "LDG.E.64"))["budget"] == 0  # no main loop
+    # Two loads of which one is made, and the store: three instructions of 4 cycles for two accesses.
+    either = SASS.replace("      FADD R4, R4, R5 ;", "@!P2 LDG.E.128 R4 ;").replace("      LDG", "@P2 LDG")
+    assert cuda_sass.budget(either)["budget"] == round(3 * 4 / (2 * 142), 2)
 
 
 @needs_nvcc
@@ -66,15 +69,19 @@ def test_registers_suffice(kernels):
     """A word or two of spills, more in fp64, which is for checking gradients; room for enough threads."""
     for k in kernels:
         assert k["spills"] <= (64 if "<double" in k["kernel"] else 8), k
-        assert min(k[card] for card in ("T4", "A100", "RTX4090", "H100", "B200")) >= 512, k
+        least = 256 if "<double" in k["kernel"] else 512
+        assert min(k[card] for card in ("T4", "A100", "RTX4090", "H100", "B200")) >= least, k
 
 
 @needs_nvcc
 def test_the_main_loop_can_be_issued(kernels):
-    """Within what an H100 issues while its memory moves the bytes. Kernels for options (`true`) do more by nature."""
+    """Within what an H100 issues while its memory moves the bytes. Kernels for options (`true`) do more by nature, and
+    those of short rows have all their work in the loop."""
     for k in kernels:
-        if "<double" not in k["kernel"]:  # a tenth of the arithmetic, and for checking gradients
-            assert k["budget"] <= (1.7 if k["kernel"].endswith("true>") else 0.7), k
+        if "<double" in k["kernel"]:  # for checking gradients
+            continue
+        allowed = 1.7 if k["kernel"].endswith("true>") else 0.8 if "_lanes_" in k["kernel"] else 0.7
+        assert k["budget"] <= allowed, k
 
 
 @needs_nvcc

@@ -87,7 +87,7 @@ SANITIZERS = {  # flags of the kernels, of the executor, of the linker
     ),
     "tsan": ("-O1 -fsanitize=thread", "-DTSE_TSAN", "-fsanitize=thread"),
     # Every access calls banks.cpp. Optimised, 16 bytes might be loaded piece by piece, as no GPU would.
-    "banks": ("-O0 -fsanitize=thread -DTSE_BANKS", "", "-no-pie"),
+    "banks": ("-O0 -fsanitize=thread -fno-threadsafe-statics -DTSE_BANKS", "", "-no-pie"),
 }
 
 
