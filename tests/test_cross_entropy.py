@@ -120,6 +120,83 @@ def test_a_gradient_that_was_handed_out_may_be_changed(device):
         assert torch.equal(torch.autograd.grad(loss, z)[0], want)
 
 
+def test_every_call_keeps_its_own_guess(device):
+    """Forwards before backwards, and a factor that changes in between."""
+    x, target = logits_and_target(device)
+    factor = lambda scale: torch.tensor(scale, device=device) / (target != -100).sum()  # noqa: E731
+    z = x.detach().requires_grad_()
+    rows = tse.cross_entropy(z, target, reduction="none")
+    for _ in range(2):
+        grad(tse.cross_entropy, x, target, scale=0.25)
+    losses = [tse.cross_entropy(z, target) for _ in range(4)]
+    for loss, scale in zip(losses, (0.25, 0.5, 0.25, 0.25), strict=True):
+        (want,) = torch.autograd.grad(rows, z, factor(scale).expand_as(rows), retain_graph=True)
+        for _ in range(2):
+            got = torch.autograd.grad(loss * scale, z, retain_graph=True)[0]
+            assert torch.equal(got, want)
+
+
+@dtypes
+def test_the_guess_over_many_rows_with_weights(device, dtype):
+    """So many rows that a CUDA kernel of its own adds their weights; loss and gradient keep their bits."""
+    x, target = logits_and_target(device, rows=9000, classes=7, dtype=dtype)
+    weight = torch.rand(7, device=device)
+    with torch.no_grad():
+        want_loss = tse.cross_entropy(x, target, weight)
+    loss64, g64 = grad(F.cross_entropy, x.double(), target, weight.double())
+    results = [grad(tse.cross_entropy, x, target, weight) for _ in range(4)]
+    assert all(torch.equal(loss, want_loss) for loss, _ in results)
+    assert all(torch.equal(g, results[0][1]) for _, g in results)
+    assert (want_loss.double() - loss64).abs() <= 1e-6 * loss64
+    assert (results[0][1].double() - g64).norm() <= max(1e-6, torch.finfo(dtype).eps) * g64.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_cuda_graphs_beside_eager_calls(scale, in_place):
+    """Each graph has its own ticket and guess; nothing waits for the device."""
+    device = torch.device("cuda")
+    x, target = logits_and_target(device)
+    leaf = x.detach().requires_grad_()
+
+    def step():
+        loss = tse.cross_entropy(leaf * 1, target, inplace_backward=in_place) * scale
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graphs = []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = step()
+        graphs.append((graph, result, torch.cuda.Stream()))
+    for _ in range(6):
+        with torch.no_grad():
+            leaf.copy_(torch.randn_like(leaf))
+        want = grad(F.cross_entropy, leaf.double(), target, scale=scale)
+        torch.cuda.synchronize()
+        for graph, _, stream in graphs:
+            with torch.cuda.stream(stream):
+                graph.replay()
+        eager = step()
+        torch.cuda.synchronize()
+        for got in (eager, *(result for _, result, _ in graphs)):
+            torch.testing.assert_close(got[0].double(), want[0], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(got[1].double(), want[1], rtol=1e-4, atol=1e-7)
+
+
 # ---- in place -----------------------------------------------------------------------------------------------------
 
 

@@ -58,10 +58,7 @@ def test_the_card_has_what_is_asked_for(layout, card, threads, row_bytes):
 def test_known_rows_on_h100(layout):
     assert list(layout("H100", 512, 32000 * 2)) == [64000, 3]
     assert list(layout("H100", 512, 50257 * 2)) == [100514, 2]
-    assert list(layout("H100", 1024, 128256 * 2)) == [
-        221 * KIB,
-        1,
-    ]  # what is read again, 4.5 MB of all blocks, is in L2
+    assert list(layout("H100", 1024, 128256 * 2)) == [221 * KIB, 1]  # the rest, of all blocks 4.5 MB, is in L2
 
 
 def test_small_rows_do_not_cost_threads(layout):

@@ -30,7 +30,8 @@ def test_all_value_tests_pass_on_the_cuda_kernels(library, order):
     if order == "ascending":
         # What calls the kernels again and again sees no more of them than the values do.
         chosen = "not linear and not opcheck and not gradcheck and not func_transforms"
-        tests = ["tests/test_all_ops.py", "tests/test_cross_entropy_metrics.py", "-k", chosen]
+        files = ["tests/test_all_ops.py", "tests/test_cross_entropy_metrics.py", "tests/test_cross_entropy.py"]
+        tests = [*files, "-k", f"{chosen} and not drop_in and not class_probabilities"]
     else:
         tests = ["tests/test_all_ops.py", "-k", "(values or same_bits) and not linear"]
     env = {**os.environ, "TORCH_SOFTMAX_EXT_LIBRARY": str(library), "TSE_CUDA_ORDER": order}
@@ -57,6 +58,7 @@ def test_sanitizers_find_nothing(mode, order):
 
 REDUCE = "common/cuda/reduce.cuh"
 SPARSEMAX_FWD, SPARSEMAX_BWD = "entmax/entmax_fwd.cu", "entmax/entmax_bwd.cu"
+STATE = "common/cuda/stream_state.cuh"
 PLANTS = {
     # name: (file, pattern, replacement), who must find it, with what words
     "no-barrier-after-write": (
@@ -72,12 +74,56 @@ PLANTS = {
         ("plain", "divergent barrier"),
     ),
     "read-past-the-row": (
-        ("common/cuda/vec.cuh", r"if \(tail \+ lane < n\)", "if (tail + lane <= n)"),
+        ("common/cuda/vec.cuh", r"if \(tail \+ lane < n\) scalar", "if (tail + lane <= n) scalar"),
         ("asan", "heap-buffer-overflow"),
     ),
     "unaligned-load": (
         ("common/cuda/vec.cuh", r"const int64_t head = unaligned_head\(x, n\),", "const int64_t head = 0,"),
         ("plain", "misaligned 16-byte load"),
+    ),
+    "no-fence-before-the-ticket": (
+        (STATE, r"^    __threadfence\(\);\n(    is_last)", r"\1"),
+        ("tsan", "data race"),
+    ),
+    "no-fence-behind-the-ticket": (
+        (STATE, r"^(    is_last.*)\n    __threadfence\(\);", r"\1"),
+        ("tsan", "data race"),
+    ),
+    "ticket-not-reset": (
+        (STATE, r"atomicInc\(ticket, gridDim.x - 1\)", "atomicInc(ticket, ~0u)"),
+        ("plain", "ticket|reduced"),
+    ),
+    "gradient-before-all-have-read-the-target": (
+        ("cross_entropy/cross_entropy_fwd.cu", r"^.*__syncwarp\(\);.*$", ""),
+        ("tsan", "data race"),
+    ),
+    "one-vector-too-many-is-kept": (
+        ("common/cuda/kept_row.cuh", r"if \(v < kept_vectors_\) kept_", "if (v <= kept_vectors_) kept_"),
+        ("asan", "heap-buffer-overflow"),
+    ),
+    "what-was-not-kept-is-taken-from-shared-memory": (
+        ("common/cuda/kept_row.cuh", r"return v < kept_vectors_ \? kept_", "return v < kept_vectors_ + 8 ? kept_"),
+        ("plain", "known gradient"),
+    ),
+    "any-guess-is-right": (
+        ("cross_entropy/cross_entropy_bwd.cu", r"== \*p.guess\) return", "== *p.guess || *p.guess == *p.guess) return"),
+        ("plain", "gradient after a wrong guess"),
+    ),
+    "no-guess-is-right": (
+        ("cross_entropy/cross_entropy_bwd.cu", r"== \*p.guess\) return", "!= *p.guess) {}"),
+        ("plain", "a pass after a right guess"),
+    ),
+    "a-guess-from-one-backward": (
+        ("cross_entropy/cross_entropy_bwd.cu", r"state->last\[which\] == grad;", "1;"),
+        ("plain", "guess"),
+    ),
+    "the-divisor-counts-ignored-rows": (
+        (
+            "cross_entropy/cross_entropy_fwd.cu",
+            r"!is_counted\(p, target\) \|\| p.rows.n == 0\) continue",
+            "false) continue",
+        ),
+        ("plain", "known gradient"),
     ),
     "shared-memory-too-small": (
         (SPARSEMAX_FWD, r"kept \* sizeof\(Vec<T>\),", "(kept - 1) * sizeof(Vec<T>),"),
@@ -178,6 +224,34 @@ def test_rows_behind_two_to_the_31(library):
         "torch.testing.assert_close(got, want.float())\n"
         "assert int(tse.sparsemax(x)[-1].argmax()) == 5\n"
     )
-    env = {**os.environ, "TORCH_SOFTMAX_EXT_LIBRARY": str(library), "TSE_CUDA_ONLY_BLOCK": "39999"}
+    env = {
+        **os.environ,
+        "TORCH_SOFTMAX_EXT_LIBRARY": str(library),
+        "TSE_CUDA_ONLY_BLOCK": "39999",
+        "TSE_CUDA_MULTIPROCESSORS": "40000",
+    }
+    run = subprocess.run([sys.executable, "-c", code], cwd=build.ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_small_calls_launch_once(library):
+    """Forward one kernel, backward one; guessed or not, reduced or not, in place or not."""
+    code = (
+        "import ctypes, torch, torch_softmax_ext as tse\n"
+        f"launches = ctypes.CDLL({str(library)!r}).cuda_on_host_launches\n"
+        "launches.restype = ctypes.c_int64\n"
+        "target = torch.randint(0, 50, (300,))\n"
+        "for reduction in ('mean', 'sum', 'none'):\n"
+        "    for in_place in (False, True):\n"
+        "        for factor in (1, 1, 1, 0.5, 0.5, 0.5):\n"
+        "            z = torch.randn(300, 50, requires_grad=True) * 1\n"
+        "            before = launches()\n"
+        "            loss = tse.cross_entropy(z, target, reduction=reduction, inplace_backward=in_place)\n"
+        "            assert launches() == before + 1\n"
+        "            loss.backward(torch.full_like(loss, factor))\n"
+        "            in_backward = 0 if in_place and reduction == 'none' else 1  # torch's own multiplication\n"
+        "            assert launches() == before + 1 + in_backward\n"
+    )
+    env = {**os.environ, "TORCH_SOFTMAX_EXT_LIBRARY": str(library)}
     run = subprocess.run([sys.executable, "-c", code], cwd=build.ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]

@@ -92,17 +92,20 @@ __device__ inline void write_totals(const CrossEntropyParams& p, CrossEntropySum
 
 // ---- the incoming gradient ----------------------------------------------------------------------------------------
 
-// NaN: nobody knows. The same in every block, since only backward changes the state.
-__device__ inline bool is_known(double incoming) { return incoming == incoming; }
-__device__ inline double known_incoming(const CrossEntropyParams& p, const CrossEntropyState* state) {
-  const double unknown = infinity<double>() - infinity<double>();
+struct Known {
+  bool is_known;
+  double value;  // NaN where it is not known
+};
+// The same in every block, since only backward changes the state.
+__device__ inline Known known_incoming(const CrossEntropyParams& p, const CrossEntropyState* state) {
+  const Known unknown = {false, infinity<double>() - infinity<double>()};
   if (p.incoming == Incoming::kUnknown) return unknown;
-  if (p.incoming == Incoming::kFixed) return p.fixed_incoming;
-  const int which = int(p.reduction);
-  const bool repeated = state->repeated[which] != 0;
-  if (p.incoming == Incoming::kGuessed) return repeated ? state->last[which] : infinity<double>() - infinity<double>();
-  const double last = repeated ? state->last[which] : 1.0, size = fabs(last);
-  return size >= 0x1p-40 && size <= 0x1p40 ? last : 1.0;  // whatever comes, its ratio is finite
+  if (p.incoming == Incoming::kFixed) return {true, p.fixed_incoming};
+  const bool repeated = state->repeated[int(p.reduction)] != 0;
+  const double last = state->last[int(p.reduction)], size = fabs(last);
+  if (p.incoming == Incoming::kGuessed) return repeated ? Known{true, last} : unknown;
+  const bool usable = repeated && size >= 0x1p-40 && size <= 0x1p40;  // whatever comes, its ratio is finite
+  return {true, usable ? last : 1.0};
 }
 
 constexpr int64_t kCountedByEachBlock = 4096;  // rows: 32 KiB, from L2
@@ -145,7 +148,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
   const Logits<A> logits(p.transform);
   TSE_SHARED(IncomingGradient, shared_incoming, 1);
   TSE_SHARED(double, divisors, 2);
-  const bool writes_gradient = is_known(known_incoming(p, launch.state));
+  const bool writes_gradient = known_incoming(p, launch.state).is_known;
   if (launch.counted_before || (writes_gradient && p.reduction == Reduction::kMean)) {
     CrossEntropySums s = {0, 0, 0, 0};
     if (!launch.counted_before) s = count_targets<A, kThreads>(p, 0, rows);
@@ -155,7 +158,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
     }
   }
   if (threadIdx.x == 0) {
-    const double incoming = known_incoming(p, launch.state);
+    const double incoming = known_incoming(p, launch.state).value;
     if (blockIdx.x == 0) *p.guess = incoming;
     if (writes_gradient) shared_incoming[0] = incoming_gradient<A>(p, incoming, divisors);
   }

@@ -57,7 +57,7 @@ template <int kCount, class A, bool kLinear, class U>
 __device__ inline void add(ExpSum<A, kLinear>& s, const A* x, const Logits<A>& logits, const U& u) {
   A max = -infinity<A>();
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) max = x[k] > max ? x[k] : max;
+  for (int k = 0; k < kCount; ++k) max = fmax(x[k], max);  // passes NaN by
   const A m = ceil(logits.exponent(max, A(0)));
   if (m > s.m) s.raise_reference(m);
   const A reference = s.m == -infinity<A>() ? A(0) : s.m;

@@ -27,6 +27,10 @@ def cuda_include():
     return None
 
 
+def object_name(source):
+    return f"{Path(source).parent.name}_{Path(source).name}.o"
+
+
 def ninja(folder, objects, link, output):
     """Builds `output` from (source, flags) pairs; what is up to date stays."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +40,7 @@ def ninja(folder, objects, link, output):
     ]
     names = []
     for source, flags in objects:
-        names.append(f"{Path(source).parent.name}_{Path(source).name}.o")
+        names.append(object_name(source))
         language = "-x c++ " if Path(source).suffix == ".cu" else ""
         lines.append(f"build {names[-1]}: cxx {source}\n  flags = {flags} {language}")
     lines.append(f"build {output}: link {' '.join(names)}")
@@ -91,38 +95,41 @@ SANITIZERS = {  # flags of the kernels, of the executor, of the linker
 }
 
 
-def planted(name, file, pattern, replacement, folder):
-    """The text of a file below csrc with a bug in it, written into `folder`. The expression must match exactly once."""
-    text, count = re.subn(pattern, replacement, (ROOT / "csrc" / file).read_text(), flags=re.M)
-    assert count == 1, f"the planted bug {name} matches {count} places of {file}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / Path(file).name).write_text(text)
+def sources_of(folder):
+    """What each object of a finished build was made from, resolved."""
+    output = subprocess.run(["ninja", "-C", folder, "-t", "deps"], capture_output=True, text=True, check=True).stdout
+    made_of, files = {}, set()
+    for line in output.splitlines():
+        if line.startswith(" "):
+            files.add((folder / line.strip()).resolve())
+        elif line:
+            files = made_of.setdefault(line.split(":")[0], set())
+    return made_of
 
 
 def program(mode, plant=None):
     """kernels_main under a sanitizer. `plant` is (name, file below csrc, regular expression, replacement): a bug that
-    goes into a copy of the file; for a header, of all the sources."""
-    sources, folder, output = ROOT / "csrc", BUILD / mode, "kernels_main"
-    cu_files = sorted(sources.rglob("*.cu"))
-    if plant is not None:
-        name, file, *_ = plant
-        if file.endswith(".cu"):  # what else there is, is compiled already
-            output = f"kernels_main-{name}"
-            planted(*plant, folder / "plants" / name)
-            cu_files[cu_files.index(sources / file)] = folder / "plants" / name / Path(file).name
-        else:
-            folder = BUILD / f"{mode}-{name}"
-            shutil.rmtree(folder / "csrc", ignore_errors=True)
-            shutil.copytree(sources, folder / "csrc")
-            sources = folder / "csrc"
-            planted(*plant, (sources / file).parent)
-            cu_files = sorted(sources.rglob("*.cu"))
+    goes into a copy of the sources; the expression must match exactly once. What does not see it is not built again."""
     kernels, executor, link = SANITIZERS[mode]
+    sources, folder, untouched = ROOT / "csrc", BUILD / mode, []
+    if plant is not None:
+        name, file, pattern, replacement = plant
+        made_of = sources_of(program(mode).parent)
+        untouched = [n for n in made_of if sources / file not in made_of[n]]
+        folder = BUILD / f"{mode}-{name}"
+        sources = folder / "csrc"
+        shutil.rmtree(sources, ignore_errors=True)
+        shutil.copytree(ROOT / "csrc", sources)
+        text, count = re.subn(pattern, replacement, (sources / file).read_text(), flags=re.M)
+        assert count == 1, f"the planted bug {name} matches {count} places of {file}"
+        (sources / file).write_text(text)
     # The executor itself is never instrumented: it tells the sanitizers what its fibres do.
     own = [HERE / "executor.cpp", *([HERE / "banks.cpp"] if mode == "banks" else [])]
     objects = [(source, f"-std=c++17 -O1 -g {executor} {kernel_flags(sources)}") for source in own]
     objects += [
         (source, f"-std=c++17 -g {kernels} {kernel_flags(sources)}")
-        for source in [*cu_files, HERE / "kernels_main.cpp"]
+        for source in [*sorted(sources.rglob("*.cu")), HERE / "kernels_main.cpp"]
     ]
-    return ninja(folder, objects, link, output)
+    built = [str(BUILD / mode / n) for n in untouched]
+    objects = [o for o in objects if object_name(o[0]) not in untouched]
+    return ninja(folder, objects, " ".join([*built, link]), "kernels_main")

@@ -73,6 +73,7 @@ namespace tse {
 using std::ceil;  // CUDA's are overloaded for float, the host's in the global namespace are not
 using std::exp2;
 using std::fma;
+using std::fmax;
 using std::log2;
 using std::tanh;
 

@@ -113,11 +113,17 @@ struct Engine {
   char* dynamic_memory = nullptr;
   size_t dynamic_bytes = 0;
   long long blocks_run = 0;
-  char barrier_words[2], warp_words[2][32], launch_word, end_word;
+  // What ThreadSanitizer takes for the barriers; each block has its own, or it would order blocks.
+  struct Words {
+    char barrier[2], warp[2][32];
+  };
+  Words* words = nullptr;
+  char launch_word, end_word;
   const void* main_stack = nullptr;
   size_t main_stack_bytes = 0;
 };
 thread_local std::unique_ptr<Engine> engine;
+thread_local int64_t launches = 0;
 
 #if defined(__x86_64__)
 // Saves the callee-saved registers on the stack, exchanges stacks, restores.
@@ -294,7 +300,7 @@ void block_barrier(Location here) {
   Fibre* f = e.running;
   f->state = State::kAtBarrier;
   f->here = here;
-  IF_TSAN(void* word = &e.barrier_words[e.generation % 2]; __tsan_release(word);)
+  IF_TSAN(void* word = &e.words->barrier[e.generation % 2]; __tsan_release(word);)
   ++e.arrived;
   check_barrier();
   yield();
@@ -343,7 +349,7 @@ void warp_exchange(Location here, unsigned mask, const void* value, size_t bytes
 
 void warp_barrier(Location here) {
   Fibre* f = engine->running;
-  IF_TSAN(void* word = &engine->warp_words[f->warp_generation++ % 2][f->index.thread.x / 32]; __tsan_release(word);)
+  IF_TSAN(void* word = &engine->words->warp[f->warp_generation++ % 2][f->index.thread.x / 32]; __tsan_release(word);)
   warp_exchange(here, 0xffffffffu, nullptr, 0, /*source=*/-1, nullptr);
   IF_TSAN(__tsan_acquire(word);)
 }
@@ -391,6 +397,7 @@ bool is_shared(const void* p) {
   return within(e.static_memory, e.static_used) || within(e.dynamic_memory, e.dynamic_bytes);
 }
 long long blocks_run() { return engine->blocks_run; }
+extern "C" int64_t cuda_on_host_launches() { return launches; }
 
 // ---- launch -------------------------------------------------------------------------------------------------------
 
@@ -400,6 +407,7 @@ void launch(const char* kernel, int64_t blocks, int threads, size_t dynamic_byte
       dynamic_bytes > size_t(options.shared_bytes))
     throw std::runtime_error(prefix + "invalid launch: " + std::to_string(blocks) + " blocks of " +
                              std::to_string(threads) + " threads, " + std::to_string(dynamic_bytes) + " shared bytes");
+  ++launches;
   if (!engine) engine = std::make_unique<Engine>();
   Engine& e = *engine;
   e.body = &body;
@@ -423,11 +431,12 @@ void launch(const char* kernel, int64_t blocks, int threads, size_t dynamic_byte
     ++e.blocks_run;
     e.arrived = 0;
     e.alive = threads;
-    void *static_memory = nullptr, *dynamic_memory = nullptr;
-    if (posix_memalign(&static_memory, 128, kStaticBytes) != 0 ||
+    void *static_memory = nullptr, *dynamic_memory = nullptr, *words = nullptr;
+    if (posix_memalign(&static_memory, 128, kStaticBytes) != 0 || posix_memalign(&words, 128, sizeof(Engine::Words)) ||
         posix_memalign(&dynamic_memory, 128, dynamic_bytes + (dynamic_bytes == 0)) != 0)
       throw std::bad_alloc();
-    garbage.insert(garbage.end(), {static_memory, dynamic_memory});
+    garbage.insert(garbage.end(), {static_memory, dynamic_memory, words});
+    e.words = static_cast<Engine::Words*>(words);
     e.static_memory = static_cast<char*>(static_memory);
     e.dynamic_memory = static_cast<char*>(dynamic_memory);
     fill(e.dynamic_memory, dynamic_bytes);

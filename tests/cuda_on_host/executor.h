@@ -41,6 +41,7 @@ extern thread_local Options options;
 
 // One-dimensional blocks of at most 1024 threads. Throws std::runtime_error with what went wrong.
 void launch(const char* name, int64_t blocks, int threads, size_t dynamic_bytes, const std::function<void()>& body);
+extern "C" int64_t cuda_on_host_launches();  // of this OS thread, so far
 
 // For kernels.
 void block_barrier(Location here);

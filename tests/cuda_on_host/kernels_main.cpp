@@ -8,6 +8,7 @@
 #include <exception>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <vector>
 
 #include "common/cuda/vec.cuh"
@@ -23,7 +24,8 @@ int failures = 0;
 
 void expect(double got, double want, double tolerance, const char* what, int64_t row, int64_t column) {
   if (std::abs(got - want) <= tolerance || (std::isnan(got) && std::isnan(want)) || got == want) return;
-  if (++failures <= 5) std::printf("%s[%ld, %ld]: got %.9g, expected %.9g\n", what, long(row), long(column), got, want);
+  std::printf("%s[%ld, %ld]: got %.9g, expected %.9g\n", what, long(row), long(column), got, want);
+  if (++failures == 5) throw std::runtime_error("and so on");
 }
 
 template <class T>
@@ -468,10 +470,10 @@ int main(int argc, char** argv) {
       cuda_on_host::options.shared_bytes = 8 * 1024;
       check_sparsemax<float>(2, 1030, 1, false, 0.001f);
     } else {
-      check_gradients_in_forward<float>({5, 70, 1030, 8200});
-      check_gradients_in_forward<double>({33, 1030});
-      check_gradients_in_forward<__half>({9, 1100});
-      check_gradients_in_forward<__nv_bfloat16>({200, 3000, 9000});
+      check_gradients_in_forward<float>({5, 1030, 8200});
+      check_gradients_in_forward<double>({33});
+      check_gradients_in_forward<__half>({1100});
+      check_gradients_in_forward<__nv_bfloat16>({200, 9000});
       check_gradient_in_forward<float>(9000, 5, 0, false, Reduction::kMean, {.weight = true});  // counted beforehand
       check_all<float>({1, 5, 33, 1000, 1030, 12030, 12300});
       check_all<double>({7, 1030});
