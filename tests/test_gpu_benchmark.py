@@ -34,6 +34,7 @@ def test_the_steps_fit_in_their_time():
         assert sum(step.seconds for step in gpu.steps("9.0", seconds)) <= seconds
     names = [step.name for step in gpu.steps("9.0", 480)]
     assert names == ["build", "tests", "memcheck", "racecheck", "benchmark"]
+    assert gpu.benchmark_step(200).command[-1] == "160"
     assert "compute-sanitizer" in run("benchmarks.gpu", "--list").stdout
 
 

@@ -109,7 +109,8 @@ template <class T>
 constexpr int64_t kKeptBytes = sizeof(Vec<T>) + 1;
 
 template <class T, int kRowThreads>
-__global__ void __launch_bounds__(kRowThreads, 1024 / kRowThreads) sparsemax_bwd_kernel(EntmaxParams p, int kept) {
+__global__ void __launch_bounds__(kRowThreads, kResidentThreads / kRowThreads)
+    sparsemax_bwd_kernel(EntmaxParams p, int kept) {
   using A = Acc<T>;
   constexpr int kSize = Vec<T>::kSize;
   TSE_DYNAMIC_SHARED(Vec<T>, kept_g);  // each thread reads back only what it wrote

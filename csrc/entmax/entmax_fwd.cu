@@ -115,12 +115,13 @@ __global__ void __launch_bounds__(kSmallBlock) sparsemax_fwd_lanes_kernel(Entmax
 
 // ---- a row of a block ---------------------------------------------------------------------------------------------
 
-// Vectors under way of a thread. Four of eight elements would need more registers than 1024 threads have.
+// Vectors under way of a thread. Four of eight elements would need more registers than kResidentThreads have.
 template <class T>
 constexpr int kBatch = sizeof(T) == 2 ? 3 : 4;
 
 template <class T, int kRowThreads>
-__global__ void __launch_bounds__(kRowThreads, 1024 / kRowThreads) sparsemax_fwd_kernel(EntmaxParams p, int kept) {
+__global__ void __launch_bounds__(kRowThreads, kResidentThreads / kRowThreads)
+    sparsemax_fwd_kernel(EntmaxParams p, int kept) {
   using A = Acc<T>;
   constexpr int kSize = Vec<T>::kSize;
   TSE_DYNAMIC_SHARED(Vec<T>, cache);  // each thread reads back only what it wrote
