@@ -59,7 +59,8 @@ def markdown(run):
         shape += f", {row['label']}" if row.get("label") else ""
         cells = [row["operator"], shape, row["mode"], duration(s["ours"]), roof, *ratios, peak]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    failed = [f"- {row['name']}: {n}: {e}" for row in run["rows"] for n, e in row.get("errors", {}).items()]
+    return "\n".join(lines + (["", "Could not be measured:", *failed] if failed else [])) + "\n"
 
 
 def compare(before, after):
@@ -116,7 +117,8 @@ def plot_roofline(run, path):
             panel = f"{row['operator']} {row['mode']}" + (f", {row['label']}" if row["label"] else "")
             panels.setdefault(f"{panel}, {dtype_name(row)}, σ = {row['scale']:g}", []).append(row)
     panels = {name: sorted(rows, key=lambda r: r["shape"][-1]) for name, rows in panels.items()}
-    figure, axes = plt.subplots(-(-len(panels) // 3), 3, figsize=(13, 3 * -(-len(panels) // 3)), squeeze=False)
+    lines = max(1, -(-len(panels) // 3))
+    figure, axes = plt.subplots(lines, 3, figsize=(13, 3 * lines), squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, (name, rows) in zip(axes.flat, panels.items(), strict=False):

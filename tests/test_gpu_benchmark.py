@@ -82,6 +82,7 @@ def test_the_report_of_a_run(tmp_path, capsys):
     for row in rows:
         row.seconds = {"ours": 1.2e-3, "eager": 5e-3, "read": 5e-4, "copy": 1e-3, "add": 1.5e-3}
         row.peak = {"ours": row.bytes, "eager": 3 * row.bytes}
+    rows[0].errors = {"some-peer": "OutOfMemoryError: no room"}
     made_up = {"environment": environment, "rows": [row.result() for row in rows]}
     stem = tmp_path / cuda.file_name(environment)
     report.write(made_up, stem, report.markdown(made_up))
@@ -91,6 +92,7 @@ def test_the_report_of_a_run(tmp_path, capsys):
     table = stem.with_suffix(".md").read_text()
     assert "Some Card 100" in table
     assert "| sparsemax | 512×131072 bf16 | forward | 1.2 ms | 1.20 | 4.2 | 1.00 : 3.00 |" in table
+    assert table.endswith(f"- {rows[0].name}: some-peer: OutOfMemoryError: no room\n")
     assert table in capsys.readouterr().out
 
 
