@@ -6,10 +6,10 @@ bytes that a warp loads or stores with one 16-byte instruction, each sub-core ha
 cycle), or more where a pipe is narrower than a warp (PIPES). `budget` is the busiest of them over the cycles that the
 loop's own 16-byte accesses allow. Above about 0.7 the kernel will hardly reach the memory's bandwidth.
 
-An estimate to hold against regressions, not a speed. The main loop is the one with most 16-byte global accesses among
-the innermost that load 16 bytes; of its branches the cheapest way is counted that makes all those accesses, so what is
-rare and what is skipped costs nothing, and loops without global loads in it count once. It says nothing of latency, of
-occupancy, or of what happens before and after.
+An estimate to hold against regressions, not a speed. Of the innermost loops that load 16 bytes, the one is shown that
+needs most. Of its branches the cheapest way is counted that makes all its 16-byte accesses, so what is rare and what is
+skipped costs nothing, and loops without global loads in it count once. It says nothing of latency, of occupancy, or of
+what happens before and after.
 """
 
 import collections
@@ -64,18 +64,20 @@ def instructions_of(sass):
     return [Instruction(int(a, 16), p.strip(), o, rest) for a, p, o, rest in re.findall(pattern, sass, re.M)]
 
 
-def main_loop(instructions):
-    """The instructions that the main loop's backward branch encloses; none where no loop loads 16 bytes."""
+def main_loops(instructions):
+    """The instructions that a backward branch encloses, of the innermost loops that load 16 bytes: of those with at
+    least half as many such loads as any, which leaves out what remains behind an unrolled loop."""
     index = {x.address: i for i, x in enumerate(instructions)}
     loops = [
         (index[x.target], i + 1)
         for i, x in enumerate(instructions)
         if x.target is not None and x.target < x.address  # a branch to itself ends the function
     ]
-    loops = [(a, b) for a, b in loops if any(x.wide("LDG|LDGSTS") for x in instructions[a:b])]
+    loads = {(a, b): sum(x.wide("LDG|LDGSTS") for x in instructions[a:b]) for a, b in loops}
+    loops = [loop for loop in loops if loads[loop] > 0]
     inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
-    bodies = [instructions[a:b] for a, b in inner]
-    return max(bodies, key=lambda body: (sum(x.wide() for x in body), -len(body)), default=[])
+    most = max((loads[loop] for loop in inner), default=0)
+    return [instructions[a:b] for a, b in inner if 2 * loads[a, b] >= most]
 
 
 def cheapest_way(loop):
@@ -105,19 +107,22 @@ def accesses_of(way):
     return counts.total() - pairs
 
 
-def budget(sass):
-    """Of one function's SASS: instructions of the main loop and per 16-byte access, and its need over the budget."""
-    way = cheapest_way(loop) if (loop := main_loop(instructions_of(sass))) else []
+def need(loop):
+    way = cheapest_way(loop)
     accesses = accesses_of(way)
-    if accesses == 0:
-        return {"loop": 0, "per16": 0.0, "budget": 0.0, "busiest": "–"}
     cycles = collections.Counter(issue=len(way))
     for pipe, count in (pipe_of(x.opcode) for x in way):
         cycles[pipe] += count
-    busiest, need = max(cycles.items(), key=lambda item: item[1])
+    busiest, most = max(cycles.items(), key=lambda item: item[1])
     return {
         "loop": len(way),
-        "per16": round(len(way) / accesses, 1),
-        "budget": round(need / (accesses * CYCLES_PER_ACCESS), 2),
+        "per16": round(len(way) / max(1, accesses), 1),
+        "budget": round(most / (max(1, accesses) * CYCLES_PER_ACCESS), 2),
         "busiest": busiest,
     }
+
+
+def budget(sass):
+    """Of one function's SASS: instructions of the main loop and per 16-byte access, and its need over the budget."""
+    none = {"loop": 0, "per16": 0.0, "budget": 0.0, "busiest": "–"}
+    return max(map(need, main_loops(instructions_of(sass))), key=lambda n: n["budget"], default=none)
