@@ -102,7 +102,11 @@ PLANTS = {
         ("asan", "heap-buffer-overflow"),
     ),
     "what-was-not-kept-is-taken-from-shared-memory": (
-        ("common/cuda/kept_row.cuh", r"return v < kept_vectors_ \? kept_", "return v < kept_vectors_ + 8 ? kept_"),
+        (
+            "common/cuda/kept_row.cuh",
+            r"return v < kept_vectors_ \? kept_",
+            "return v < kept_vectors_ + (kept_vectors_ > 0) ? kept_",
+        ),
         ("plain", "known gradient"),
     ),
     "any-guess-is-right": (
