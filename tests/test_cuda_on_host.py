@@ -139,19 +139,19 @@ PLANTS = {
     ),
     "a-bound-that-kills-the-living": (
         (SPARSEMAX_FWD, r"add_down\(max, A\(-1\)\)", "add_down(max, A(-0.5))"),
-        ("plain", "probability.*values differ"),
+        ("plain", r"probability\["),
     ),
     "elements-before-the-vectors-forgotten": (
         (SPARSEMAX_FWD, r"^      own\.add\(\(loose - m\) - t\);$", ""),
-        ("plain", "probability.*values differ"),
+        ("plain", r"probability\["),
     ),
     "nan-kept-from-the-dead": (
         (SPARSEMAX_FWD, r"rest != rest \? rest : A\(0\)", "A(0)"),
-        ("plain", "probability.*values differ"),
+        ("plain", r"probability\["),
     ),
     "dead-vectors-of-a-living-group-not-kept": (
         (SPARSEMAX_FWD, r"v < kept && \(above \|\| live\.shift != 0\)", "v < kept && above"),
-        ("plain", "probability.*values differ"),
+        ("plain", r"probability\["),
     ),
     "rows-of-a-warp-part": (
         (SPARSEMAX_FWD, r"if \(!__any_sync\(0xffffffffu, goes_on\)\) return step;", "if (!goes_on) return step;"),
@@ -163,7 +163,7 @@ PLANTS = {
             r"gradient\(v < kept \? kept_g\[v\] : .*?, support",
             "gradient(kept_g[v < kept ? v : 0], support",
         ),
-        ("plain", "gradient.*values differ"),
+        ("plain", "sparsemax gradient"),
     ),
     "past-the-loose-elements": (
         ("entmax/row_parts.cuh", r"return i < n \? i : -1;", "return i <= n ? i : -1;"),
@@ -210,7 +210,7 @@ def test_planted_bug_is_found(name):
     (file, pattern, replacement), (mode, words) = PLANTS[name]
     code, output = run_program(mode, "ascending", (name, file, pattern, replacement))
     assert code != 0
-    assert re.search(words, output, re.S), output[-3000:]
+    assert re.search(words, output), output[-3000:]
 
 
 def test_rows_behind_two_to_the_31(library):
