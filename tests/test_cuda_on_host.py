@@ -129,6 +129,10 @@ PLANTS = {
         ),
         ("plain", "known gradient"),
     ),
+    "a-column-in-one-sum": (
+        ("cross_entropy/cross_entropy_fwd.cu", r"kColumnPart = 512", "kColumnPart = 1 << 30"),
+        ("plain", "gradient"),
+    ),
     "shared-memory-too-small": (
         (SPARSEMAX_FWD, r"kept \* sizeof\(Vec<T>\),", "(kept - 1) * sizeof(Vec<T>),"),
         ("asan", "heap-buffer-overflow"),

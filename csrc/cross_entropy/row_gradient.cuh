@@ -61,7 +61,7 @@ struct RowGradient {
 
 // A row of logits; where an element takes much, or a row has few, registers are for that, or for more rows.
 template <class T, int kRowThreads, bool kGeneral>
-using LogitRow = KeptRow<kRowThreads, T, kGeneral || kRowThreads == 32 ? 2 : 4>;
+using LogitRow = KeptRow<kRowThreads, T, (kGeneral ? 2 : 4) / (kRowThreads == 32 ? 2 : 1)>;
 
 // Writes the gradient of a counted row. at_target: the target's logit, which the gradient may take the place of.
 template <class T, bool kGeneral, class Row>
