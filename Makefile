@@ -5,7 +5,7 @@ TORCH ?= torch>=2.11
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test build lint bench cuda-report clean
+.PHONY: help demo test build lint bench cuda-report gpu clean
 help: ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -38,8 +38,11 @@ lint: ## ruff and clang-format, in the versions that .pre-commit-config.yaml pin
 bench: $(VENV)/.built ## measure against eager, torch.compile and entmax; writes benchmarks/results/
 	python -m benchmarks
 
-cuda-report: $(VENV)/.built ## registers, spills, 16-byte accesses and occupancy of the CUDA kernels, without a GPU
+cuda-report: $(VENV)/.built ## registers, spills, 16-byte accesses, issue budget and occupancy of the CUDA kernels, without a GPU
 	python -m benchmarks.cuda_report
+
+gpu: ## on a machine with a GPU, nvcc and torch: build for its card, test, sanitize, measure; at most 8 minutes, offline
+	$(PYTHON) -m benchmarks.gpu
 
 clean: ## remove the environment and all that was built
 	rm -rf $(VENV) build demo *.egg-info torch_softmax_ext/*.so .pytest_cache .ruff_cache .hypothesis

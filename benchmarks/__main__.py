@@ -1,7 +1,9 @@
-"""Measures the operators against eager PyTorch, torch.compile and entmax, on CPU.
+"""Measures the operators against eager PyTorch, torch.compile and the peers that are installed.
 
 python -m benchmarks                       everything, with the default and with a warm allocator
 python -m benchmarks --only 32000          rows whose name contains this
+python -m benchmarks --device cuda         on a GPU, beside Liger, Quack and flash-attn where they are installed
+python -m benchmarks --device cuda --list  the rows that would be measured; needs no GPU
 python -m benchmarks compare A.json B.json two runs side by side
 python -m benchmarks goals A.json          the goals on CPU, what was reached, and why not more
 """
@@ -27,10 +29,14 @@ def main():
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count()))
     parser.add_argument("--rounds", type=int, default=7, help="times that every provider is timed")
     parser.add_argument("--allocator", choices=["both", "default", "warm"], default="both")
-    parser.add_argument("--name", default="cpu", help="of the files in benchmarks/results/")
+    parser.add_argument("--name", help="of the files in benchmarks/results/")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--seconds", type=float, default=100, help="on a GPU: what does not fit is left out")
+    parser.add_argument("--list", action="store_true", help="on a GPU: print the plan")
     args = parser.parse_args()
 
-    from benchmarks import goals, measure, report
+    from benchmarks import cuda, goals, measure, report
+    from torch_softmax_ext.testing import SPECS
 
     if args.command == "compare":
         before, after = (json.loads(Path(f).read_text()) for f in args.files)
@@ -46,6 +52,14 @@ def main():
         table = report.markdown(json.loads(Path(args.files[0]).read_text()))
         readme.write_text(f"{head}<!-- speed -->\n{table}<!-- end of speed -->{tail}")
         return
+    if args.device == "cuda":
+        if args.list:
+            print("\n".join(row.name for row in cuda.plan(SPECS, args.only)))
+            return
+        cuda.require_device()
+        run = cuda.measure(SPECS, args.seconds, args.only, args.skip)
+        report.write(run, measure.RESULTS / (args.name or cuda.file_name(run["environment"])), report.markdown(run))
+        return
     if args.allocator == "both":
         for allocator in ("default", "warm"):
             env = {**os.environ, **(measure.WARM_ALLOCATOR if allocator == "warm" else {})}
@@ -53,16 +67,9 @@ def main():
             subprocess.run(command, env=env, check=True)
         return
 
-    from torch_softmax_ext.testing import SPECS
-
     run = measure.measure(SPECS, args.threads, args.rounds, args.only, args.skip)
-    measure.RESULTS.mkdir(exist_ok=True)
-    stem = measure.RESULTS / f"{args.name}-{args.allocator}"
-    stem.with_suffix(".json").write_text(json.dumps(run, indent=1) + "\n")
     table = report.markdown(run) + "\n" + goals.table(run)
-    stem.with_suffix(".md").write_text(table)
-    report.plot(run, stem.with_suffix(".png"))
-    print(table)
+    report.write(run, measure.RESULTS / f"{args.name or 'cpu'}-{args.allocator}", table)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """What the compiler made of the CUDA kernels, without a GPU: ``python -m benchmarks.cuda_report``.
 
-For each kernel registers, spills, shared memory, resident threads per multiprocessor, and of its instructions the
-16-byte loads and stores, the narrower ones, and ex2. For one architecture: sm_90, unless --arch says another.
+For each kernel registers, spills, shared memory and threads of a block; of its instructions the 16-byte loads and
+stores, the narrower ones, and ex2; of its main loop the instructions, those per 16-byte access, the share that they
+take of what an H100 can issue while its memory moves those bytes, and what is busiest (cuda_sass.py: an estimate); and
+how many threads a multiprocessor of some cards holds, by cuda_occupancy.h, with the kernel's static shared memory. For
+one architecture: sm_90, unless --arch says another.
 """
 
 import argparse
-import collections
 import functools
 import re
 import runpy
@@ -16,6 +18,8 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks import cuda_sass
+
 ROOT = Path(__file__).parent.parent
 COUNTED = {
     "ld128": r"LDG\.E\S*\.128",
@@ -24,7 +28,6 @@ COUNTED = {
     "st": r"STG\.E(?!\S*\.128)",
     "ex2": r"MUFU\.EX2",
 }
-REGISTERS, THREADS, BLOCKS, SHARED = 65536, 2048, 32, 227 * 1024  # of a multiprocessor of sm_80 and sm_90
 
 
 def cuobjdump():
@@ -62,43 +65,49 @@ def kernels_of(source, arch):
         command = [f"{cuda_home()}/bin/nvcc", "-std=c++17", "-O3", f"-arch={arch}", "-cubin", "-Xptxas=-v"]
         command += [f"-I{ROOT / 'csrc'}", str(source), "-o", str(cubin)]
         log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        sass = subprocess.run([cuobjdump(), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+        sass, elf = (
+            subprocess.run([cuobjdump(), f"-{what}", str(cubin)], capture_output=True, text=True, check=True).stdout
+            for what in ("sass", "elf")
+        )
     result = {}
     for entry in log.split("Compiling entry function '")[1:]:
         number = {k: int(m[1]) if (m := re.search(p, entry)) else 0 for k, p in {
             "registers": r"Used (\d+) registers", "spills": r"(\d+) bytes spill stores", "shared": r"(\d+) bytes smem",
         }.items()}  # fmt: skip
         result[entry.split("'")[0]] = number
+    for info in re.split(r"^\.nv\.info\.", elf, flags=re.M)[1:]:  # what __launch_bounds__ says
+        threads = re.search(r"EIATTR_MAX_THREADS\s+Format:.*\s+Value:\s*0x([0-9a-f]+)", info)
+        result[info.split()[0]]["threads"] = int(threads[1], 16) if threads else 1024
     for function in re.split(r"\n\s*Function : ", sass)[1:]:
         name, body = function.split("\n", 1)
-        instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\S+\s+)?([A-Z][A-Z0-9_.]*)", body, re.M)
-        counts = collections.Counter()
-        for instruction in instructions:
-            for kind, pattern in COUNTED.items():
-                counts[kind] += bool(re.match(pattern, instruction))
-        result[name.strip()] |= {**{k: counts[k] for k in COUNTED}, "instructions": len(instructions)}
+        opcodes = [x.opcode for x in cuda_sass.instructions_of(body)]
+        counts = {kind: sum(bool(re.match(p, o)) for o in opcodes) for kind, p in COUNTED.items()}
+        result[name.strip()] |= {**counts, "instructions": len(opcodes), **cuda_sass.budget(body)}
     names = subprocess.run(["c++filt"], input="\n".join(result), capture_output=True, text=True, check=True).stdout
     return [{"kernel": short(n), **v} for n, v in zip(names.splitlines(), result.values(), strict=True)]
 
 
-def resident_threads(kernel):
-    """Threads of a multiprocessor that registers and shared memory leave room for."""
-    parameters = re.search(r"<[^,]*, (\d+)", kernel["kernel"])
-    row_threads = int(parameters[1]) if parameters else 1024
-    threads = max(row_threads, 128)  # kBlockThreads of vec.cuh
-    warps = threads // 32
-    registers = -(-kernel["registers"] * 32 // 256) * 256 * warps
-    blocks = min(BLOCKS, THREADS // threads, REGISTERS // registers)
-    if kernel["shared"]:
-        blocks = min(blocks, SHARED // kernel["shared"])
-    return blocks * threads
+def resident_threads(launches):
+    """{card: threads of a multiprocessor} for each (threads, registers, static bytes, dynamic bytes) of a block."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = f"{folder}/occupancy"
+        source = str(ROOT / "benchmarks" / "cuda_occupancy.cpp")
+        subprocess.run(["g++", "-w", f"-I{cuda_home()}/include", source, "-o", program], check=True)
+        lines = "\n".join(" ".join(map(str, launch)) for launch in launches)
+        out = subprocess.run([program], input=lines, capture_output=True, text=True, check=True).stdout.splitlines()
+    cards = out[0].split()
+    return [
+        {card: int(blocks) * launch[0] for card, blocks in zip(cards, line.split(), strict=True)}
+        for launch, line in zip(launches, out[1:], strict=True)
+    ]
 
 
 def report(arch="sm_90"):
     with ThreadPoolExecutor(2) as pool:
         files = sorted((ROOT / "csrc").rglob("*.cu"))
         kernels = [k for found in pool.map(lambda f: kernels_of(f, arch), files) for k in found]
-    return [{**k, "resident": resident_threads(k)} for k in kernels]
+    resident = resident_threads([(k["threads"], k["registers"], k["shared"], 0) for k in kernels])
+    return [k | r for k, r in zip(kernels, resident, strict=True)]
 
 
 def main():

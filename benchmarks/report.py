@@ -1,4 +1,6 @@
-"""Tables and a plot from the JSON of a run."""
+"""Tables and plots from the JSON of a run."""
+
+import json
 
 NO_PEERS = ("ours 1 thread", "read", "copy", "add", "products")  # in "seconds" beside the providers
 
@@ -16,13 +18,30 @@ def duration(seconds):
     return f"{seconds * 1e6:.1f} µs" if seconds < 1e-3 else f"{seconds * 1e3:.1f} ms"
 
 
+def machine(environment):
+    e = environment
+    if "device" in e:
+        return f"{e['device']}, torch {e['torch']}, CUDA {e['cuda']}, {e['date']}"
+    return (
+        f"{e['cpu']}, {e['threads']} threads, {e['isa']}, torch {e['torch']}, {e['allocator']} allocator, {e['date']}"
+    )
+
+
+def write(run, stem, table):
+    """The run as JSON, its table as Markdown, its plot as PNG, and the table on the terminal."""
+    stem.parent.mkdir(exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps(run, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(table)
+    (plot_roofline if "device" in run["environment"] else plot)(run, stem.with_suffix(".png"))
+    print(table)
+
+
 def markdown(run):
-    e = run["environment"]
     names = [n for row in run["rows"] for n in row["seconds"] if n not in ("ours", *NO_PEERS)]
     others = list(dict.fromkeys(names))
     lines = [
-        f"{e['cpu']}, {e['threads']} threads, {e['isa']}, torch {e['torch']}, {e['allocator']} allocator, {e['date']}. "
-        "Medians of interleaved runs; peak memory, ours : eager, in units of the logits.",
+        f"{machine(run['environment'])}. Medians of interleaved runs; peak memory, ours : eager, in units of the "
+        "logits.",
         "",
         f"| operator | shape | mode | ours | × roof | {' | '.join(n + ' / ours' for n in others)} | peak |",
         "|---|---|---|--:|--:|" + "--:|" * len(others) + "--:|",
@@ -40,7 +59,8 @@ def markdown(run):
         shape += f", {row['label']}" if row.get("label") else ""
         cells = [row["operator"], shape, row["mode"], duration(s["ours"]), roof, *ratios, peak]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    failed = [f"- {row['name']}: {n}: {e}" for row in run["rows"] for n, e in row.get("errors", {}).items()]
+    return "\n".join(lines + (["", "Could not be measured:", *failed] if failed else [])) + "\n"
 
 
 def compare(before, after):
@@ -75,8 +95,47 @@ def plot(run, path):
     axis.invert_yaxis()
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xlabel("bandwidth achieved / the machine's own (1 = the roof)")
-    e = run["environment"]
-    axis.set_title(f"{e['cpu']}, {e['threads']} threads, {e['allocator']} allocator, {e['date']}", fontsize=9)
+    axis.set_title(machine(run["environment"]), fontsize=9)
     axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
+
+
+TRAFFIC = {"read": 1, "copy": 2, "add": 3}  # of a roof, in units of the logits
+
+
+def plot_roofline(run, path):
+    """Bytes that must be moved over time, by the length of a row, beside what a copy of the same logits reaches."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {}
+    for row in run["rows"]:
+        if row["bytes"] > 1 << 20:
+            panel = f"{row['operator']} {row['mode']}" + (f", {row['label']}" if row["label"] else "")
+            panels.setdefault(f"{panel}, {dtype_name(row)}, σ = {row['scale']:g}", []).append(row)
+    panels = {name: sorted(rows, key=lambda r: r["shape"][-1]) for name, rows in panels.items()}
+    lines = max(1, -(-len(panels) // 3))
+    figure, axes = plt.subplots(lines, 3, figsize=(13, 3 * lines), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (name, rows) in zip(axes.flat, panels.items(), strict=False):
+        for provider in dict.fromkeys(n for r in rows for n in r["seconds"] if n not in ("read", "add")):
+            have = [r for r in rows if provider in r["seconds"]]
+            moved = [2 if provider == "copy" else TRAFFIC[r["roof"]] for r in have]
+            speed = [m * r["bytes"] / r["seconds"][provider] / 1e9 for m, r in zip(moved, have, strict=True)]
+            style = {"color": "black", "linestyle": "--"} if provider == "copy" else {"marker": "o", "markersize": 3}
+            axis.plot([r["shape"][-1] for r in have], speed, label=provider, **style)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.set_title(name, fontsize=8)
+        axis.set_xlabel("elements of a row", fontsize=7)
+        axis.set_ylabel("GB/s", fontsize=7)
+        axis.tick_params(labelsize=7)
+        axis.legend(fontsize=6)
+    figure.suptitle(machine(run["environment"]), fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import CUDA_ON_HOST
@@ -43,7 +44,7 @@ def test_all_value_tests_pass_on_the_cuda_kernels(library, order):
 
 def run_program(mode, order, plant=None):
     env = {**os.environ, "TSE_CUDA_ORDER": order, "TSAN_OPTIONS": "history_size=0 halt_on_error=1"}
-    command = [str(build.program(mode, plant)), *(["tsan"] if mode == "tsan" else [])]
+    command = [str(build.program(mode, plant)), *(["small"] if mode in ("tsan", "banks") else [])]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     return run.returncode, run.stdout + run.stderr
 
@@ -56,6 +57,7 @@ def test_sanitizers_find_nothing(mode, order):
 
 
 REDUCE = "common/cuda/reduce.cuh"
+SPARSEMAX_FWD, SPARSEMAX_BWD = "entmax/entmax_fwd.cu", "entmax/entmax_bwd.cu"
 STATE = "common/cuda/stream_state.cuh"
 PLANTS = {
     # name: (file, pattern, replacement), who must find it, with what words
@@ -132,7 +134,43 @@ PLANTS = {
         ("plain", "gradient"),
     ),
     "shared-memory-too-small": (
-        ("entmax/entmax_fwd.cu", r"p\.rows\.n \* sizeof\(Acc<T>\) : 0;", "(p.rows.n - 1) * sizeof(Acc<T>) : 0;"),
+        (SPARSEMAX_FWD, r"kept \* sizeof\(Vec<T>\),", "(kept - 1) * sizeof(Vec<T>),"),
+        ("asan", "heap-buffer-overflow"),
+    ),
+    "no-shared-memory-for-the-supports": (
+        (SPARSEMAX_BWD, r"kept \* kKeptBytes<T>,", "kept * sizeof(Vec<T>),"),
+        ("asan", "heap-buffer-overflow"),
+    ),
+    "a-bound-that-kills-the-living": (
+        (SPARSEMAX_FWD, r"add_down\(max, A\(-1\)\)", "add_down(max, A(-0.5))"),
+        ("plain", r"probability\["),
+    ),
+    "elements-before-the-vectors-forgotten": (
+        (SPARSEMAX_FWD, r"^      own\.add\(\(loose - m\) - t\);$", ""),
+        ("plain", r"probability\["),
+    ),
+    "nan-kept-from-the-dead": (
+        (SPARSEMAX_FWD, r"rest != rest \? rest : A\(0\)", "A(0)"),
+        ("plain", r"probability\["),
+    ),
+    "dead-vectors-of-a-living-group-not-kept": (
+        (SPARSEMAX_FWD, r"v < kept && \(above \|\| live\.shift != 0\)", "v < kept && above"),
+        ("plain", r"probability\["),
+    ),
+    "rows-of-a-warp-part": (
+        (SPARSEMAX_FWD, r"if \(!__any_sync\(0xffffffffu, goes_on\)\) return step;", "if (!goes_on) return step;"),
+        ("plain", "deadlock|waits for a lane|stand at"),
+    ),
+    "gradient-of-a-vector-behind-those-kept": (
+        (
+            SPARSEMAX_BWD,
+            r"gradient\(v < kept \? kept_g\[v\] : .*?, support",
+            "gradient(kept_g[v < kept ? v : 0], support",
+        ),
+        ("plain", "sparsemax gradient"),
+    ),
+    "past-the-loose-elements": (
+        ("entmax/row_parts.cuh", r"return i < n \? i : -1;", "return i <= n ? i : -1;"),
         ("asan", "heap-buffer-overflow"),
     ),
     "no-barrier-before-the-asked-classes": (
@@ -144,6 +182,31 @@ PLANTS = {
         ("plain", "deadlock|waits for a lane|stand at"),
     ),
 }
+
+
+def bank_conflicts(plant=None):
+    """{line of the source: ways} of what needs more than one turn for its bytes."""
+    code, output = run_program("banks", "ascending", plant)
+    assert code == 0, output[-3000:]
+    assert int(re.search(r"(\d+) places access shared memory", output)[1]) > 30
+    found = dict(re.findall(r"(0x[0-9a-f]+) (\d+)-way bank conflict", output))
+    command = ["addr2line", "-e", str(build.program("banks", plant)), *found]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines() if found else []
+    return {Path(line.split()[0]).name: int(ways) for line, ways in zip(lines, found.values(), strict=True)}
+
+
+def test_no_bank_conflicts():
+    assert bank_conflicts() == {}
+
+
+def test_a_planted_bank_conflict_is_found():
+    """Neighbouring vectors 32 bytes apart, written and read alike: right, and slow."""
+    apart = "(v < kept / 2 * 2 ? v % (kept / 2) * 2 + v / (kept / 2) : v)"
+    pattern, replacement = r"cache\[v\]( = batch[\s\S]*?\? cache)\[v\]", rf"cache[{apart}]\1[{apart}]"
+    found = bank_conflicts(("vectors-apart", SPARSEMAX_FWD, pattern, replacement))
+    assert found
+    assert set(found.values()) == {2}
+    assert all(line.startswith("entmax_fwd.cu:") for line in found)
 
 
 @pytest.mark.parametrize("name", PLANTS)

@@ -47,7 +47,11 @@ at::Tensor sparsemax_backward(const at::Tensor& grad_output, const at::Tensor& o
   const c10::OptionalDeviceGuard guard(output.device());
   const at::Tensor grad_input = with_huge_pages(at::empty_like(output));
   if (output.numel() == 0) return grad_input;
-  const RowTensor y = as_rows(output, dim), g = as_rows(grad_output, dim), out = as_rows(grad_input, dim);
+  const RowTensor y = as_rows(output, dim), out = as_rows(grad_input, dim);
+  RowTensor g = as_rows(grad_output, dim);
+  // CUDA kernels read g by 16 bytes where they read the output so; an expanded g costs a copy.
+  if (use_cuda(output) && y.rows.stride_n == 1 && g.rows.stride_n != 1)
+    g = as_rows(at::empty_like(output).copy_(grad_output), dim);
   EntmaxParams p{};
   p.dtype = dtype_of(output);
   p.output_rows = y.rows;

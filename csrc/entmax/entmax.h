@@ -13,9 +13,9 @@ struct EntmaxParams {
 
   // backward
   Rows grad_output_rows;
-  const void* grad_output; // (rows, n)  any strides, 0 included
+  const void* grad_output;  // (rows, n)  any strides, 0 included; CUDA: elements are neighbours where the output's are
   Rows grad_input_rows;
-  void* grad_input;        // (rows, n)
+  void* grad_input;  // (rows, n)
 };
 
 // CPU: rows [begin, end).

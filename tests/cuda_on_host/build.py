@@ -82,10 +82,16 @@ def library():
     return ninja(BUILD / "library", objects, link, "_C.so")
 
 
-SANITIZERS = {
-    "plain": ("", ""),
-    "asan": ("-fsanitize=address,undefined -fno-sanitize-recover=undefined", "-DTSE_ASAN"),
-    "tsan": ("-fsanitize=thread", "-DTSE_TSAN"),
+SANITIZERS = {  # flags of the kernels, of the executor, of the linker
+    "plain": ("-O1", "", ""),
+    "asan": (
+        "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+        "-DTSE_ASAN",
+        "-fsanitize=address,undefined",
+    ),
+    "tsan": ("-O1 -fsanitize=thread", "-DTSE_TSAN", "-fsanitize=thread"),
+    # Every access calls banks.cpp. Optimised, 16 bytes might be loaded piece by piece, as no GPU would.
+    "banks": ("-O0 -fsanitize=thread -fno-threadsafe-statics -DTSE_BANKS", "", "-no-pie"),
 }
 
 
@@ -104,7 +110,7 @@ def sources_of(folder):
 def program(mode, plant=None):
     """kernels_main under a sanitizer. `plant` is (name, file below csrc, regular expression, replacement): a bug that
     goes into a copy of the sources; the expression must match exactly once. What does not see it is not built again."""
-    kernels, executor = SANITIZERS[mode]
+    kernels, executor, link = SANITIZERS[mode]
     sources, folder, untouched = ROOT / "csrc", BUILD / mode, []
     if plant is not None:
         name, file, pattern, replacement = plant
@@ -118,11 +124,12 @@ def program(mode, plant=None):
         assert count == 1, f"the planted bug {name} matches {count} places of {file}"
         (sources / file).write_text(text)
     # The executor itself is never instrumented: it tells the sanitizers what its fibres do.
-    objects = [(HERE / "executor.cpp", f"-std=c++17 -O1 -g {executor} {kernel_flags(sources)}")]
+    own = [HERE / "executor.cpp", *([HERE / "banks.cpp"] if mode == "banks" else [])]
+    objects = [(source, f"-std=c++17 -O1 -g {executor} {kernel_flags(sources)}") for source in own]
     objects += [
-        (source, f"-std=c++17 -O1 -g {kernels} {kernel_flags(sources)}")
+        (source, f"-std=c++17 -g {kernels} {kernel_flags(sources)}")
         for source in [*sorted(sources.rglob("*.cu")), HERE / "kernels_main.cpp"]
     ]
     built = [str(BUILD / mode / n) for n in untouched]
     objects = [o for o in objects if object_name(o[0]) not in untouched]
-    return ninja(folder, objects, " ".join([*built, kernels]), "kernels_main")
+    return ninja(folder, objects, " ".join([*built, link]), "kernels_main")

@@ -49,6 +49,22 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, TSE_HER
   return result;
 }
 inline void __syncwarp(TSE_HERE) { ::cuda_on_host::warp_barrier(here); }
+inline int __any_sync(unsigned mask, int predicate, TSE_HERE) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) predicate |= __shfl_xor_sync(mask, predicate, lanes, 32, here);
+  return predicate;
+}
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+
+// Rounded down: what was rounded up is taken one back.
+inline float __double2float_rd(double x) {
+  const float f = float(x);
+  return double(f) > x ? std::nextafter(f, -HUGE_VALF) : f;
+}
+inline double __dadd_rd(double a, double b) {
+  const double s = a + b, of_b = s - a, error = (a - (s - of_b)) + (b - of_b);
+  return error < 0 ? std::nextafter(s, -HUGE_VAL) : s;
+}
+inline float __fadd_rd(float a, float b) { return __double2float_rd(__dadd_rd(a, b)); }
 inline void __threadfence() { ::cuda_on_host::fence(); }
 inline unsigned atomicInc(unsigned* p, unsigned last) { return ::cuda_on_host::atomic_increment(p, last); }
 

@@ -111,6 +111,8 @@ struct Engine {
   char* static_memory = nullptr;
   size_t static_used = 0, shared_bytes = 0;
   char* dynamic_memory = nullptr;
+  size_t dynamic_bytes = 0;
+  long long blocks_run = 0;
   // What ThreadSanitizer takes for the barriers; each block has its own, or it would order blocks.
   struct Words {
     char barrier[2], warp[2][32];
@@ -389,6 +391,12 @@ void* shared_array(const void* place, size_t bytes) {
 
 void* dynamic_shared() { return engine->dynamic_memory; }
 
+bool is_shared(const void* p) {
+  const Engine& e = *engine;
+  const auto within = [p](const char* begin, size_t bytes) { return p >= begin && p < begin + bytes; };
+  return within(e.static_memory, e.static_used) || within(e.dynamic_memory, e.dynamic_bytes);
+}
+long long blocks_run() { return engine->blocks_run; }
 extern "C" int64_t cuda_on_host_launches() { return launches; }
 
 // ---- launch -------------------------------------------------------------------------------------------------------
@@ -419,7 +427,8 @@ void launch(const char* kernel, int64_t blocks, int threads, size_t dynamic_byte
     e.shared.clear();
     e.shared.reserve(64);
     e.static_used = 0;
-    e.shared_bytes = dynamic_bytes;
+    e.shared_bytes = e.dynamic_bytes = dynamic_bytes;
+    ++e.blocks_run;
     e.arrived = 0;
     e.alive = threads;
     void *static_memory = nullptr, *dynamic_memory = nullptr, *words = nullptr;

@@ -53,4 +53,9 @@ void* shared_array(const void* place, size_t bytes);
 void* dynamic_shared();
 [[noreturn]] void fail(const std::string& what);
 
+// For banks.cpp.
+bool is_shared(const void* p);  // of the running block
+long long blocks_run();
+void report_bank_conflicts();
+
 }  // namespace cuda_on_host

@@ -1,6 +1,6 @@
 // Runs every kernel at small shapes against a double reference: the program that the sanitizers watch.
 // Exit code 0 and "ok" where all values are right. Inputs are heap blocks of their exact size, so that
-// AddressSanitizer sees one element too many. Argument: "tsan" for shapes that ThreadSanitizer can afford.
+// AddressSanitizer sees one element too many. Argument: "small" for shapes that ThreadSanitizer can afford.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -325,16 +325,27 @@ void check_selective_log_softmax(int64_t count, int64_t n, int64_t k, int64_t of
   }
 }
 
+enum class Fill { kNormal, kTied, kOneSupported, kAscending, kNan, kInf, kMasked };
+
 template <class T>
-void check_sparsemax(int64_t count, int64_t n, int64_t offset, bool columns, float scale) {
+void check_sparsemax(int64_t count, int64_t n, int64_t offset, bool columns, float scale, Fill fill = Fill::kNormal,
+                     int64_t g_offset = 0) {
   using A = Acc<T>;
   std::mt19937 random(unsigned(n * 17 + count));
   std::normal_distribution<float> normal(0, scale);
-  Matrix<T> x(count, n, offset, columns), y(count, n, offset, columns), g(count, n, 0, columns),
-      out(count, n, 0, columns);
+  Matrix<T> x(count, n, offset, columns), y(count, n, offset, columns), g(count, n, g_offset, columns),
+      out(count, n, g_offset, columns);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t c = 0; c < n; ++c) {
-      x.at(i, c) = from_acc<T>(A(normal(random)));
+      float v = normal(random);
+      if (fill == Fill::kTied) v = -3;
+      if (fill == Fill::kOneSupported) v = c == n * 5 / 7 ? 40 : v;
+      if (fill == Fill::kAscending) v = float(c) / 256;  // the bound rises all the way
+      if (fill == Fill::kNan && c == n - 1) v = NAN;
+      if (fill == Fill::kInf && c == n / 2) v = INFINITY;
+      if (fill == Fill::kMasked && (i != 1 || c % 3 != 0)) v = -INFINITY;
+      x.at(i, c) = from_acc<T>(A(v));
+      y.at(i, c) = from_acc<T>(A(-1));
       g.at(i, c) = from_acc<T>(A(normal(random)));
     }
   EntmaxParams p{};
@@ -353,25 +364,51 @@ void check_sparsemax(int64_t count, int64_t n, int64_t offset, bool columns, flo
     std::vector<double> z(n);
     for (int64_t c = 0; c < n; ++c) z[c] = to_acc(x.at(i, c));
     std::vector<double> sorted = z;
-    std::sort(sorted.rbegin(), sorted.rend());
-    double sum = 0, tau = 0, mean = 0;
-    for (int64_t k = 0; k < n; ++k) {
+    double sum = 0, tau = fill == Fill::kNan || fill == Fill::kInf ? NAN : 0, mean = 0;
+    if (tau == 0) std::sort(sorted.rbegin(), sorted.rend());
+    for (int64_t k = 0; k < n && tau == tau && sorted[0] > -INFINITY; ++k) {
       sum += sorted[k];
       if (1 + (k + 1) * sorted[k] > sum) tau = (sum - 1) / double(k + 1);
     }
     int64_t support = 0;
     for (int64_t c = 0; c < n; ++c) {
-      expect(to_acc(y.at(i, c)), std::max(0.0, z[c] - tau), kEps<T>, "probability", i, c);
-      if (to_acc(y.at(i, c)) > 0) {
+      const double want = z[c] - tau <= 0 ? 0 : z[c] - tau;
+      expect(to_acc(y.at(i, c)), want, kEps<T> * (want + 0.2 * scale), "probability", i, c);
+      if (!(to_acc(y.at(i, c)) <= 0)) {
         mean += double(to_acc(g.at(i, c)));
         ++support;
       }
     }
-    mean /= double(support);
+    mean = tau == tau ? mean / double(support) : NAN;
     for (int64_t c = 0; c < n; ++c) {
-      const double want = to_acc(y.at(i, c)) > 0 ? double(to_acc(g.at(i, c))) - mean : 0;
-      expect(to_acc(out.at(i, c)), want, kEps<T> * (1 + std::abs(want)), "sparsemax gradient", i, c);
+      const double want = to_acc(y.at(i, c)) <= 0 ? 0 : double(to_acc(g.at(i, c))) - mean;
+      expect(to_acc(out.at(i, c)), want, kEps<T> * (scale + std::abs(want)), "sparsemax gradient", i, c);
     }
+  }
+}
+
+// A row in registers of 8 lanes or a warp, in a block's shared memory, and beyond what a card with less has.
+template <class T>
+void check_sparsemax_regimes(const std::vector<int64_t>& widths) {
+  const int64_t shared = cuda_on_host::options.shared_bytes;
+  for (int64_t n : widths) {
+    for (const int64_t bytes : {shared, int64_t(9 * 1024)}) {  // 3 KiB for rows
+      if (n <= 1024 && bytes != shared) continue;
+      cuda_on_host::options.shared_bytes = bytes;
+      for (int64_t offset : {0, 1, 3}) {
+        check_sparsemax<T>(3, n, offset, false, 1);
+        check_sparsemax<T>(2, n, offset, false, 0.001f, Fill::kNormal, 1);  // all are in the support, or many
+      }
+      check_sparsemax<T>(2, n, 1, false, 1, Fill::kTied);
+      check_sparsemax<T>(2, n, 1, false, 1, Fill::kOneSupported);
+      check_sparsemax<T>(2, n, 0, false, 1, Fill::kAscending, 3);
+      check_sparsemax<T>(2, n, 1, false, 1, Fill::kNan);
+      check_sparsemax<T>(2, n, 1, false, 1, Fill::kInf);
+      check_sparsemax<T>(3, n, 1, false, 1, Fill::kMasked);
+      cuda_on_host::options.shared_bytes = shared;
+    }
+    check_sparsemax<T>(3, n, 0, true, 1);
+    check_sparsemax<T>(2, n, 0, true, 1, Fill::kNan);
   }
 }
 
@@ -381,7 +418,6 @@ void check_all(const std::vector<int64_t>& widths) {
     for (int64_t offset : {0, 1, 3}) {
       check_cross_entropy<T>(3, n, offset, false, Reduction::kMean);
       check_selective_log_softmax<T>(3, n, 1, offset, false, 0);
-      check_sparsemax<T>(3, n, offset, false, 1);
     }
     check_selective_log_softmax<T>(3, n, 5, 0, true, 0);
     check_selective_log_softmax<T>(2, n, 40, 1, false, 4);
@@ -392,8 +428,6 @@ void check_all(const std::vector<int64_t>& widths) {
                            {.weight = true, .predictions = true, .smoothing = 0.2, .z = 0.1, .softcap = 4});
     check_cross_entropy<T>(3, n, 1, true, Reduction::kNone, {.predictions = true, .smoothing = 0.1, .z = 0.1});
     check_cross_entropy<T>(2, n, 1, false, Reduction::kSum, {.probabilities = true, .softcap = 3, .temperature = 2});
-    check_sparsemax<T>(3, n, 0, true, 1);
-    check_sparsemax<T>(2, n, 0, false, 0.01f);
   }
 }
 
@@ -418,10 +452,10 @@ void check_gradients_in_forward(int64_t n) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool tsan = argc > 1 && std::strcmp(argv[1], "tsan") == 0;
+  const bool small = argc > 1 && std::strcmp(argv[1], "small") == 0;
   try {
     // A warp per row, several rows a block; a block per row; rows wider than shared memory.
-    if (tsan) {
+    if (small) {
       check_cross_entropy<float>(2, 1030, 1, false, Reduction::kNone);
       check_cross_entropy<__nv_bfloat16>(9, 70, 0, false, Reduction::kNone);
       check_cross_entropy<float>(2, 1030, 0, false, Reduction::kMean, {.predictions = true, .smoothing = 0.2, .z = 1});
@@ -431,6 +465,9 @@ int main(int argc, char** argv) {
       check_selective_log_softmax<__nv_bfloat16>(9, 70, 3, 0, false, 0);
       check_sparsemax<float>(2, 1030, 0, false, 1);
       check_sparsemax<__half>(9, 70, 1, false, 1);
+      check_sparsemax<__nv_bfloat16>(17, 33, 1, false, 1);
+      cuda_on_host::options.shared_bytes = 8 * 1024;
+      check_sparsemax<float>(2, 1030, 1, false, 0.001f);
     } else {
       for (int64_t n : {5, 1030, 8200}) check_gradients_in_forward<float>(n);
       check_gradients_in_forward<double>(33);
@@ -441,6 +478,12 @@ int main(int argc, char** argv) {
       check_all<double>({7, 1030});
       check_all<__half>({8, 1031});
       check_all<__nv_bfloat16>({13, 1029, 8200});
+      check_sparsemax_regimes<float>({1, 5, 33, 100, 500, 1000, 1030, 5000});
+      check_sparsemax_regimes<double>({7, 70, 1030});
+      check_sparsemax_regimes<__half>({8, 300, 1031});
+      check_sparsemax_regimes<__nv_bfloat16>({13, 65, 1024, 1029, 9000});
+      check_sparsemax<__nv_bfloat16>(1, 40000, 1, false, 1);
+      for (const float scale : {1.f, 1e-3f}) check_sparsemax<float>(1, 270001, 1, false, scale);  // > 64 · 1024 vectors
     }
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());
@@ -450,5 +493,8 @@ int main(int argc, char** argv) {
     std::printf("%d values differ\n", failures);
     return 1;
   }
+#ifdef TSE_BANKS
+  cuda_on_host::report_bank_conflicts();
+#endif
   std::printf("ok\n");
 }

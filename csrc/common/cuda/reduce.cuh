@@ -17,10 +17,11 @@ __device__ inline V shuffle_xor(const V& v, int mask) {
   return out.value;
 }
 
-template <class V, class Op>
+// Over kLanes neighbouring lanes, a power of two, in every one of them. The whole warp must come here.
+template <int kLanes = 32, class V, class Op>
 __device__ inline V warp_reduce(V v, const Op& op) {
 #pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) v = op(v, shuffle_xor(v, mask));
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) v = op(v, shuffle_xor(v, mask));
   return v;
 }
 

@@ -1,0 +1,103 @@
+"""`make gpu` and the GPU's benchmark, as far as they go without one: the plan, its report, and how they fail."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import cuda, gpu, report
+from torch_softmax_ext.testing import SPECS
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("module", [("benchmarks.gpu",), ("benchmarks", "--device", "cuda")], ids=str)
+def test_without_a_gpu_one_line_says_so(module):
+    got = run(*module)
+    assert got.returncode != 0
+    assert "no CUDA device" in got.stderr
+    assert "Traceback" not in got.stderr
+
+
+def test_the_steps_fit_in_their_time():
+    for seconds in (480, 240):
+        assert sum(step.seconds for step in gpu.steps("9.0", seconds)) <= seconds
+    names = [step.name for step in gpu.steps("9.0", 480)]
+    assert names == ["build", "tests", "memcheck", "racecheck", "benchmark"]
+    assert gpu.benchmark_step(200).command[-1] == "160"
+    assert "compute-sanitizer" in run("benchmarks.gpu", "--list").stdout
+
+
+def test_a_step_that_fails_does_not_stop_the_next(monkeypatch, capsys):
+    python = [sys.executable, "-c"]
+    steps = [
+        gpu.Step("fails", [*python, "raise SystemExit(3)"], 20),
+        gpu.Step("hangs", [*python, "import time; time.sleep(60)"], 0.5),
+        gpu.Step("absent", ["x"], 20, needs="no-such-program"),
+        gpu.Step("lacks", ["x"], 20, modules=("no_such_module",)),
+        gpu.Step("works", [*python, "pass"], 20),
+    ]
+    monkeypatch.setattr(gpu, "device", lambda: ("card", "9.0"))
+    monkeypatch.setattr(gpu, "steps", lambda *_: steps)
+    assert gpu.main([]) == 1
+    outcomes = [line.split("|")[1:3] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    outcomes = [(name.strip(), outcome.strip()) for name, outcome in outcomes]
+    assert outcomes == [
+        ("fails", "failed"),
+        ("hangs", "failed"),
+        ("absent", "skipped"),
+        ("lacks", "failed"),
+        ("works", "ok"),
+    ]
+    assert gpu.main(["--only", "works", "absent"]) == 0
+
+
+def test_the_plan_has_the_shapes_that_peers_publish():
+    rows = {row.name: row for row in cuda.plan(SPECS)}
+    for m, n in cuda.QUACK:
+        assert f"cross_entropy {m}x{n} bfloat16 none forward" in rows
+    for n in cuda.VOCABULARIES:
+        assert f"cross_entropy 8192x{n} bfloat16 forward+backward" in rows
+    for mode in ("forward", "backward"):
+        lengths = {row.shape.shape[1] for row in rows.values() if row.spec.name == "sparsemax" and row.mode == mode}
+        assert {64, 131072} <= lengths
+    assert len({row.bytes for row in rows.values()}) > 10
+    assert len(cuda.plan(SPECS, "sparsemax")) < len(rows)
+
+
+def test_the_report_of_a_run(tmp_path, capsys):
+    """Of a run whose numbers are made up."""
+    environment = {"device": "Some Card 100", "torch": "2.14", "cuda": "13.0", "date": "2026-01-01"}
+    rows = cuda.plan(SPECS, "sparsemax") + cuda.plan(SPECS, "cross_entropy 8192")
+    for row in rows:
+        row.seconds = {"ours": 1.2e-3, "eager": 5e-3, "read": 5e-4, "copy": 1e-3, "add": 1.5e-3}
+        row.peak = {"ours": row.bytes, "eager": 3 * row.bytes}
+    rows[0].errors = {"some-peer": "OutOfMemoryError: no room"}
+    made_up = {"environment": environment, "rows": [row.result() for row in rows]}
+    stem = tmp_path / cuda.file_name(environment)
+    report.write(made_up, stem, report.markdown(made_up))
+    assert stem.name == "cuda-some-card-100"
+    assert json.loads(stem.with_suffix(".json").read_text()) == made_up
+    assert stem.with_suffix(".png").stat().st_size > 10000
+    table = stem.with_suffix(".md").read_text()
+    assert "Some Card 100" in table
+    assert "| sparsemax | 512×131072 bf16 | forward | 1.2 ms | 1.20 | 4.2 | 1.00 : 3.00 |" in table
+    assert table.endswith(f"- {rows[0].name}: some-peer: OutOfMemoryError: no room\n")
+    assert table in capsys.readouterr().out
+
+
+def test_peers_that_are_not_installed_are_left_out():
+    spec = next(s for s in SPECS if s.name == "cross_entropy")
+    assert set(cuda.peers(spec, {"reduction": "none"})) <= set(cuda.PEERS)
+    assert cuda.peers(spec, {"label_smoothing": 0.1}) == {}
+    assert cuda.version("no-such-package") == "not installed"
