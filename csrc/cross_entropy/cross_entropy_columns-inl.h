@@ -11,6 +11,22 @@ constexpr int64_t kTileElements = 65536;  // of the copy: half of L2 in fp32
 template <class A>
 constexpr A kLargestSum = A(0x1p32);
 
+// The losses of a vector of rows, whose target's logit has exponent t; of contiguous rows, too. A probability next to 1
+// may be rounded above it.
+template <class T>
+inline Vec<T> losses_of(const CrossEntropyParams& p, Vec<T> m, Vec<T> sum, Vec<T> t, Vec<T> weight) {
+  using A = Acc<T>;
+  const Vec<T> term = exp2<T>(t);
+  const auto likely = term > sum * A(0.25);
+  const Vec<T> l = log2(likely ? sum / term : sum) - (likely ? Vec<T>{} : t);
+  Vec<T> loss = vmax(Vec<T>{}, l) * kLn2<A> * weight;
+  if (p.z_loss_weight != 0 && p.reduction == Reduction::kNone) {
+    const Vec<T> lse = (m + log2(sum)) * kLn2<A>;
+    loss += A(p.z_loss_weight) * lse * lse;
+  }
+  return loss;
+}
+
 template <class T>
 struct ColumnTile {
   using A = Acc<T>;
@@ -132,22 +148,14 @@ inline void fwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t co
   constexpr int kLanes = Accumulate<T>::kLanes;
   const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
   fwd_columns(x, p.rows.n, p.rows.stride_n, count, logits, tile);
-  const A z = p.reduction == Reduction::kNone ? A(p.z_loss_weight) : A(0);
   const auto put = [&](void* array, int64_t j, Vec<T> v) {
     A* to = static_cast<A*>(array) + row + j;
     if (j + kLanes <= count) store(to, v);
     else store_part(to, count - j, v);
   };
   for (int64_t j = 0; j < count; j += kLanes) {
-    const Vec<T> m = load(tile.m + j), sum = load(tile.sum + j), t = logits.exponent(load(tile.at_target + j), m);
-    const Vec<T> term = exp2<T>(t);
-    const auto likely = term > sum * A(0.25);
-    const Vec<T> l = log2(likely ? sum / term : sum) - (likely ? Vec<T>{} : t);
-    Vec<T> loss = vmax(Vec<T>{}, l) * kLn2<A> * load(tile.weight + j);
-    if (z != 0) {
-      const Vec<T> lse = (m + log2(sum)) * kLn2<A>;
-      loss += z * lse * lse;
-    }
+    const Vec<T> m = load(tile.m + j), sum = load(tile.sum + j);
+    const Vec<T> loss = losses_of<T>(p, m, sum, logits.exponent(load(tile.at_target + j), m), load(tile.weight + j));
     put(p.row_m, j, m);
     put(p.row_sum, j, sum);
     put(p.row_loss, j, tile.is_counted(j) ? loss : Vec<T>{});

@@ -62,9 +62,9 @@ struct RowGrad {
 };
 
 // The gradient of elements [begin, end) of a row: from the terms that forward kept of a row of one block, else from x.
-template <bool kKept = false, class T>
+template <bool kKept = false, class T, class L>
 inline void grad_row(const T* x, T* g, int64_t begin, int64_t end, int64_t target, const RowGrad<Acc<T>>& row,
-                     const Logits<T>& logits, const Acc<T>* kept = nullptr) {
+                     const L& logits, const Acc<T>* kept = nullptr) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const bool mine = target >= begin && target < end;
@@ -86,9 +86,9 @@ inline void grad_row(const T* x, T* g, int64_t begin, int64_t end, int64_t targe
 }
 
 // The same with softcap or coefficients.
-template <class T>
+template <class T, class L>
 inline void grad_row_general(const T* x, T* g, int64_t begin, int64_t end, int64_t target, const RowGrad<Acc<T>>& row,
-                             const Logits<T>& logits, const Coefficients<T>& coefficients) {
+                             const L& logits, const Coefficients<T>& coefficients) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const Vec<T> m = splat<Vec<T>>(row.m), scale = splat<Vec<T>>(row.scale()), one = splat<Vec<T>>(A(1));
@@ -110,10 +110,11 @@ inline void grad_row_general(const T* x, T* g, int64_t begin, int64_t end, int64
 }
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
+// kGeneral: with softcap or coefficients of all classes.
 
-template <class T>
-inline void finish_row(const CrossEntropyParams& p, int64_t row, const BlockSum& s, const T* x,
-                       const Logits<T>& logits) {
+template <class T, class L>
+inline void finish_row_general(const CrossEntropyParams& p, int64_t row, const BlockSum& s, const T* x,
+                               const L& logits) {
   using A = Acc<T>;
   const A m = A(s.m);
   const int64_t target = target_of(p, row);
@@ -124,7 +125,7 @@ inline void finish_row(const CrossEntropyParams& p, int64_t row, const BlockSum&
     if (p.target != nullptr) {
       const double term = logits.term_of(x + target, m);
       // A probability next to 1 may be rounded above it.
-      const double l = term > 0.25 * s.sum ? std::log2(s.sum / term) : log2_sum - logits.exponent_of(x + target, m);
+      const double l = term > 0.25 * s.sum ? std::log2(s.sum / term) : log2_sum - logits.exponent_of(x + target, m)[0];
       loss = w * (l < 0 ? 0 : l);
     }
     if (p.row_mass != nullptr) loss += s.mass * log2_sum - s.linear;
@@ -140,23 +141,55 @@ inline void finish_row(const CrossEntropyParams& p, int64_t row, const BlockSum&
   static_cast<A*>(p.row_loss)[row] = A(loss);
 }
 
-template <bool kKept = false, class T>
-inline void finish_row_grad(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end,
-                            const Logits<T>& logits, const Acc<T>* kept = nullptr) {
+// Neighbouring rows without options, whose losses are computed together: with few classes what is per row is most of
+// the work.
+template <class T>
+struct RowLosses {
+  using A = Acc<T>;
+  static constexpr int kRows = Accumulate<T>::kLanes;
+  int64_t first, count = 0;
+  alignas(64) A m[kRows] = {}, sum[kRows] = {}, weight[kRows] = {}, at_target[kRows] = {}, counted[kRows] = {};
+
+  template <class L>
+  void add(const CrossEntropyParams& p, int64_t row, const BlockSum& s, const T* x, const L& logits) {
+    if (count == 0) first = row;
+    const int64_t target = target_of(p, row);
+    counted[count] = p.target != nullptr && is_counted(p, target);  // no target: no classes, either
+    if (counted[count] != 0) {
+      at_target[count] = load_one(x + target);  // before its gradient takes its place
+      weight[count] = weight_of<A>(p, target);
+    }
+    static_cast<A*>(p.row_m)[row] = m[count] = A(s.m);
+    static_cast<A*>(p.row_sum)[row] = sum[count] = A(s.sum);
+    if (++count == kRows) finish(p, logits);
+  }
+
+  template <class L>
+  void finish(const CrossEntropyParams& p, const L& logits) {
+    const Vec<T> t = logits.exponent(load(at_target), load(m));
+    const Vec<T> loss = losses_of<T>(p, load(m), load(sum), t, load(weight));
+    store_part(static_cast<A*>(p.row_loss) + first, count, load(counted) > Vec<T>{} ? loss : Vec<T>{});
+    count = 0;
+  }
+};
+
+template <class T, bool kGeneral, bool kKept = false, class L>
+inline void finish_row_grad(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end, const L& logits,
+                            const Acc<T>* kept = nullptr) {
   const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
   T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
   const int64_t target = target_of(p, row);
   if (!is_counted(p, target)) return std::fill(g + begin, g + end, T{}), void();
   const RowGrad<Acc<T>> r(p, row, target);
-  if (p.is_general()) grad_row_general(x, g, begin, end, target, r, logits, Coefficients<T>(p, row));
+  if constexpr (kGeneral) grad_row_general(x, g, begin, end, target, r, logits, Coefficients<T>(p, row));
   else grad_row<kKept>(x, g, begin, end, target, r, logits, kept);
 }
 
-template <class T>
+template <bool kGeneral, class T, class L>
 inline BlockSum row_block_sum(const CrossEntropyParams& p, int64_t row, const T* x, int64_t block, Acc<T> reference,
-                              const Logits<T>& logits) {
+                              const L& logits) {
   const int64_t begin = block * kBlock, n = std::min(kBlock, p.rows.n - begin);
-  if (!p.is_general()) return block_exp_sum(x + begin, n, reference, logits);
+  if constexpr (!kGeneral) return block_exp_sum(x + begin, n, reference, logits);
   return block_linear_sum(x + begin, n, reference, logits, Coefficients<T>(p, row).from(begin));
 }
 
@@ -180,36 +213,47 @@ inline int64_t row_argmax(const T* x, int64_t n, bool has_nan) {
   return best;
 }
 
+template <class T, bool kForward, bool kBackward, bool kGeneral>
+void contiguous_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
+  const int64_t n = p.rows.n;
+  const Logits<T, kGeneral> logits(p.transform);
+  RowLosses<T> losses;
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
+    // The logits of an ignored row are not even read.
+    const bool counted = is_counted(p, target_of(p, row));
+    if constexpr (kForward && kBackward && !kGeneral) {
+      if (counted && n <= kBlock) {
+        alignas(64) Acc<T> kept[kBlock];
+        losses.add(p, row, block_exp_sum<true>(x, n, row_reference(x, n, logits), logits, kept), x, logits);
+        finish_row_grad<T, kGeneral, true>(p, row, 0, n, logits, kept);
+        continue;
+      }
+    }
+    if (kForward) {
+      BlockSum s = kNothing;
+      if (counted && n > 0) {
+        const Acc<T> reference = row_reference(x, n, logits);
+        s = row_block_sum<kGeneral>(p, row, x, 0, reference, logits);
+        for (int64_t b = 1; b * kBlock < n; ++b) s = join(s, row_block_sum<kGeneral>(p, row, x, b, reference, logits));
+      }
+      if constexpr (kGeneral) finish_row_general(p, row, s, x, logits);
+      else losses.add(p, row, s, x, logits);
+      if (p.predictions != nullptr) p.predictions[row] = counted ? row_argmax(x, n, s.sum != s.sum) : p.ignore_index;
+    }
+    if (kBackward) finish_row_grad<T, kGeneral>(p, row, 0, n, logits);
+  }
+  if (losses.count > 0) losses.finish(p, logits);
+}
+
 template <class T, bool kForward, bool kBackward>
 void rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
-  const int64_t n = p.rows.n;
-  const Logits<T> logits(p.transform);
   if (p.rows.stride_n == 1 && (!kBackward || p.grad_rows.stride_n == 1)) {
-    for (int64_t row = begin; row < end; ++row) {
-      const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
-      // The logits of an ignored row are not even read.
-      const bool counted = is_counted(p, target_of(p, row));
-      if constexpr (kForward && kBackward) {
-        if (counted && n <= kBlock && !p.is_general()) {
-          alignas(64) Acc<T> kept[kBlock];
-          const BlockSum s = block_exp_sum<true>(x, n, row_reference(x, n, logits), logits, kept);
-          finish_row(p, row, s, x, logits);
-          finish_row_grad<true>(p, row, 0, n, logits, kept);
-          continue;
-        }
-      }
-      if (kForward) {
-        BlockSum s = kNothing;
-        const Acc<T> reference = counted ? row_reference(x, n, logits) : 0;
-        for (int64_t b = 0; counted && b * kBlock < n; ++b) s = join(s, row_block_sum(p, row, x, b, reference, logits));
-        finish_row(p, row, s, x, logits);
-        if (p.predictions != nullptr) p.predictions[row] = counted ? row_argmax(x, n, s.sum != s.sum) : p.ignore_index;
-      }
-      if (kBackward) finish_row_grad(p, row, 0, n, logits);
-    }
-    return;
+    return p.is_general() ? contiguous_rows<T, kForward, kBackward, true>(p, begin, end)
+                          : contiguous_rows<T, kForward, kBackward, false>(p, begin, end);
   }
-  ColumnTile<T> tile(n, kForward && kBackward);
+  const Logits<T> logits(p.transform);
+  ColumnTile<T> tile(p.rows.n, kForward && kBackward);
   for (int64_t row = begin; row < end;) {
     const int64_t count = std::min<int64_t>({tile.width, end - row, p.rows.inner - row % p.rows.inner});
     set_targets(p, row, count, tile);
@@ -219,25 +263,33 @@ void rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   }
 }
 
-template <class T>
+template <class T, bool kGeneral>
 void block_sums(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end, BlockSum* sums) {
   const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
-  const Logits<T> logits(p.transform);
+  const Logits<T, kGeneral> logits(p.transform);
   const Acc<T> reference = row_reference(x, p.rows.n, logits);
-  for (int64_t b = begin; b < end; ++b) sums[b] = row_block_sum(p, row, x, b, reference, logits);
+  for (int64_t b = begin; b < end; ++b) sums[b] = row_block_sum<kGeneral>(p, row, x, b, reference, logits);
 }
 
-template <class T>
+template <class T, bool kGeneral>
 void finish_blocks(const CrossEntropyParams& p, int64_t row, const BlockSum* sums) {
   BlockSum s = kNothing;
   for (int64_t b = 0; b * kBlock < p.rows.n; ++b) s = join(s, sums[b]);
   const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
-  finish_row(p, row, s, x, Logits<T>(p.transform));
+  const Logits<T, kGeneral> logits(p.transform);
+  if constexpr (kGeneral) {
+    finish_row_general(p, row, s, x, logits);
+  } else {
+    RowLosses<T> losses;
+    losses.add(p, row, s, x, logits);
+    losses.finish(p, logits);
+  }
 }
 
-template <class T>
+template <class T, bool kGeneral>
 void bwd_blocks(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end) {
-  finish_row_grad(p, row, begin * kBlock, std::min(end * kBlock, p.rows.n), Logits<T>(p.transform));
+  finish_row_grad<T, kGeneral>(p, row, begin * kBlock, std::min(end * kBlock, p.rows.n),
+                               Logits<T, kGeneral>(p.transform));
 }
 
 template <class T>
@@ -252,6 +304,18 @@ template <class T>
 void fwd_bwd(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   rows<T, true, true>(p, begin, end);
 }
+template <class T>
+void block_sums_of(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end, BlockSum* sums) {
+  p.is_general() ? block_sums<T, true>(p, row, begin, end, sums) : block_sums<T, false>(p, row, begin, end, sums);
+}
+template <class T>
+void finish_blocks_of(const CrossEntropyParams& p, int64_t row, const BlockSum* sums) {
+  p.is_general() ? finish_blocks<T, true>(p, row, sums) : finish_blocks<T, false>(p, row, sums);
+}
+template <class T>
+void bwd_blocks_of(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end) {
+  p.is_general() ? bwd_blocks<T, true>(p, row, begin, end) : bwd_blocks<T, false>(p, row, begin, end);
+}
 
 void cross_entropy_fwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   TSE_EACH_DTYPE(fwd, p, begin, end)
@@ -263,11 +327,11 @@ void cross_entropy_fwd_bwd_rows(const CrossEntropyParams& p, int64_t begin, int6
   TSE_EACH_DTYPE(fwd_bwd, p, begin, end)
 }
 void cross_entropy_block_sums(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end, BlockSum* sums) {
-  TSE_EACH_DTYPE(block_sums, p, row, begin, end, sums)
+  TSE_EACH_DTYPE(block_sums_of, p, row, begin, end, sums)
 }
 void cross_entropy_finish_row(const CrossEntropyParams& p, int64_t row, const BlockSum* sums) {
-  TSE_EACH_DTYPE(finish_blocks, p, row, sums)
+  TSE_EACH_DTYPE(finish_blocks_of, p, row, sums)
 }
 void cross_entropy_bwd_blocks(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end) {
-  TSE_EACH_DTYPE(bwd_blocks, p, row, begin, end)
+  TSE_EACH_DTYPE(bwd_blocks_of, p, row, begin, end)
 }

@@ -89,7 +89,7 @@ inline double log_probability(const T* x, const EntropySum& s, double log2_sum, 
   if (load_one(x) == -std::numeric_limits<A>::infinity() && !logits.capped) return s.sum > 0 ? -inf : inf - inf;
   const double term = logits.term_of(x, A(s.m));
   // Already at 1/16: what exp2 is off by for half types is off in the sum of equal logits, too.
-  const double l = term > s.sum / 16 ? std::log2(term / s.sum) : logits.exponent_of(x, A(s.m)) - log2_sum;
+  const double l = term > s.sum / 16 ? std::log2(term / s.sum) : logits.exponent_of(x, A(s.m))[0] - log2_sum;
   return l > 0 ? 0 : l * kLn2<A>;
 }
 

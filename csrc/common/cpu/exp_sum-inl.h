@@ -17,8 +17,8 @@ inline BlockSum join(BlockSum a, BlockSum b) {
   return a;
 }
 
-// A logit on its way to the exponent.
-template <class T>
+// A logit on its way to the exponent. Without softcap, which is known beforehand, the functions below are short.
+template <class T, bool kMayCap = true>
 struct Logits {
   using A = Acc<T>;
   Vec<T> scale, inverse_cap;
@@ -26,35 +26,41 @@ struct Logits {
   explicit Logits(const LogitTransform& t)
       : scale(splat<Vec<T>>(A((t.softcap > 0 ? t.softcap : 1) * double(kLog2e<A>) / t.temperature))),
         inverse_cap(splat<Vec<T>>(t.softcap > 0 ? A(1 / t.softcap) : A(0))),
-        capped(t.softcap > 0) {}
+        capped(kMayCap && t.softcap > 0) {}
 
   // s · log2(e) - m of logits without softcap.
   Vec<T> exponent(Vec<T> v, Vec<T> m) const { return multiply_subtract(v, scale, m); }
   Vec<T> term(Vec<T> v, Vec<T> m) const { return exp2<T>(exponent(v, m)); }
 
-  Vec<T> cap(Vec<T> v) const { return capped ? tanh(v * inverse_cap) : v; }
-  A exponent_of(const T* x, A m) const { return exponent(cap(splat<Vec<T>>(load_one(x))), splat<Vec<T>>(m))[0]; }
-  // The term of one logit, with the bits that it has in the sum.
-  A term_of(const T* x, A m) const { return term(cap(splat<Vec<T>>(load_one(x))), splat<Vec<T>>(m))[0]; }
-  A reference(A max) const { return std::ceil(exponent(cap(splat<Vec<T>>(max)), Vec<T>{})[0]); }
+  Vec<T> cap(Vec<T> v) const {
+    if constexpr (!kMayCap) return v;
+    return capped ? tanh(v * inverse_cap) : v;
+  }
+  // Of one logit, in all lanes, with the bits that it has in the sum.
+  Vec<T> exponent_of(const T* x, A m) const { return exponent(cap(splat<Vec<T>>(load_one(x))), splat<Vec<T>>(m)); }
+  A term_of(const T* x, A m) const { return exp2<T>(exponent_of(x, m))[0]; }
+  A reference(A max) const {
+    if constexpr (!kMayCap) return std::ceil(max * scale[0]);
+    return std::ceil(exponent(cap(splat<Vec<T>>(max)), Vec<T>{})[0]);
+  }
 };
 
-template <class T>
-inline Acc<T> row_reference(const T* x, int64_t n, const Logits<T>& logits) {
+template <class T, class L>
+inline Acc<T> row_reference(const T* x, int64_t n, const L& logits) {
   return logits.reference(block_max(x, std::min(kReference, n)));
 }
 
 // The terms of elements [0, 2 · kLanes) of x, ordered as load2 orders them.
-template <class T>
-inline Pair<Vec<T>> terms2(const T* x, Vec<T> m, const Logits<T>& logits) {
+template <class T, class L>
+inline Pair<Vec<T>> terms2(const T* x, Vec<T> m, const L& logits) {
   const Pair<Vec<T>> v = load2(x);
   return {logits.term(v.a, m), logits.term(v.b, m)};
 }
 
 // Σ of the terms, logits without softcap. They are kept for backward if kKeep: whole pairs as terms2 gives them, then
 // the rest.
-template <bool kKeep, class T>
-inline Acc<T> block_sum(const T* x, int64_t n, Acc<T> m, const Logits<T>& logits, Acc<T>* kept) {
+template <bool kKeep, class T, class L>
+inline Acc<T> block_sum(const T* x, int64_t n, Acc<T> m, const L& logits, Acc<T>* kept) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const Vec<T> reference = splat<Vec<T>>(m);
@@ -81,8 +87,8 @@ inline Acc<T> block_sum(const T* x, int64_t n, Acc<T> m, const Logits<T>& logits
 }
 
 // The sums of a block by sum(m), against the row's reference where that serves, else against its own.
-template <class T, class Sum>
-inline BlockSum block_sums_by(const T* x, int64_t n, Acc<T> row_reference, const Logits<T>& logits, const Sum& sum) {
+template <class T, class L, class Sum>
+inline BlockSum block_sums_by(const T* x, int64_t n, Acc<T> row_reference, const L& logits, const Sum& sum) {
   using A = Acc<T>;
   const A low = -std::numeric_limits<A>::infinity();
   if (row_reference != low) {
@@ -95,16 +101,15 @@ inline BlockSum block_sums_by(const T* x, int64_t n, Acc<T> row_reference, const
   return s;
 }
 
-template <bool kKeep = false, class T>
-inline BlockSum block_exp_sum(const T* x, int64_t n, Acc<T> row_reference, const Logits<T>& logits,
-                              Acc<T>* kept = nullptr) {
+template <bool kKeep = false, class T, class L>
+inline BlockSum block_exp_sum(const T* x, int64_t n, Acc<T> row_reference, const L& logits, Acc<T>* kept = nullptr) {
   return block_sums_by(x, n, row_reference, logits,
                        [&](Acc<T> m) { return BlockSum{double(m), double(block_sum<kKeep>(x, n, m, logits, kept))}; });
 }
 
 // With softcap or coefficients, too: u(i, count) are those of elements [i, i + count).
-template <class T, class U>
-inline BlockSum block_linear_sum(const T* x, int64_t n, Acc<T> row_reference, const Logits<T>& logits, const U& u) {
+template <class T, class L, class U>
+inline BlockSum block_linear_sum(const T* x, int64_t n, Acc<T> row_reference, const L& logits, const U& u) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   return block_sums_by(x, n, row_reference, logits, [&](A m) {
