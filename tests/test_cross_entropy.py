@@ -479,3 +479,29 @@ def test_probabilities_that_require_grad_share_a_graph(device):
         q = torch.rand(rows, 5, device=device, requires_grad=True)
         compiled(x, q).backward()
     assert counter.frame_count == 2
+
+
+def test_logits_that_a_transform_does_not_differentiate(device):
+    x, target = torch.randn(4, 7, device=device), torch.randint(0, 7, (4,), device=device)
+    want = torch.nn.functional.cross_entropy(x, target)
+    a = torch.randn(3, device=device)
+    torch.testing.assert_close(
+        torch.func.grad(lambda a: a.sum() * tse.cross_entropy(x, target))(a), want.expand(3).contiguous()
+    )
+    detached = torch.func.grad(lambda x: x.sum() * tse.cross_entropy(x.detach(), target))(x)
+    torch.testing.assert_close(detached, want.expand(4, 7).contiguous())
+    torch.testing.assert_close(
+        tse.cross_entropy(torch._neg_view(x), target), torch.nn.functional.cross_entropy(-x, target)
+    )
+
+
+def test_losses_of_any_number_of_rows(device):
+    """Rows are finished several at a time; ignored ones, and ones that outgrow a block, among them."""
+    for n in (3, 700, 9000):
+        for rows in (1, 2, 15, 16, 17, 35):
+            x, target = torch.randn(rows, n, device=device) * 3, torch.randint(0, n, (rows,), device=device)
+            target[::3] = -100
+            for reduction in ("none", "sum"):
+                want = torch.nn.functional.cross_entropy(x.double(), target, reduction=reduction).float()
+                got = tse.cross_entropy(x, target, reduction=reduction)
+                torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-6)

@@ -21,11 +21,15 @@ def inputs(spec, rows, n, dtype=torch.float32, device="cuda"):
     return x, tuple(a.to(device) for a in spec.bench_args(x))
 
 
+def incoming_for(y):
+    return torch.linspace(1, 60, y.numel(), device=y.device).sin().view(y.shape).to(y.dtype)
+
+
 def value_and_grad(function, x, *args, dtype=None):
     """For an incoming gradient that waves, as `dtype` rounds it."""
     x = x.detach().requires_grad_()
     y = function(x, *args)
-    g = torch.linspace(1, 60, y.numel(), device=y.device).sin().view(y.shape).to(dtype or y.dtype)
+    g = incoming_for(y.to(dtype or y.dtype))
     return y.detach(), torch.autograd.grad(y, x, g.to(y.dtype))[0]
 
 
@@ -49,6 +53,17 @@ def test_every_kernel(spec, dtype, n):
     assert_like_reference(spec, x, args, value_and_grad(spec.op, x, *args), tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"])
+@pytest.mark.parametrize(("rows", "n"), [(9000, 33), (2500, 1100)])
+def test_every_kernel_row_after_row(dtype, rows, n):
+    """Blocks that work on several rows, and divisors that are counted before."""
+    x, target, weight = torch.randn(rows, n), torch.randint(0, n, (rows,)), torch.rand(n)
+    want = value_and_grad(torch.nn.functional.cross_entropy, x.double(), target, weight.double())
+    got = value_and_grad(tse.cross_entropy, x.cuda(), target.cuda(), weight.cuda())
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, rtol=1e-4, atol=1e-9)
+
+
 @specs
 def test_columns(spec):
     if spec.name == "sparsemax":
@@ -67,7 +82,7 @@ def test_graph_capture(spec, shape):
     """Forward and backward are captured, and a replay computes what stands in the input then."""
     x, args = inputs(spec, *shape)
     static = x.clone().requires_grad_()
-    incoming = torch.linspace(1, 2, spec.op(x, *args).numel(), device="cuda").view_as(spec.op(x, *args))
+    incoming = incoming_for(spec.op(x, *args))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -139,8 +154,13 @@ def needs_memory(count, dtype, copies):
         pytest.skip("not enough memory on the card")
 
 
-@pytest.mark.parametrize("rows", [1, 33000], ids=["one-row", "many-rows"])
-def test_more_than_two_to_the_31_elements(rows):
+def test_more_than_two_to_the_31_elements():
+    """One after the other: beside each other they would not find the memory that they were promised."""
+    for rows in (1, 33000):
+        check_long(rows)
+
+
+def check_long(rows):
     n = 2**31 // rows + 1000
     needs_memory(rows * n, torch.bfloat16, 4)
     x = torch.zeros(rows, n, device="cuda", dtype=torch.bfloat16)
@@ -166,11 +186,12 @@ def test_more_than_two_to_the_31_elements(rows):
     assert -1e-2 < x.grad[-1, -1].item() <= 0
 
 
+@pytest.mark.parametrize("weight", ["None", "torch.ones(5, device='cuda')"])
 @pytest.mark.parametrize("target", [5, -1])
-def test_target_outside_the_classes_stops_the_kernel(target):
+def test_target_outside_the_classes_stops_the_kernel(target, weight):
     code = (
         "import torch, torch_softmax_ext as tse\n"
-        f"tse.cross_entropy(torch.zeros(2, 5, device='cuda'), torch.tensor([0, {target}], device='cuda'))\n"
+        f"tse.cross_entropy(torch.zeros(2, 5, device='cuda'), torch.tensor([0, {target}], device='cuda'), {weight})\n"
         "torch.cuda.synchronize()\n"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -33,12 +33,13 @@ inline GradientPath gradient_path(const at::Tensor& input) {
 // A tensor with memory behind it that no tracer, mode or subclass watches: host entries may be called without the
 // dispatcher.
 inline bool is_plain(const at::Tensor& t) {
-  const auto tls = c10::impl::tls_local_dispatch_key_set();
-  const auto keys = (t.key_set() | tls.included_) - tls.excluded_;
-  constexpr c10::DispatchKeySet kWatchers({c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot,
-                                           c10::DispatchKey::PythonDispatcher, c10::DispatchKey::Functionalize,
-                                           c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
-                                           c10::DispatchKey::PreDispatch});
+  // Excluded keys count, too: inside a transform its own is.
+  const auto keys = t.key_set() | c10::impl::tls_local_dispatch_key_set().included_;
+  constexpr c10::DispatchKeySet kWatchers(
+      {c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot, c10::DispatchKey::PythonDispatcher,
+       c10::DispatchKey::Functionalize, c10::DispatchKey::PreDispatch, c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
+       c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Negative,
+       c10::DispatchKey::ZeroTensor});
   return (t.is_cpu() || t.is_cuda()) && !keys.has_any(kWatchers);
 }
 

@@ -210,7 +210,7 @@ enum class Gradient { kNone, kNew, kInPlace };
 // The tensors of a call in forms that the kernels can walk: of logits and gradient, classes or rows are neighbours in
 // memory in both. Copies where the logits are not dense, and for options that only rows of neighbouring classes have
 // (smoothing, softcap, probabilities, metrics); without a gradient in the same cases, so that the loss has the same
-// bits with and without.
+// bits with and without (on CUDA the rows' losses have; blocks may add others of them).
 struct Operands {
   RowTensor input, grad, probabilities;
   at::Tensor grad_input;  // what the caller gets

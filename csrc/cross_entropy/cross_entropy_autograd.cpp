@@ -29,8 +29,11 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+bool all_plain(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
+  return is_plain(input) && is_plain(target) && (!options.weight.has_value() || is_plain(*options.weight));
+}
 bool all_plain_cpu(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
-  return is_plain_cpu(input) && is_plain_cpu(target) && (!options.weight.has_value() || is_plain_cpu(*options.weight));
+  return is_plain_cpu(input) && all_plain(input, target, options);
 }
 
 at::Tensor call_cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
@@ -224,7 +227,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     // Not under saved-tensor hooks: checkpointing would keep the gradient that it is there to drop.
     const bool hooks = !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
     const bool may_guess = options.reduction != "none" && input.requires_grad() && !hooks;
-    if (may_guess && is_plain_cuda(input) && is_plain_cuda(target)) {
+    if (may_guess && is_plain_cuda(input) && all_plain(input, target, options)) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       CrossEntropyResult r = cross_entropy_forward_backward(input, target, options, std::nullopt, /*in_place=*/false);
       save(ctx, options, {input, target, r.stats});
@@ -252,7 +255,8 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     if (at::GradMode::is_enabled())  // somebody will differentiate this gradient
       return differentiable_gradients(ctx, input, target, options, grad_outputs);
     at::Tensor grad_input, grad_target;
-    if (ctx->needs_input_grad(1)) grad_target = target_gradient(grad_output, input, target, saved[2], options);
+    if (target.is_floating_point() && ctx->needs_input_grad(1))
+      grad_target = target_gradient(grad_output, input, target, saved[2], options);
     if (options.reduction != "none" && is_plain_cpu(input) && is_plain_cpu(grad_output)) {
       const double g = number_in(grad_output);
       guess_for(options.reduction).observe(g);
@@ -261,12 +265,14 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
         ctx->saved_data.erase(found);  // given away once: whoever gets it may change it
       }
     }
-    if (const auto found = ctx->saved_data.find("grad_input");  // on CUDA, where the device compares
-        found != ctx->saved_data.end() && is_plain_cuda(input) && is_plain_cuda(grad_output) && !grad_output.is_neg()) {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      grad_input =
-          cross_entropy_backward_after_guess(found->second.toTensor(), grad_output, input, target, saved[2], options);
-      ctx->saved_data.erase(found);
+    if (is_plain_cuda(input) && is_plain_cuda(grad_output)) {
+      const auto found = ctx->saved_data.find("grad_input");
+      if (found != ctx->saved_data.end()) {  // the device compares
+        const at::AutoDispatchBelowADInplaceOrView below_autograd;
+        grad_input =
+            cross_entropy_backward_after_guess(found->second.toTensor(), grad_output, input, target, saved[2], options);
+        ctx->saved_data.erase(found);
+      }
     }
     if (!grad_input.defined() && ctx->needs_input_grad(0))
       grad_input = call_backward(grad_output, std::nullopt, input, target, saved[2], options);
@@ -338,8 +344,10 @@ struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
     const at::Tensor gradient = ctx->get_saved_variables()[0];
     const auto reduction = ctx->saved_data["reduction"].toStringView();
     const at::Tensor g = grad_outputs[0].resolve_neg();
-    if (const auto stats = ctx->saved_data.find("stats"); stats != ctx->saved_data.end() && is_plain_cuda(g)) {
-      cross_entropy_rescale(gradient, g, stats->second.toTensor(), reduction);
+    if (const auto stats = ctx->saved_data.find("stats"); stats != ctx->saved_data.end()) {
+      const at::Tensor of_rows = stats->second.toTensor();
+      if (is_plain_cuda(g)) cross_entropy_rescale(gradient, g, of_rows, reduction);
+      else gradient.mul_(g / of_rows.select(0, 2));
       gradient.unsafeGetTensorImpl()->bump_version();  // scaled or not: only the device knows
       return {gradient, {}, {}};
     }
@@ -383,13 +391,13 @@ at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& tar
 
 // Where a tracer watches, writing in place is left to its compiler, and torch.func has no memory to write to.
 at::Tensor cross_entropy_inplace_autograd(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
+  const CrossEntropyOptions options = TSE_PACKED;
   // A float16 gradient would underflow, or overflow, before the loss scale of the step arrives; the gradient of a
   // target needs the logits.
   if (gradient_path(input) != GradientPath::kFused || gradient_path(target) != GradientPath::kNone ||
-      !is_plain(input) || input.scalar_type() == at::kHalf || needs_promotion(input, target))
+      !all_plain(input, target, options) || input.scalar_type() == at::kHalf || needs_promotion(input, target))
     return cross_entropy_autograd(input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight,
                                   softcap, temperature);
-  const CrossEntropyOptions options = TSE_PACKED;
   check_weight_gradient("cross_entropy", weight);
   const bool is_leaf = input.is_leaf() || (input.is_view() && input._base().is_leaf() && input._base().requires_grad());
   TSE_CHECK(!is_leaf, "cross_entropy", "inplace_backward",

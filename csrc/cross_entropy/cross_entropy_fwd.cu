@@ -55,7 +55,9 @@ __device__ inline CrossEntropySums count_targets(const CrossEntropyParams& p, in
   for (int64_t row = begin + threadIdx.x; row < end; row += kThreads) {
     const int64_t target = target_of(p, row);
     if (!is_counted(p, target) || p.rows.n == 0) continue;  // of no classes the mean is NaN
-    s.weight += p.target != nullptr && p.weight != nullptr ? double(static_cast<const A*>(p.weight)[target]) : 1.0;
+    const bool is_weighted = p.target != nullptr && p.weight != nullptr;
+    const bool is_class = target >= 0 && target < p.rows.n;  // what is none stops the kernel at its row
+    s.weight += !is_weighted ? 1.0 : is_class ? double(static_cast<const A*>(p.weight)[target]) : 0.0;
     s.counted += 1;
   }
   return block_sums<kThreads>(s);

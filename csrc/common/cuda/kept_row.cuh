@@ -4,7 +4,7 @@
 
 namespace tse {
 
-constexpr int64_t kLongestKeptRow = int64_t(1) << 32;  // elements: vectors are counted in int
+constexpr int64_t kLongestKeptRow = int64_t(1) << 31;  // elements: vectors are counted in int
 
 // The first `kept_vectors` vectors stay in shared memory, where each thread finds again what it wrote, so no barrier is
 // needed; the others are read from memory again, from L2 as far as it reaches, and so are the few elements of an

@@ -104,12 +104,14 @@ inline void zero_memory(void* p, size_t bytes, cudaStream_t stream) {
   check_cuda(cudaMemsetAsync(p, 0, bytes, stream), "cudaMemsetAsync");
 }
 
-// More than 48 KiB of dynamic shared memory must be asked for.
+// More than 48 KiB of dynamic shared memory must be asked for: always for as much as any launch may want, since two
+// threads may launch one kernel with different sizes.
 template <class... Params>
 void allow_shared(void (*kernel)(Params...), size_t bytes) {
-  if (bytes > 48 * 1024)
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-               "asking for " + std::to_string(bytes) + " bytes of shared memory");
+  if (bytes <= 48 * 1024) return;
+  const int64_t most = std::max<int64_t>(shared_for_rows(device_limits(), 1), static_cast<int64_t>(bytes));
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most)),
+             "asking for " + std::to_string(most) + " bytes of shared memory");
 }
 
 // Blocks that run at a time: beyond them, a grid only takes longer to start.
