@@ -11,8 +11,8 @@ PROGRAM = """
 #include "entmax/sparsemax_plan.h"
 int main(int, char** v) {
   const auto number = [v](int i) { return std::atoll(v[i]); };
-  const tse::DeviceLimits limits = {int(number(1)), int(number(2)), number(3), number(4), number(5)};
-  const tse::SparsemaxPlan plan = tse::plan_sparsemax(limits, number(6), number(7), number(8));
+  const tse::DeviceLimits limits = {int(number(1)), int(number(2)), number(3), number(4)};
+  const tse::SparsemaxPlan plan = tse::plan_sparsemax(limits, number(5), number(6), number(7));
   std::printf("%d %d %d", plan.row_threads, plan.elements, plan.kept);
 }
 """

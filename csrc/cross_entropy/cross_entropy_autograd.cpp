@@ -17,6 +17,7 @@
 #include <optional>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "common/autograd.h"
 #include "common/check.h"
@@ -149,7 +150,8 @@ void save(AutogradContext* ctx, const CrossEntropyOptions& o, variable_list tens
     ctx->saved_data["options"] = std::make_tuple(o.ignore_index, reduction);
   } else {
     ctx->saved_data["options"] =
-        std::make_tuple(o.ignore_index, reduction, o.label_smoothing, o.z_loss_weight, o.softcap, o.temperature);
+        std::make_tuple(o.ignore_index, reduction,
+                        std::vector<double>{o.label_smoothing, o.z_loss_weight, o.temperature, o.softcap.value_or(0)});
   }
 }
 
@@ -162,10 +164,11 @@ CrossEntropyOptions saved_options(AutogradContext* ctx, const variable_list& ten
   options.ignore_index = o[0].toInt();
   options.reduction = kReductions[o[1].toInt()];
   if (o.size() == 2) return options;
-  options.label_smoothing = o[2].toDouble();
-  options.z_loss_weight = o[3].toDouble();
-  options.softcap = o[4].toOptional<double>();
-  options.temperature = o[5].toDouble();
+  const auto numbers = o[2].toDoubleVector();
+  options.label_smoothing = numbers[0];
+  options.z_loss_weight = numbers[1];
+  options.temperature = numbers[2];
+  if (numbers[3] != 0) options.softcap = numbers[3];
   return options;
 }
 

@@ -94,8 +94,7 @@ inline float fast_exp2(float x) { return std::exp2(x); }
 
 inline DeviceLimits device_limits() {
   const auto& o = ::cuda_on_host::options;
-  return {o.multiprocessors, /*threads_per_multiprocessor=*/2048, o.shared_bytes, o.shared_bytes + 1024,
-          /*l2_bytes=*/50 << 20};
+  return {o.multiprocessors, /*threads_per_multiprocessor=*/2048, o.shared_bytes, o.shared_bytes + 1024};
 }
 template <class... Params>
 int64_t running_blocks(void (*)(Params...), int threads, size_t shared_bytes) {

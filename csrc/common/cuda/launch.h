@@ -68,7 +68,7 @@ inline const DeviceLimits& device_limits() {
     };
     limits[device] = {attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxThreadsPerMultiProcessor),
                       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor), attribute(cudaDevAttrL2CacheSize)};
+                      attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
   });
   return limits[device];
 }

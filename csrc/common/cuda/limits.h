@@ -10,7 +10,6 @@ struct DeviceLimits {
   int threads_per_multiprocessor;
   int64_t shared_per_block;  // static and dynamic, of a kernel that asks for more than 48 KiB
   int64_t shared_per_multiprocessor;
-  int64_t l2_bytes;
 };
 
 // Of a block's shared memory, what is not for rows: the reductions' arrays, and 1 KiB of the system's from sm_80 on.

@@ -2,6 +2,7 @@
 #pragma once
 #include <map>
 #include <mutex>
+#include <utility>
 
 #include "common/cuda/launch.h"
 
@@ -15,14 +16,15 @@ class StreamStates {
  public:
   explicit StreamStates(State* (*of_device)()) : of_device_(of_device) {}
 
-  // nullptr where all of them are taken.
+  // nullptr where all of them are taken. Captures, whose numbers never come again, take no more than half.
   State* of(cudaStream_t stream) {
     const LaunchOrder order = launch_order(stream);
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = states_.find(order);
     if (found != states_.end()) return found->second;
-    int& used = used_[order.device];
-    State* const state = used < kCount ? of_device_() + used++ : nullptr;
+    const bool captured = order.capture != 0;
+    int& used = used_[{order.device, captured}];
+    State* const state = used < kCount / 2 ? of_device_() + captured * (kCount / 2) + used++ : nullptr;
     states_.emplace(order, state);
     return state;
   }
@@ -31,7 +33,7 @@ class StreamStates {
   State* (*of_device_)();
   std::mutex mutex_;
   std::map<LaunchOrder, State*> states_;
-  std::map<int, int> used_;
+  std::map<std::pair<int, bool>, int> used_;  // of a device, by captures and by streams
 };
 
 // Whether this is the last block of the grid that comes here; it sees what the first threads of the others wrote.
