@@ -68,8 +68,8 @@ HALF_REASON = (
     "read the bytes in 1.0 to 1.8 ms within the run"
 )
 STEPS_REASON = (
-    "158 to 327 elements are in the support instead of 4 or 5, and Newton's 5 to 10 steps from max - 1, counted in "
-    "fp64, touch 1.3 to 244 thousand elements a row instead of 24 to 75"
+    "hundreds of elements are in the support instead of 4 or 5; of 10 thousand cycles a row at n = 8192 (4.5 at σ = 1, "
+    "from cache) 37 in 100 collect them, 36 are maxima, guesses and Newton's steps, 20 write zeros (perf)"
 )
 
 GOALS = (
@@ -148,8 +148,9 @@ GOALS = (
         roof,
         "{:.2f} × copy",
         2,
-        reason="at n = 512 a row costs 590 cycles (180 for its copy, from cache): two passes for maximum and "
-        "candidates are three fifths of them, Newton's steps a sixth, zeros a seventh (perf); at 8192 1.6–2.8 × by run",
+        reason="at n = 512 a row costs 540 to 590 cycles (190 for its copy, from cache): the passes for maximum and for "
+        "candidates are half of them, zeros a fifth, Newton's steps and the rest three tenths (perf); from 8192 on 1.5–2.8 × "
+        "by run",
     ),
     Goal(
         "sparsemax",
@@ -158,8 +159,8 @@ GOALS = (
         roof,
         "{:.2f} × copy",
         4,
-        reason="of a row's 160 cycles (27 for its copy, from cache) two fifths are Newton's steps for 16 rows at once, "
-        "a third transposition and maxima, the rest copying in and writing (perf)",
+        reason="of a row's 140 to 150 cycles (23 for its copy, from cache) two fifths are Newton's steps for 16 rows at "
+        "once, the rest transposition, maxima and writing (perf)",
     ),
     Goal(
         "sparsemax",
