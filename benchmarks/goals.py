@@ -148,9 +148,9 @@ GOALS = (
         roof,
         "{:.2f} × copy",
         2,
-        reason="at n = 512 a row costs 540 to 590 cycles (190 for its copy, from cache): the passes for maximum and for "
-        "candidates are half of them, zeros a fifth, Newton's steps and the rest three tenths (perf); from 8192 on 1.5–2.8 × "
-        "by run",
+        reason="at n = 512 a row costs 540 to 590 cycles (190 for its copy, from cache): the passes for maximum and "
+        "candidates are half of them, zeros a fifth, Newton's steps and the rest three tenths (perf); from 8192 on "
+        "1.3 to 2.8 × by run",
     ),
     Goal(
         "sparsemax",
@@ -159,8 +159,8 @@ GOALS = (
         roof,
         "{:.2f} × copy",
         4,
-        reason="of a row's 140 to 150 cycles (23 for its copy, from cache) two fifths are Newton's steps for 16 rows at "
-        "once, the rest transposition, maxima and writing (perf)",
+        reason="of a row's 140 to 150 cycles (23 for its copy, from cache) two fifths are Newton's steps for 16 rows "
+        "at once, the rest transposition, maxima and writing (perf)",
     ),
     Goal(
         "sparsemax",
