@@ -107,6 +107,7 @@ struct LaunchOrder {
   int device;
   const void* thread;
   int failures;
+  unsigned long long capture = 0;  // there are none
   bool operator<(const LaunchOrder& o) const { return std::tie(thread, failures) < std::tie(o.thread, o.failures); }
 };
 inline thread_local int launch_failures = 0;
