@@ -17,6 +17,7 @@ import torch
 import torch_softmax_ext as tse
 from benchmarks.measure import rows_of
 from benchmarks.providers import call, providers
+from torch_softmax_ext.testing.memory import peak_memory
 from torch_softmax_ext.testing.spec import BenchShape
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -170,15 +171,6 @@ def roofs(clock, x):
     return {"read": copy / 2, "copy": copy, "add": clock.on_device(lambda: torch.add(a, b, out=b))}
 
 
-def peak_bytes(function):
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    function()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
 class Row:
     """One row of the plan: its tensors are made anew for each visit, the same every time."""
 
@@ -208,7 +200,7 @@ class Row:
             try:
                 run = call(function, self.mode, x.clone() if name == "liger" else x, args)
                 self.seconds[name] = clock(run, self.bytes)
-                self.peak[name] = peak_bytes(run)
+                self.peak[name] = peak_memory(run, "cuda")
             except Exception as error:  # a peer that cannot: the others are still measured
                 self.errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
             torch.cuda.empty_cache()
