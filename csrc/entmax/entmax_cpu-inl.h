@@ -13,26 +13,30 @@ constexpr int64_t kBlock = 1024;    // elements between two looks at the bound
 constexpr int64_t kFew = 64;        // up to so many candidates, rows are solved together
 constexpr int64_t kShortRow = 128;  // below, computing all of y is cheaper than setting elements of zeros
 
+// tau as the sum of two numbers: hi, and what its rounding left.
 template <class A>
 struct Threshold {
-  A max, hi, lo;  // tau = max + hi + lo
-  Threshold(A max, A hi, A lo) : max(max), hi(hi), lo(lo) {}
-  Threshold(A max, double tau) : max(max), hi(A(tau)), lo(A(tau - double(hi))) {}
+  A hi, lo;
   template <class V>
   V excess(V x) const {  // x - tau
-    return ((x - max) - hi) - lo;
+    return (x - hi) - lo;
   }
 };
+template <class A>
+inline Threshold<A> threshold(A max, double tau) {  // tau: relative to max
+  const A hi = A(double(max) + tau);
+  return {hi, A((double(max) - double(hi)) + tau)};
+}
 
-// Max of x[0, n), NaN aside, and Σ (x - base).
+// Max of x[0, n), NaN aside, and the sum.
 template <class T>
-inline std::pair<Acc<T>, Acc<T>> max_and_sum(const T* x, int64_t n, Acc<T> base) {
+inline std::pair<Acc<T>, Acc<T>> max_and_sum(const T* x, int64_t n) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   const Acc<T> low = -std::numeric_limits<Acc<T>>::infinity();
   Vec<T> max[2] = {splat<Vec<T>>(low), splat<Vec<T>>(low)}, sum[2] = {};
   const auto add = [&](Vec<T> v, int k) {
     max[k] = vmax(v, max[k]);
-    sum[k] += v - base;
+    sum[k] += v;
   };
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
@@ -43,34 +47,20 @@ inline std::pair<Acc<T>, Acc<T>> max_and_sum(const T* x, int64_t n, Acc<T> base)
   for (; i + kLanes <= n; i += kLanes) add(load(x + i), 0);
   if (i < n) {
     max[0] = vmax(load_part(x + i, n - i, low), max[0]);
-    sum[0] += load_part(x + i, n - i, base) - base;
+    sum[0] += load_part(x + i, n - i, Acc<T>(0));
   }
   return {reduce_max(vmax(max[0], max[1])), reduce_add(sum[0] + sum[1])};
 }
 
-// Elements of a row that may be in the support. Behind them there is room for a vector, and, in front, for the few of
-// the rows before, which wait there for being solved together.
+// Elements of a row that may be in the support. Behind them there is room for a vector.
 template <class A>
 struct Candidates {
-  std::unique_ptr<A[]> all_values;
-  std::unique_ptr<uint32_t[]> all_indices;
-  A* values;
-  uint32_t* indices;
+  std::unique_ptr<A[]> values;
+  std::unique_ptr<uint32_t[]> indices;
   int64_t count = 0;
   A max = -std::numeric_limits<A>::infinity();
-  double tau = -1;     // relative to max; a lower bound of the row's, exact for the candidates after `shrink`
-  explicit Candidates(int64_t n)
-      : all_values(new A[n + kFew * (kFloats + 1)]), all_indices(new uint32_t[n + kFew * (kFloats + 1)]) {
-    first_row();
-  }
-  void first_row() {
-    values = all_values.get();
-    indices = all_indices.get();
-  }
-  void next_row(int64_t room) {  // those of this row stay
-    values += room;
-    indices += room;
-  }
+  double tau = -1;  // relative to max; a lower bound of the row's, exact for the candidates after `shrink`
+  explicit Candidates(int64_t n) : values(new A[n + kFloats]), indices(new uint32_t[n + kFloats]) {}
 
   void raise_max(A to) {
     if (to > max) tau = std::max(-1.0, tau + double(max) - double(to));
@@ -88,7 +78,7 @@ struct Candidates {
   void shrink(bool once) {
     constexpr int64_t kLanes = sizeof(V) / sizeof(A);
     for (int64_t support = count + 1;;) {
-      const Threshold<A> t(max, tau);
+      const Threshold<A> t = threshold(max, tau);
       store(&values[count], splat<V>(-std::numeric_limits<A>::infinity()));
       double total = 0;
       int64_t kept = 0;
@@ -109,27 +99,6 @@ struct Candidates {
   }
 };
 
-// Σ (x - bound)_+ and how many x are above.
-template <class T>
-inline std::pair<double, double> excess_over(const T* x, int64_t n, Acc<T> bound) {
-  constexpr int kLanes = Accumulate<T>::kLanes;
-  Vec<T> sum[2] = {};
-  int64_t count = 0;
-  const auto add = [&](Vec<T> v, int k) {
-    v -= bound;
-    sum[k] += vmax(Vec<T>{}, v);
-    count += __builtin_popcount(mask_above(v, Acc<T>(0)));
-  };
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Pair<Vec<T>> v = load2(x + i);
-    add(v.a, 0);
-    add(v.b, 1);
-  }
-  for (; i < n; i += kLanes) add(i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, bound), 0);
-  return {double(reduce_add(sum[0] + sum[1])), double(count)};
-}
-
 // f(t) = Σ (x - t)_+ of x[0, n), n <= kBlock, at max + at, and where Newton's step for f = 1 leads from there: to a
 // lower bound of the threshold, wherever it began; to -inf where nothing is above.
 struct Excess {
@@ -141,182 +110,266 @@ inline Excess excess_at(const T* x, int64_t n, Acc<T> max, double at) {
   using A = Acc<T>;
   A bound = A(double(max) + at);  // rounded down: nothing between it and max + at is missed
   if (double(bound) > double(max) + at) bound = std::nextafter(bound, -std::numeric_limits<A>::infinity());
-  const auto [f, count] = excess_over(x, n, bound);
-  return {double(bound) - double(max), f, count};
-}
-
-// The threshold of a row with most elements in the support: nothing is collected, and count is n. False where numbers
-// are so large that nothing lies between max - 1 and max.
-template <class T>
-inline bool solve_flat(const T* x, int64_t n, Candidates<Acc<T>>& c) {
-  double tau = c.tau;
-  for (double support = double(n) + 1;;) {
-    const Excess e = excess_at(x, n, c.max, tau);
-    if (e.count == 0) return false;
-    tau = e.step();
-    if (e.count >= support) break;
-    support = e.count;
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  using Count = decltype(Vec<T>{} > Vec<T>{});
+  Vec<T> sum[2] = {};
+  Count count[2] = {};
+  const auto add = [&](Vec<T> v, int k) {
+    const Vec<T> p = v - bound;
+    const auto below = p <= Vec<T>{};
+    sum[k] = below ? sum[k] : sum[k] + p;
+    count[k] = below ? count[k] : count[k] + 1;
+  };
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Pair<Vec<T>> v = load2(x + i);
+    add(v.a, 0);
+    add(v.b, 1);
   }
-  c.tau = tau;
-  c.count = n;
-  return true;
+  for (; i < n; i += kLanes) add(i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, bound), 0);
+  const Vec<T> above = __builtin_convertvector(count[0] + count[1], Vec<T>);
+  return {double(bound) - double(max), double(reduce_add(sum[0] + sum[1])), double(reduce_add(above))};
 }
 
-// Fills in the candidates of a row and, unless they are few, their threshold.
+// A lower bound of tau for x[0, n), n <= kBlock, relative to the largest element.
 template <class T>
-inline void collect(const T* x, int64_t n, Candidates<Acc<T>>& c) {
-  const int64_t first = std::min(kBlock, n);
-  const Acc<T> base = load_one(x);
-  const auto [max, sum] = max_and_sum(x, first, base);
-  c.count = 0;
-  c.max = max;
-  c.tau = -1;
+inline double guess(const T* x, int64_t n, Acc<T> max, Acc<T> sum) {
   // Newton's step from below all x leads to mean - 1/n. Where that is above max - 1, the row is flat, all would be
   // candidates, and it pays to guess: f is convex, and log f mostly concave, so that their tangents meet f = 1 before
   // and behind the threshold. Between them is a good point for another step.
-  const double mean = (double(sum) - 1) / double(first) + (double(base) - double(max));
-  const Excess e = mean > -1 ? excess_at(x, first, max, mean) : Excess{};
-  if (e.count > 0) {
-    const Excess g = excess_at(x, first, max, (e.step() + e.at + e.f * std::log(e.f) / e.count) / 2);
-    c.tau = std::max({c.tau, e.step(), g.step()});
-    if (n == first && 4 * g.count > double(n) && solve_flat(x, n, c)) return;
-  }
+  const double mean = (double(sum) - 1) / double(n) - double(max);
+  const Excess e = mean > -1 ? excess_at(x, n, max, mean) : Excess{};
+  if (e.count == 0) return -1;  // nothing lies between max - 1 and max where numbers are that large
+  const Excess g = excess_at(x, n, max, (e.step() + e.at + e.f * std::log(e.f) / e.count) / 2);
+  return std::max({-1.0, e.step(), g.step()});
+}
+
+// Fills in the candidates of a row, and tau.
+template <class T>
+inline void collect(const T* x, int64_t n, Candidates<Acc<T>>& c) {
+  const int64_t first = std::min(kBlock, n);
+  const auto [max, sum] = max_and_sum(x, first);
+  c.max = max;
+  c.tau = guess(x, first, max, sum);
+  c.count = 0;
   for (int64_t begin = 0, settled = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, n);
     const int64_t found = collect_above(x, begin, end, c.bound(), &c.values[c.count], &c.indices[c.count]);
     if (begin > 0 && found > 0) c.raise_max(block_max(&c.values[c.count], found));
     c.count += found;
     const bool last = end == n;
-    if (last ? c.count > kFew : c.count > settled + settled / 2 + kFew / 2) {
+    if (last ? c.count > 0 : c.count > settled + settled / 2 + kFew / 2) {
       c.template shrink<Vec<T>>(/*once=*/!last);
       settled = c.count;
     }
   }
 }
 
-// y = max(x - tau, 0), and NaN where tau is.
-template <class T>
-inline void write_all(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t) {
+// y = max(x - tau, 0), and NaN where tau is. Returns the sum, if asked to.
+template <class T, bool kSum = false>
+inline Acc<T> write_all(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t) {
   constexpr int kLanes = Accumulate<T>::kLanes;
-  const auto probability = [&](Vec<T> v) { return vmax(Vec<T>{}, t.excess(v)); };
+  Vec<T> sum[2] = {};
+  const auto probability = [&](Vec<T> v, int k) {
+    const Vec<T> p = vmax(Vec<T>{}, t.excess(v));
+    if constexpr (kSum) sum[k] += p;
+    return p;
+  };
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     const Pair<Vec<T>> v = load2(x + i);
-    store2(y + i, {probability(v.a), probability(v.b)});
+    store2(y + i, {probability(v.a, 0), probability(v.b, 1)});
   }
-  for (; i + kLanes <= n; i += kLanes) store(y + i, probability(load(x + i)));
-  if (i < n) store_part(y + i, n - i, probability(load_part(x + i, n - i, Acc<T>(0))));
+  for (; i + kLanes <= n; i += kLanes) store(y + i, probability(load(x + i), 0));
+  if (i < n) store_part(y + i, n - i, probability(load_part(x + i, n - i, -std::numeric_limits<Acc<T>>::infinity()), 0));
+  return kSum ? reduce_add(sum[0] + sum[1]) : Acc<T>(0);
 }
 
 template <class T>
-inline void write_row(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t, const Acc<T>* values,
-                      const uint32_t* indices, int64_t count) {
-  const bool sparse = count <= n / 4 && n > kShortRow && n <= std::numeric_limits<uint32_t>::max();
-  if (!sparse || t.hi != t.hi) return write_all(x, y, n, t);
+inline void write(const T* x, T* y, int64_t n, const Candidates<Acc<T>>& c) {
+  const Threshold<Acc<T>> t = c.count == 0 ? Threshold<Acc<T>>{0, 0} : threshold(c.max, c.tau);  // 0: -inf alone
+  const bool sparse = c.count <= n / 4 && n <= std::numeric_limits<uint32_t>::max();
+  if (!sparse || t.hi != t.hi) {
+    write_all(x, y, n, t);
+    return;
+  }
   std::fill_n(y, n, T{});
-  for (int64_t j = 0; j < count; ++j) store_one(y + indices[j], std::max(t.excess(values[j]), Acc<T>(0)));
+  for (int64_t j = 0; j < c.count; ++j) store_one(y + c.indices[j], std::max(t.excess(c.values[j]), Acc<T>(0)));
 }
 
-// As many rows as a vector has lanes, of up to kFew elements or candidates each.
+// ---- short rows ---------------------------------------------------------------------------------------------------
+
+// Sorts v[first, first + n) downwards, each lane for itself: odd-even mergesort (Batcher 1968), n a power of 2.
+template <int first, int n, int distance, class V>
+inline void merge_sorted(V* v) {
+  const auto order = [v](int i, int j) {
+    const V larger = vmax(v[i], v[j]);
+    v[j] = vmin(v[i], v[j]);
+    v[i] = larger;
+  };
+  if constexpr (2 * distance >= n) {
+    order(first, first + distance);
+  } else {
+    merge_sorted<first, n, 2 * distance>(v);
+    merge_sorted<first + distance, n, 2 * distance>(v);
+#pragma GCC unroll 8
+    for (int i = first + distance; i + distance < first + n; i += 2 * distance) order(i, i + distance);
+  }
+}
+template <int first, int n, class V>
+inline void sort_lanes(V* v) {
+  if constexpr (n > 1) {
+    sort_lanes<first, n / 2>(v);
+    sort_lanes<first + n / 2, n / 2>(v);
+    merge_sorted<first, n, 1>(v);
+  }
+}
+
+// As many rows as a vector has lanes, of up to kFew elements each.
 template <class T>
 struct RowGroup {
   using A = Acc<T>;
   using V = Vec<T>;
   static constexpr int kRows = Accumulate<T>::kLanes, kParts = 8;
-  int64_t count[kRows] = {};  // 0: there is no such row, or it is done
-  const A* values[kRows];     // of long rows: their candidates
-  const uint32_t* indices[kRows];
-  alignas(64) A max[kRows], tau[kRows], rest[kRows];  // of row i: tau + rest, relative to max
+  // Of each row the largest element, tau relative to it, and how many are above.
+  alignas(64) A max[kRows], active[kRows];
+  double tau[kRows];
 
-  Threshold<A> threshold(int64_t i) const { return {max[i], tau[i], rest[i]}; }
+  // Sorts v. The threshold is that of the k largest for one k, and of others it is a lower bound, so that it is the
+  // largest of all; relative to the largest element, which is v[0] after.
+  template <int n>
+  static V tau_of(V* v) {
+    sort_lanes<0, n>(v);
+    V sum = {}, tau = splat<V>(-1);
+    for (int k = 1; k < n; ++k) {
+      sum += v[k] - v[0];
+      tau = vmax((sum - A(1)) * A(1.0 / (k + 1)), tau);
+    }
+    return tau;
+  }
 
-  // Newton's steps over n vectors (a multiple of 4) from t; returns the last step, which is not yet in t.
-  static V newton(const V* z, int64_t n, V& t) {
-    for (V support = splat<V>(A(n + 1));;) {
-      V sum[4] = {}, count[4] = {};
+  // vector(i, c): elements of row i from c on, -inf behind the last.
+  template <class F>
+  void solve(int64_t columns, const F& vector) {
+    using Count = decltype(V{} > V{});
+    const V low = splat<V>(-std::numeric_limits<A>::infinity());
+    V z[kFew];
+    int64_t n = 0;
+    for (; n < columns; n += kRows) {
+      V square[kRows];
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) square[i] = vector(i, n);
+      transpose(square);
+      std::memcpy(z + n, square, sizeof square);
+    }
+    for (; n % kParts != 0; ++n) z[n] = low;
+    // The largest element of each of eight parts: their tau is a good lower bound, and costs a fraction of a step.
+    V part[kParts];
+    for (int k = 0; k < kParts; ++k) part[k] = z[k];
+    for (int64_t c = kParts; c < n; c += kParts)
+      for (int k = 0; k < kParts; ++k) part[k] = vmax(z[c + k], part[k]);
+    V t = tau_of<kParts>(part), step;
+    const V m = part[0] == low ? V{} : part[0];  // of -inf alone p is zero
+    for (int64_t c = 0; c < n; ++c) z[c] -= m;
+    for (Count support = Count{} + int(n + 1);;) {
+      V sum[4] = {};
+      Count count[4] = {};
       for (int64_t c = 0; c < n; c += 4) {
         for (int k = 0; k < 4; ++k) {
           const V p = z[c + k] - t;
           const auto below = p <= V{};  // NaN is not
           sum[k] = below ? sum[k] : sum[k] + p;
-          count[k] = below ? count[k] : count[k] + A(1);
+          count[k] = below ? count[k] : count[k] + 1;
         }
       }
-      const V active = (count[0] + count[1]) + (count[2] + count[3]);
-      const V step = (((sum[0] + sum[1]) + (sum[2] + sum[3])) - A(1)) / vmax(active, splat<V>(1));
-      const auto shrank = active < support;  // the others stay where they are, whatever their neighbours do
-      if (reduce_add(shrank ? splat<V>(1) : V{}) == 0) return step;
+      const Count above = (count[0] + count[1]) + (count[2] + count[3]);
+      const V divisor = vmax(__builtin_convertvector(above, V), splat<V>(1));
+      step = (((sum[0] + sum[1]) + (sum[2] + sum[3])) - A(1)) / divisor;
+      const auto shrank = above < support;  // the others stay where they are, whatever their neighbours do
+      if (reduce_add(shrank ? splat<V>(1) : V{}) == 0) {
+        store(active, divisor);
+        break;
+      }
       t = shrank ? t + step : t;
-      support = active;
+      support = above;
     }
-  }
-
-  // vector(i, c): elements of row i from c < count[i] on, -inf behind the last.
-  template <class F>
-  void solve(const F& vector) {
-    const A low = -std::numeric_limits<A>::infinity();
-    const int64_t most = *std::max_element(count, count + kRows);
-    V z[kFew];
-    int64_t n = 0;
-    for (; n < most || n % kParts != 0; n += kRows) {
-      for (int64_t i = 0; i < kRows; ++i) z[n + i] = n < count[i] ? vector(i, n) : splat<V>(low);
-      transpose(z + n);
-    }
-    // The largest element of each of eight parts: their tau is a good lower bound, and costs a fraction of a step.
-    V part[kParts];
-    for (V& v : part) v = splat<V>(low);
-    for (int64_t c = 0; c < n; c += kParts)
-      for (int k = 0; k < kParts; ++k) part[k] = vmax(z[c + k], part[k]);
-    V m = part[0];
-    for (const V& v : part) m = vmax(v, m);
-    m = m == splat<V>(low) ? V{} : m;  // of -inf alone p is zero
-    for (V& v : part) v -= m;
-    for (int64_t c = 0; c < n; ++c) z[c] -= m;
-    V t = splat<V>(-1);
-    t += newton(part, kParts, t);
-    const V step = newton(z, n, t);
     store(max, m);
-    store(tau, t);
-    store(rest, step);
+    for (int i = 0; i < kRows; ++i) tau[i] = double(t[i]) + double(step[i]);
   }
 };
 
-// Rows x(i) to y(i).
+// The two largest elements of each of sixteen parts.
+constexpr int64_t kPairs = 16;
+template <class T>
+inline void two_of_each(const T* x, int64_t n, Acc<T>* to) {
+  using V = Vec<T>;
+  constexpr int kLanes = Accumulate<T>::kLanes, kVectors = kPairs / kLanes;
+  const Acc<T> low = -std::numeric_limits<Acc<T>>::infinity();
+  V first[kVectors], second[kVectors];
+  for (int k = 0; k < kVectors; ++k) first[k] = second[k] = splat<V>(low);
+  const auto add = [&](V a, V b, int k) {
+    const V larger = vmax(a, b), smaller = vmin(a, b);
+    second[k] = vmax(vmin(larger, first[k]), vmax(smaller, second[k]));
+    first[k] = vmax(larger, first[k]);
+  };
+  int64_t i = 0;
+  for (; i + 2 * kPairs <= n; i += 2 * kPairs) {
+    for (int k = 0; k < kVectors; ++k) {
+      const Pair<V> v = load2(x + i + 2 * k * kLanes);
+      add(v.a, v.b, k);
+    }
+  }
+  for (; i < n; i += kLanes) {
+    add(load_part(x + i, std::min<int64_t>(kLanes, n - i), low), splat<V>(low), 0);
+  }
+  for (int k = 0; k < kVectors; ++k) {
+    store(to + k * kLanes, first[k]);
+    store(to + kPairs + k * kLanes, second[k]);
+  }
+}
+
+// Rows x(i) to y(i), elsewhere.
 template <class T, class X, class Y>
 inline void sparsemax_rows(const X& x, const Y& y, int64_t begin, int64_t end, int64_t n, Candidates<Acc<T>>& c) {
   using A = Acc<T>;
+  if (n > kBlock) {
+    for (int64_t row = begin; row < end; ++row) {
+      collect(x(row), n, c);
+      write(x(row), y(row), n, c);
+    }
+    return;
+  }
   const A low = -std::numeric_limits<A>::infinity();
   RowGroup<T> g;
+  A largest[g.kRows][2 * kPairs] = {};
+  const T* from[g.kRows];
   for (int64_t row = begin; row < end; row += g.kRows) {
+    for (int64_t i = 0; i < g.kRows; ++i) from[i] = x(std::min(row + i, end - 1));
     const int64_t rows = std::min<int64_t>(g.kRows, end - row);
-    std::fill(g.count + rows, g.count + g.kRows, 0);
     if (n <= kFew) {
-      std::fill(g.count, g.count + rows, n);
-      g.solve([&](int64_t i, int64_t j) {
-        return j + g.kRows <= n ? load(x(row + i) + j) : load_part(x(row + i) + j, n - j, low);
+      g.solve(n, [&](int64_t i, int64_t j) {
+        return j + g.kRows <= n ? load(from[i] + j) : load_part(from[i] + j, n - j, low);
       });
-      for (int64_t i = 0; i < rows; ++i) write_all(x(row + i), y(row + i), n, g.threshold(i));
+      for (int64_t i = 0; i < rows; ++i) write_all(from[i], y(row + i), n, threshold(g.max[i], g.tau[i]));
       continue;
     }
-    c.first_row();
+    for (int64_t i = 0; i < rows; ++i) two_of_each(from[i], n, largest[i]);
+    g.solve(2 * kPairs, [&](int64_t i, int64_t j) { return load(largest[i] + j); });
     for (int64_t i = 0; i < rows; ++i) {
-      const T* from = x(row + i);
-      collect(from, n, c);
-      g.count[i] = c.count;
-      if (c.count == 0 || c.count > kFew) {  // 0: -inf alone
-        const Threshold<A> t = c.count == 0 ? Threshold<A>(A(0), 0.0) : Threshold<A>(c.max, c.tau);
-        write_row(from, y(row + i), n, t, c.values, c.indices, c.count);
-        g.count[i] = 0;
-        continue;
+      double tau = g.tau[i];
+      if (g.active[i] > A(kPairs)) {  // most likely there are more
+        tau = std::max(tau, guess(from[i], n, g.max[i], max_and_sum(from[i], n).second));
+        tau = std::max(tau, excess_at(from[i], n, g.max[i], tau).step());
       }
-      store(&c.values[c.count], splat<Vec<T>>(low));
-      g.values[i] = c.values;
-      g.indices[i] = c.indices;
-      c.next_row((c.count + g.kRows - 1) / g.kRows * g.kRows);
+      for (double support = double(n) + 1;;) {
+        const A sum = write_all<T, true>(from[i], y(row + i), n, threshold(g.max[i], tau));
+        if (sum <= 1 + 4 * std::numeric_limits<A>::epsilon()) break;
+        const Excess e = excess_at(from[i], n, g.max[i], tau);
+        if (e.count >= support) break;
+        tau = e.step();
+        support = e.count;
+      }
     }
-    g.solve([&](int64_t i, int64_t j) { return load(g.values[i] + j); });
-    for (int64_t i = 0; i < rows; ++i)
-      if (g.count[i] > 0) write_row(x(row + i), y(row + i), n, g.threshold(i), g.values[i], g.indices[i], g.count[i]);
   }
 }
 
@@ -396,13 +449,13 @@ void fwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
     const auto y = [&](int64_t row) { return output + row_offset(p.output_rows, row); };
     return sparsemax_rows<T>(x, y, begin, end, n, candidates);
   }
-  const std::unique_ptr<T[]> tile(new T[kTileRows * n]);
-  const auto row_of_tile = [&](int64_t i) { return &tile[i * n]; };
+  const std::unique_ptr<T[]> from(new T[kTileRows * n]), to(new T[kTileRows * n]);
   for (int64_t row = begin; row < end;) {
     const int64_t count = std::min<int64_t>({kTileRows, end - row, p.rows.inner - row % p.rows.inner});
-    gather(input + row_offset(p.rows, row), n, p.rows, count, tile.get());
-    sparsemax_rows<T>(row_of_tile, row_of_tile, 0, count, n, candidates);
-    scatter(tile.get(), n, p.output_rows, count, output + row_offset(p.output_rows, row));
+    gather(input + row_offset(p.rows, row), n, p.rows, count, from.get());
+    sparsemax_rows<T>([&](int64_t i) { return &from[i * n]; }, [&](int64_t i) { return &to[i * n]; }, 0, count, n,
+                      candidates);
+    scatter(to.get(), n, p.output_rows, count, output + row_offset(p.output_rows, row));
     row += count;
   }
 }
