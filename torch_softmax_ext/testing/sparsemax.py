@@ -74,6 +74,10 @@ def _samples(device, dtype):
     yield Sample("flat", logits(5, 500, scale=1e-2))
     yield Sample("flat-blocks", logits(3, 3000, scale=1e-2))
     yield Sample("flat-offset", logits(5, 700, scale=3e-3).sort().values + 1e4)
+    spaced = logits(20, 320)
+    spaced[:, ::32] += 3
+    yield Sample("spaced-support", spaced)
+    yield Sample("half-support", logits(20, 512, scale=0.05))
     yield Sample("all-equal", torch.full((3, 300), 3e4, dtype=dtype, device=device))
     holes = logits(4, 40)
     holes[:, ::3] = -_INF

@@ -454,14 +454,14 @@ inline unsigned mask_above(V v, decltype(V{}[0] + V{}[0]) bound) {
   return mask;
 }
 
-// Appends the lanes of the mask, and returns how many. May write a whole vector at both.
+// Appends the lanes of the mask, and returns how many. May write a whole vector at both; no indices: nullptr.
 template <class A, class V>
 inline int64_t append(unsigned mask, V v, VecU indices, A* to, uint32_t* to_indices) {
   int64_t count = 0;
   for (; mask != 0; mask &= mask - 1, ++count) {
     const int lane = __builtin_ctz(mask);
     to[count] = v[lane];
-    to_indices[count] = indices[lane];
+    if (to_indices) to_indices[count] = indices[lane];
   }
   return count;
 }
@@ -471,7 +471,7 @@ inline unsigned mask_above(VecF v, float bound) {
 }
 inline int64_t append(unsigned mask, VecF v, VecU indices, float* to, uint32_t* to_indices) {
   _mm512_storeu_ps(to, _mm512_maskz_compress_ps(mask, (__m512)v));
-  _mm512_storeu_si512(to_indices, _mm512_maskz_compress_epi32(mask, (__m512i)indices));
+  if (to_indices) _mm512_storeu_si512(to_indices, _mm512_maskz_compress_epi32(mask, (__m512i)indices));
   return __builtin_popcount(mask);
 }
 #elif TSE_ISA == 1
@@ -480,14 +480,14 @@ inline unsigned mask_above(VecF v, float bound) {
 }
 #endif
 
-// The elements of x[begin, end) that are not <= bound, with their indices. Whole groups of vectors are mostly passed
-// over; in the others nothing is predicted.
+// The elements of x[begin, end) that are not <= bound, and their indices, if asked for. Whole groups of vectors are
+// mostly passed over; in the others nothing is predicted.
 template <class T>
 inline int64_t collect_above(const T* x, int64_t begin, int64_t end, Acc<T> bound, Acc<T>* to, uint32_t* to_indices) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   int64_t count = 0, i = begin;
   const auto add = [&](unsigned mask, Vec<T> v, int64_t at) {
-    count += append(mask, v, iota() + uint32_t(at), to + count, to_indices + count);
+    count += append(mask, v, iota() + uint32_t(at), to + count, to_indices ? to_indices + count : nullptr);
   };
   for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
     Vec<T> v[4];
