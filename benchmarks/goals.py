@@ -68,8 +68,8 @@ HALF_REASON = (
     "read the bytes in 1.0 to 1.8 ms within the run"
 )
 STEPS_REASON = (
-    "hundreds of elements are in the support instead of 4 or 5; of 10 thousand cycles a row at n = 8192 (4.5 at σ = 1, "
-    "from cache) 37 in 100 collect them, 36 are maxima, guesses and Newton's steps, 20 write zeros (perf)"
+    "hundreds of elements are in the support instead of 4 or 5: at n = 512 four passes more, for the mean and three of "
+    "Newton's steps, 800 cycles a row instead of 320 (before short rows took their steps together, 1120 and 750)"
 )
 
 GOALS = (
@@ -148,9 +148,8 @@ GOALS = (
         roof,
         "{:.2f} × copy",
         2,
-        reason="at n = 512 a row costs 540 to 590 cycles (190 for its copy, from cache): the passes for maximum and "
-        "candidates are half of them, zeros a fifth, Newton's steps and the rest three tenths (perf); from 8192 on "
-        "1.3 to 2.8 × by run",
+        reason="rows come from and go to the cache that the cores of the machine share: at n = 512 a row costs 320 "
+        "cycles, 153 for its copy, and at n = 8192 1.4 to 2.1 × the copy by run",
     ),
     Goal(
         "sparsemax",
@@ -159,8 +158,8 @@ GOALS = (
         roof,
         "{:.2f} × copy",
         4,
-        reason="of a row's 140 to 150 cycles (23 for its copy, from cache) two fifths are Newton's steps for 16 rows "
-        "at once, the rest transposition, maxima and writing (perf)",
+        reason="of a row's 92 cycles (23 for its copy, from cache) half are Newton's steps for 16 rows at once, three "
+        "passes over 64 numbers each, a quarter writes and a fifth transposes (perf)",
     ),
     Goal(
         "sparsemax",
