@@ -17,10 +17,10 @@ template <class A>
 struct Candidates {
   std::unique_ptr<A[]> values;
   std::unique_ptr<uint32_t[]> indices;
-  int64_t count = 0;
-  A max = -std::numeric_limits<A>::infinity();
-  double tau = -1;  // relative to max; a lower bound of the row's, exact for the candidates after `shrink`
-  bool many = false;  // so many that all of y will be computed: without indices
+  int64_t count;
+  A max;
+  double tau;  // relative to max; a lower bound of the row's, exact for the candidates after `shrink`
+  bool many;  // so many that all of y will be computed: without indices
   explicit Candidates(int64_t n) : values(new A[n + kFloats]), indices(new uint32_t[n + kFloats]) {}
 
   uint32_t* indices_from(int64_t i) const { return many ? nullptr : &indices[i]; }
@@ -55,31 +55,32 @@ struct Candidates {
         total += double(reduce_add(sum));
       }
       tau += (total - 1) / double(kept);
-      count = kept;
+      count = std::min(kept, count);
       if (kept >= support || once) return;
       support = kept;
     }
   }
 };
 
-// Fills in the candidates of a row, and tau.
+// Fills in the candidates of a row of more than kBlock elements, and tau.
 template <class T>
 inline void collect(const T* x, int64_t n, Candidates<Acc<T>>& c) {
-  const int64_t first = std::min(kBlock, n);
-  Guess<T> guess{x, block_max(x, first)};
-  raise_flat(&guess, 1, first);
+  Guess<T> guess{x, block_max(x, kBlock)};
+  raise_flat(&guess, 1, kBlock);
   c.max = guess.max;
   c.tau = guess.tau;
   c.count = 0;
   c.many = n > std::numeric_limits<uint32_t>::max();
   for (int64_t begin = 0, settled = 0; begin < n; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, n);
-    const int64_t found = collect_above(x, begin, end, c.bound(), &c.values[c.count], c.indices_from(c.count));
+    const int64_t room = end - begin;  // above a bound of NaN is what fills up the last vector, too
+    const int64_t found =
+        std::min(room, collect_above(x, begin, end, c.bound(), &c.values[c.count], c.indices_from(c.count)));
     if (begin > 0 && found > 0) c.raise_max(block_max(&c.values[c.count], found));
     c.count += found;
     c.many |= c.count > n / kMany;
     const bool last = end == n;
-    if (last ? c.count > 0 : c.count > settled + settled / 2 + kFew / 2) {
+    if (last ? c.count > 0 : c.count > settled + settled / 2 + 2 * kFloats) {
       c.template shrink<Vec<T>>(/*once=*/!last);
       settled = c.count;
     }
@@ -98,7 +99,7 @@ inline void write(const T* x, T* y, int64_t n, const Candidates<Acc<T>>& c) {
   for (int64_t j = 0; j < c.count; ++j) store_one(y + c.indices[j], std::max(t.excess(c.values[j]), Acc<T>(0)));
 }
 
-// Rows x(i) to y(i), elsewhere.
+// Rows x(i) to y(i); the same place is allowed where n > kBlock.
 template <class T, class X, class Y>
 inline void sparsemax_rows(const X& x, const Y& y, int64_t begin, int64_t end, int64_t n, Candidates<Acc<T>>& c) {
   if (n <= kBlock) return short_rows<T>(x, y, begin, end, n);
@@ -108,9 +109,8 @@ inline void sparsemax_rows(const X& x, const Y& y, int64_t begin, int64_t end, i
   }
 }
 
-// grad_input = g - mean of g over the support on the support, 0 elsewhere; NaN where p is NaN. Where the
-// support is small, p is read once, g only there, and zeros are written; else p and g are read twice, the
-// second time from cache.
+// grad_input = g - mean of g over the support on the support, 0 elsewhere; NaN where p is NaN. Where the support is
+// small, p is read once, g only there, and zeros are written; else p and g are read twice, the second time from cache.
 template <class T>
 inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candidates<Acc<T>>& c) {
   using A = Acc<T>;
@@ -157,11 +157,10 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candida
   if (i < n) store_part(out + i, n - i, value(load_part(p + i, n - i, A(0)), load_part(g + i, n - i, A(0))));
 }
 
-// ---- rows
-// ---------------------------------------------------------------------------------------------------------
+// ---- rows ---------------------------------------------------------------------------------------------------------
 
-// Neighbouring rows whose elements are not: they are gathered into, and scattered from, contiguous scratch,
-// several at a time so that each cache line is used whole.
+// Neighbouring rows whose elements are not: they are gathered into, and scattered from, contiguous scratch, several at
+// a time so that each cache line is used whole.
 constexpr int64_t kTileRows = 16;
 
 template <class T>
@@ -186,13 +185,15 @@ void fwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
     const auto y = [&](int64_t row) { return output + row_offset(p.output_rows, row); };
     return sparsemax_rows<T>(x, y, begin, end, n, candidates);
   }
-  const std::unique_ptr<T[]> from(new T[kTileRows * n]), to(new T[kTileRows * n]);
+  const bool in_place = n > kBlock;
+  const std::unique_ptr<T[]> from(new T[kTileRows * n * (in_place ? 1 : 2)]);
+  T* const to = from.get() + (in_place ? 0 : kTileRows * n);
   for (int64_t row = begin; row < end;) {
     const int64_t count = std::min<int64_t>({kTileRows, end - row, p.rows.inner - row % p.rows.inner});
     gather(input + row_offset(p.rows, row), n, p.rows, count, from.get());
     sparsemax_rows<T>([&](int64_t i) { return &from[i * n]; }, [&](int64_t i) { return &to[i * n]; }, 0, count, n,
                       candidates);
-    scatter(to.get(), n, p.output_rows, count, output + row_offset(p.output_rows, row));
+    scatter(to, n, p.output_rows, count, output + row_offset(p.output_rows, row));
     row += count;
   }
 }

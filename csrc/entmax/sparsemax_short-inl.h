@@ -60,22 +60,20 @@ inline double sum_of(const T* x, int64_t n) {
 }
 
 // f(t) = Σ (x - t)_+ of x[0, n), n <= kBlock, at max + at, and where Newton's step for f = 1 leads from there: to a
-// lower bound of the threshold, wherever it began; to -inf where nothing is above.
+// lower bound of the threshold, wherever it began.
 struct Excess {
-  double at, f, count;
+  double at = 0, f = 0, count = 0;  // how many x are above t
   double step() const { return at + (f - 1) / count; }
 };
 template <class T>
 inline Excess excess_at(const T* x, int64_t n, Acc<T> max, double at) {
-  using A = Acc<T>;
-  A bound = A(double(max) + at);  // rounded down: nothing between it and max + at is missed
-  if (double(bound) > double(max) + at) bound = std::nextafter(bound, -std::numeric_limits<A>::infinity());
   constexpr int kLanes = Accumulate<T>::kLanes;
   using Count = decltype(Vec<T>{} > Vec<T>{});
+  const Threshold<Acc<T>> t = threshold(max, at);
   Vec<T> sum[2] = {};
   Count count[2] = {};
   const auto add = [&](Vec<T> v, int k) {
-    const Vec<T> p = v - bound;
+    const Vec<T> p = t.excess(v);
     const auto below = p <= Vec<T>{};
     sum[k] = below ? sum[k] : sum[k] + p;
     count[k] = below ? count[k] : count[k] + 1;
@@ -86,9 +84,10 @@ inline Excess excess_at(const T* x, int64_t n, Acc<T> max, double at) {
     add(v.a, 0);
     add(v.b, 1);
   }
-  for (; i < n; i += kLanes) add(i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, bound), 0);
+  const Acc<T> low = -std::numeric_limits<Acc<T>>::infinity();
+  for (; i < n; i += kLanes) add(i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, low), 0);
   const Vec<T> above = __builtin_convertvector(count[0] + count[1], Vec<T>);
-  return {double(bound) - double(max), double(reduce_add(sum[0] + sum[1])), double(reduce_add(above))};
+  return {at, double(reduce_add(sum[0] + sum[1])), double(reduce_add(above))};
 }
 
 // A row of n <= kBlock elements, its largest element, and a lower bound of tau relative to it.
@@ -105,7 +104,7 @@ template <class T>
 inline void raise_flat(Guess<T>* rows, int64_t count, int64_t n) {
   Excess e[kFloats];
   for (int64_t i = 0; i < count; ++i) e[i].at = (sum_of(rows[i].x, n) - 1) / double(n) - double(rows[i].max);
-  for (int64_t i = 0; i < count; ++i)  // nothing is above where numbers are so large that nothing is next to max
+  for (int64_t i = 0; i < count; ++i)  // of numbers so large that the sum is lost, nothing may be above
     e[i] = e[i].at > -1 ? excess_at(rows[i].x, n, rows[i].max, e[i].at) : Excess{};
   for (int64_t i = 0; i < count; ++i) {
     if (e[i].count == 0) continue;
@@ -146,7 +145,7 @@ struct RowGroup {
   using A = Acc<T>;
   using V = Vec<T>;
   static constexpr int kRows = Accumulate<T>::kLanes, kParts = 8;
-  // Of each row the largest element, tau relative to it, and how many are above.
+  // Of each row the largest element, tau relative to it, and how many of those looked at are above, at least 1.
   alignas(64) A max[kRows], active[kRows];
   double tau[kRows];
 
@@ -215,7 +214,7 @@ struct RowGroup {
   }
 };
 
-// The two largest elements of each of kPairs parts.
+// The two largest elements of each of kPairs parts; to which part the last elements are added does not matter.
 template <class T>
 inline void two_of_each(const T* x, int64_t n, Acc<T>* to) {
   using V = Vec<T>;
@@ -242,7 +241,7 @@ inline void two_of_each(const T* x, int64_t n, Acc<T>* to) {
   }
 }
 
-// Rows x(i) to y(i), elsewhere.
+// Rows x(i) to y(i), which are elsewhere: a row may be written, and read again, several times.
 template <class T, class X, class Y>
 inline void short_rows(const X& x, const Y& y, int64_t begin, int64_t end, int64_t n) {
   using A = Acc<T>;
@@ -268,8 +267,10 @@ inline void short_rows(const X& x, const Y& y, int64_t begin, int64_t end, int64
     for (int64_t i = 0; i < rows; ++i)
       if (g.active[i] > A(kPairs)) flat[flats++] = {from[i], g.max[i], g.tau[i]};
     raise_flat(flat, flats, n);
-    for (int64_t k = 0; k < flats; ++k)
-      flat[k].tau = std::max(flat[k].tau, excess_at(flat[k].x, n, flat[k].max, flat[k].tau).step());
+    for (int64_t k = 0; k < flats; ++k) {  // down again, too, if rounding has led too far: f may have been large
+      const Excess e = excess_at(flat[k].x, n, flat[k].max, flat[k].tau);
+      if (e.count > 0) flat[k].tau = e.step();
+    }
     for (int64_t i = 0, k = 0; i < rows; ++i) {
       double tau = g.active[i] > A(kPairs) ? flat[k++].tau : g.tau[i];
       for (double support = double(n) + 1;;) {

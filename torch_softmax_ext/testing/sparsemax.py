@@ -98,7 +98,18 @@ def _samples(device, dtype):
     late[1, 2000] = _INF
     late[2, :2000] = -_INF
     yield Sample("late-nan-inf", late, finite=False)
-    yield Sample("lowest", torch.full((2, 1100), torch.finfo(dtype).min, dtype=dtype, device=device))
+    levels = torch.full((3, 1024), 0.1, dtype=torch.float64)
+    levels[:, 512:] -= torch.tensor([[1.8], [1.9], [0.2]])
+    yield Sample("two-levels", levels.to(dtype).to(device))
+    for n in (100, 1024, 1100):
+        yield Sample(f"lowest-{n}", torch.full((2, n), torch.finfo(dtype).min, dtype=dtype, device=device))
+    largest = torch.zeros(2, 128, dtype=dtype, device=device)
+    largest[:, ::32] = torch.finfo(dtype).max
+    yield Sample("largest", largest)
+    for bad in ("inf", "nan"):
+        broken = logits(3, 1025, scale=0.01)
+        broken[1, 0] = float(bad)
+        yield Sample(f"flat-{bad}", broken, finite=False)
     yield Sample("expanded-inner", logits(2, 300, 1).expand(2, 300, 4), (1,))
     yield Sample("no-inner", logits(2, 5, 0), (1,))
 
