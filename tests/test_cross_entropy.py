@@ -1,5 +1,7 @@
 """What only cross_entropy has: accuracy, guessing the incoming gradient, writing the gradient in place."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -134,6 +136,18 @@ def test_every_call_keeps_its_own_guess(device):
         for _ in range(2):
             got = torch.autograd.grad(loss * scale, z, retain_graph=True)[0]
             assert torch.equal(got, want)
+
+
+def test_threads_do_not_mix_their_sums(device):
+    """Calls of several threads are under way at a time, each with the losses of many blocks to add."""
+    x, target = logits_and_target(device, rows=256, classes=3)
+    want = tse.cross_entropy(x, target)
+
+    def is_right(_):
+        return all(torch.equal(tse.cross_entropy(x, target), want) for _ in range(100))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(is_right, range(4)))
 
 
 @dtypes

@@ -263,3 +263,29 @@ def test_small_calls_launch_once(library):
     env = {**os.environ, "TORCH_SOFTMAX_EXT_LIBRARY": str(library)}
     run = subprocess.run([sys.executable, "-c", code], cwd=build.ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_more_orders_of_launches_than_states(library):
+    """A launch that failed ends an order of launches; calls of orders that find no state left have one of their own."""
+    code = (
+        "import torch, torch_softmax_ext as tse\n"
+        "z, target = torch.randn(300, 50), torch.randint(0, 50, (300,))\n"
+        "want = torch.nn.functional.cross_entropy(z, target)\n"
+        "failed = 0\n"
+        "for _ in range(600):\n"
+        "    try:\n"
+        "        tse.cross_entropy(z[:1], torch.tensor([50]))\n"
+        "    except RuntimeError:\n"
+        "        failed += 1\n"
+        "assert failed == 600\n"
+        "for _ in range(3):\n"
+        "    x = z.clone().requires_grad_()\n"
+        "    torch.empty(1 << 20).fill_(1e30)  # what is allocated next is not zero, but for the first time\n"
+        "    loss = tse.cross_entropy(x, target)\n"
+        "    torch.testing.assert_close(loss, want)\n"
+        "    loss.backward()\n"
+        "    assert x.grad.isfinite().all()\n"
+    )
+    env = {**os.environ, "TORCH_SOFTMAX_EXT_LIBRARY": str(library)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=build.ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
