@@ -296,7 +296,7 @@ void launch_fwd(const CrossEntropyParams& p, cudaStream_t stream) {
   with_row_threads<T>(p, [&](auto count) {
     constexpr int kRowThreads = decltype(count)::value, kThreads = kBlockThreads<kRowThreads>;
     if (kRowThreads > 1 && p.incoming != Incoming::kUnknown)
-      how.kept_vectors = int(kept_bytes(device_limits(), kThreads, kRowsPerBlock<kRowThreads> * p.rows.n * sizeof(T)) /
+      how.kept_vectors = int(kept_bytes(device_limits(), kRowsPerBlock<kRowThreads> * p.rows.n * sizeof(T)) /
                              kRowsPerBlock<kRowThreads> / 16);
     const bool general = p.is_general() || p.predictions != nullptr;
     const auto kernel =

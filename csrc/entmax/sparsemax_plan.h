@@ -19,7 +19,7 @@ inline SparsemaxPlan plan_sparsemax(const DeviceLimits& limits, int64_t n, int64
   const int64_t vectors = n / (16 / element_bytes);
   if (vectors > INT32_MAX / 2) return {1, 0, 0};
   const int threads = vectors <= 1024 ? 128 : vectors <= 4096 ? 512 : 1024;
-  return {threads, 0, static_cast<int>(kept_bytes(limits, threads, vectors * shared_per_vector) / shared_per_vector)};
+  return {threads, 0, static_cast<int>(kept_bytes(limits, vectors * shared_per_vector) / shared_per_vector)};
 }
 
 }  // namespace tse

@@ -32,12 +32,8 @@ inline int64_t shared_for_rows(const DeviceLimits& limits, int64_t blocks) {
   return std::max<int64_t>(0, of_block - kSharedReserve);
 }
 
-// Of a row that a block of so many threads reads twice, the bytes that it keeps in shared memory in between: the whole
-// row where a multiprocessor then has kResidentThreads threads, or at least two blocks, one of which reads while the
-// other writes; else as much as one block may have.
-inline int64_t kept_bytes(const DeviceLimits& limits, int threads, int64_t row_bytes) {
-  for (int64_t blocks = kResidentThreads / threads; blocks > 1; --blocks)
-    if (row_bytes <= shared_for_rows(limits, blocks)) return row_bytes;
+// Of a row that a block reads twice, the bytes that it keeps in shared memory in between: as much as it may have.
+inline int64_t kept_bytes(const DeviceLimits& limits, int64_t row_bytes) {
   return std::min(row_bytes, shared_for_rows(limits, 1));
 }
 
