@@ -10,16 +10,16 @@ template <class T>
 struct Coefficients {
   using A = Acc<T>;
   const T* probabilities = nullptr;
-  int64_t stride = 0;
+  const int64_t stride;
   const A* weight;
   A keep, even;
   __device__ Coefficients(const CrossEntropyParams& p, int64_t row)
-      : weight(static_cast<const A*>(p.weight)),
+      : stride(p.probabilities_rows.stride_n),
+        weight(static_cast<const A*>(p.weight)),
         keep(A(1 - p.label_smoothing)),
         even(A(p.label_smoothing / double(p.rows.n))) {
-    if (p.probabilities == nullptr) return;
-    probabilities = static_cast<const T*>(p.probabilities) + row_offset(p.probabilities_rows, row);
-    stride = p.probabilities_rows.stride_n;
+    if (p.probabilities != nullptr)
+      probabilities = static_cast<const T*>(p.probabilities) + row_offset(p.probabilities_rows, row);
   }
   __device__ A operator()(int64_t c) const {
     const A t = probabilities == nullptr ? even : even + keep * A(to_acc(probabilities[c * stride]));
