@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
 
 // Of a gradient in the logits' place, which are no longer there to begin anew.
 template <class T, int kRowThreads>
-__global__ void __launch_bounds__(kBlockThreads<kRowThreads>)
+__global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, kRowThreads>)
     cross_entropy_rescale_kernel(CrossEntropyParams p, CrossEntropyState* state) {
   using A = Acc<T>;
   const double ratio = observe_incoming<A>(p, state) / *p.guess;

@@ -74,10 +74,6 @@ __device__ inline void write_gradient(const CrossEntropyParams& p, const Row& ro
   if (has_target) g[target * p.grad_rows.stride_n] = from_acc<T>(own);
 }
 
-// Registers for so many threads of a multiprocessor; arithmetic in double takes twice as many of them.
-template <class T, int kRowThreads>
-constexpr int kBlocksAtLeast = kResidentThreads / (std::is_same_v<T, double> ? 2 : 1) / kBlockThreads<kRowThreads>;
-
 // Threads of a row by its size, f(integral_constant); the same for every call with rows of this size on this card, so
 // that their sums have the same bits. A row that fills more than half of the shared memory has a block of all threads.
 template <class T, class F>

@@ -15,7 +15,7 @@ __device__ inline void row_barrier() {
 }
 
 template <class T, int kRowThreads>
-__global__ void __launch_bounds__(kBlockThreads<kRowThreads>)
+__global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, kRowThreads>)
     selective_log_softmax_bwd_kernel(SelectiveLogSoftmaxParams p) {
   using A = Acc<T>;
   const Exponent<A> exponent(p.transform);

@@ -61,6 +61,9 @@ template <int kRowThreads>
 constexpr int kBlockThreads = kRowThreads > 32 ? kRowThreads : kSmallBlock;
 template <int kRowThreads>
 constexpr int kRowsPerBlock = kBlockThreads<kRowThreads> / kRowThreads;
+// Registers for so many threads of a multiprocessor; arithmetic in double takes twice as many of them.
+template <class T, int kRowThreads>
+constexpr int kBlocksAtLeast = kResidentThreads / (std::is_same_v<T, double> ? 2 : 1) / kBlockThreads<kRowThreads>;
 
 template <int kRowThreads>
 __device__ inline int64_t first_row() {
