@@ -90,6 +90,9 @@ def _samples(device, dtype):
             {**kwargs, "label_smoothing": 0.2, "z_loss_weight": 0.1, "softcap": 5.0, "temperature": 0.7},
             small=True,
         )
+        yield Sample(
+            f"images-weight-{reduction}", logits(2, 21, 5, 7), (target(21, 2, 5, 7, ignored=3), weight(21)), kwargs
+        )
         options = {"z_loss_weight": 0.1, "temperature": 2.0}  # that need nothing of each class
         yield Sample(
             f"images-options-{reduction}",
