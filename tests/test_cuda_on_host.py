@@ -259,6 +259,13 @@ def test_small_calls_launch_once(library):
         "            loss.backward(torch.full_like(loss, factor))\n"
         "            in_backward = 0 if in_place and reduction == 'none' else 1  # torch's own multiplication\n"
         "            assert launches() == before + 1 + in_backward\n"
+        "for n in (8, 50, 3000):\n"
+        "    z = torch.randn(300, n, requires_grad=True)\n"
+        "    before = launches()\n"
+        "    p = tse.sparsemax(z)\n"
+        "    assert launches() == before + 1\n"
+        "    p.backward(torch.ones_like(p))\n"
+        "    assert launches() == before + 2\n"
     )
     env = {**os.environ, "TORCH_SOFTMAX_EXT_LIBRARY": str(library)}
     run = subprocess.run([sys.executable, "-c", code], cwd=build.ROOT, env=env, capture_output=True, text=True)
