@@ -69,7 +69,8 @@ HALF_REASON = (
 )
 STEPS_REASON = (
     "hundreds of elements are in the support instead of 4 or 5: at n = 512 four passes more, for the mean and three of "
-    "Newton's steps, 800 cycles a row instead of 320 (before short rows took their steps together, 1120 and 750)"
+    "Newton's steps, 850 cycles a row instead of 325 (before short rows took their steps together, 1120 and 750); at "
+    "n = 8192 10.5 thousand cycles instead of 4.7 to 8.6 by run"
 )
 
 GOALS = (
