@@ -217,6 +217,12 @@ def test_planted_bug_is_found(name):
     assert re.search(words, output), output[-3000:]
 
 
+def run_on_host(library, code, **settings):
+    env = {**os.environ, "TORCH_SOFTMAX_EXT_LIBRARY": str(library), **settings}
+    run = subprocess.run([sys.executable, "-c", code], cwd=build.ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
 def test_rows_behind_two_to_the_31(library):
     """Only the last row of 5.6 GB of logits is touched: the pages of the others never exist."""
     code = (
@@ -232,14 +238,7 @@ def test_rows_behind_two_to_the_31(library):
         "torch.testing.assert_close(got, want.float())\n"
         "assert int(tse.sparsemax(x)[-1].argmax()) == 5\n"
     )
-    env = {
-        **os.environ,
-        "TORCH_SOFTMAX_EXT_LIBRARY": str(library),
-        "TSE_CUDA_ONLY_BLOCK": "39999",
-        "TSE_CUDA_MULTIPROCESSORS": "40000",
-    }
-    run = subprocess.run([sys.executable, "-c", code], cwd=build.ROOT, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    run_on_host(library, code, TSE_CUDA_ONLY_BLOCK="39999", TSE_CUDA_MULTIPROCESSORS="40000")
 
 
 def test_small_calls_launch_once(library):
@@ -267,9 +266,7 @@ def test_small_calls_launch_once(library):
         "    p.backward(torch.ones_like(p))\n"
         "    assert launches() == before + 2\n"
     )
-    env = {**os.environ, "TORCH_SOFTMAX_EXT_LIBRARY": str(library)}
-    run = subprocess.run([sys.executable, "-c", code], cwd=build.ROOT, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    run_on_host(library, code)
 
 
 def test_more_orders_of_launches_than_states(library):
@@ -293,6 +290,4 @@ def test_more_orders_of_launches_than_states(library):
         "    loss.backward()\n"
         "    assert x.grad.isfinite().all()\n"
     )
-    env = {**os.environ, "TORCH_SOFTMAX_EXT_LIBRARY": str(library)}
-    run = subprocess.run([sys.executable, "-c", code], cwd=build.ROOT, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    run_on_host(library, code)
