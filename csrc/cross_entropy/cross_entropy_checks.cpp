@@ -1,0 +1,80 @@
+// What cross-entropy demands of its arguments. [torch]
+#include <ATen/TensorOperators.h>
+#include <c10/core/GradMode.h>
+#include <c10/core/ScalarType.h>
+
+#include <cmath>
+#include <utility>
+
+#include "common/host.h"
+#include "cross_entropy/cross_entropy_host.h"
+
+namespace tse {
+namespace {
+constexpr const char* kOp = "cross_entropy";
+}
+
+void check_options(const char* op, const at::Tensor& input, const c10::SymInt& classes, const CrossEntropyOptions& o,
+                   bool integer_weight) {
+  parse_reduction(op, o.reduction);
+  // Torch's bounds; here nothing outside is let through, NaN neither.
+  TSE_CHECK(o.label_smoothing >= 0 && o.label_smoothing <= 1, op, "label_smoothing",
+            "expected a number between 0.0 and 1.0, got ", o.label_smoothing);
+  TSE_CHECK_VALUE(std::isfinite(o.z_loss_weight), op, "z_loss_weight", "expected a finite number, got ",
+                  o.z_loss_weight);
+  check_transform(op, o.softcap, o.temperature);
+  if (!o.weight.has_value()) return;
+  const at::Tensor& w = *o.weight;
+  check_same_device(op, "weight", w, input);
+  TSE_CHECK(w.is_floating_point() || integer_weight, op, "weight", "expected floating point, got ", w.scalar_type());
+  TSE_CHECK(w.dim() == 1 && w.sym_size(0).sym_eq(classes).expect_true(__FILE__, __LINE__), op, "weight",
+            "expected one weight for each of ", classes, " classes, got shape ", w.sym_sizes());
+}
+
+void check_weight_gradient(const char* op, const OptionalTensor& weight) {
+  TSE_CHECK(!(weight.has_value() && weight->requires_grad() && c10::GradMode::is_enabled()), op, "weight",
+            "expected no gradient to be asked for (torch has none, either), got a tensor that requires grad");
+}
+
+void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
+  check_floating(kOp, "input", input);
+  check_same_device(kOp, "target", target, input);
+  const auto x = input.sym_sizes(), t = target.sym_sizes();
+  TSE_CHECK(!x.empty(), kOp, "input", "expected (C), (N, C) or (N, C, d1, …, dk), got a scalar");
+  const auto equal = [](const c10::SymInt& a, const c10::SymInt& b) {
+    return a.sym_eq(b).expect_true(__FILE__, __LINE__);
+  };
+  const bool probabilities = target.is_floating_point();
+  check_options(kOp, input, x[x.size() == 1 ? 0 : 1], options, /*integer_weight=*/probabilities);
+  if (probabilities) {
+    TSE_CHECK(options.ignore_index < 0, kOp, "ignore_index",
+              "expected none (a negative number) with class probabilities as target, got ", options.ignore_index);
+    check_floating(kOp, "target", target);
+    bool same = t.size() == x.size();
+    for (size_t d = 0; same && d < x.size(); ++d) same = equal(x[d], t[d]);
+    TSE_CHECK(same, kOp, "target", "expected int64 or int32 class indices, or class probabilities of input's shape ", x,
+              ", got ", target.scalar_type(), " of shape ", t);
+    return;
+  }
+  TSE_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt, kOp, "target",
+            "expected int64 or int32 class indices, got ", target.scalar_type());
+  if (x.size() == 1) {
+    TSE_CHECK_VALUE(t.empty() || (t.size() == 1 && equal(t[0], 1)), kOp, "target",
+                    "expected one class index, shape () or (1), for input of shape (C), got shape ", t);
+    return;
+  }
+  bool same = t.size() + 1 == x.size();
+  if (same) {
+    TSE_CHECK_VALUE(equal(x[0], t[0]), kOp, "target", "expected batch size ", x[0], " as input of shape ", x,
+                    ", got shape ", t);
+    for (size_t d = 2; d < x.size(); ++d) same = same && equal(x[d], t[d - 1]);
+  }
+  TSE_CHECK(same, kOp, "target", "expected the shape of input without its class dimension, input ", x, ", got ", t);
+}
+
+std::pair<at::Tensor, at::Tensor> promoted(const at::Tensor& input, const at::Tensor& target) {
+  const auto type = c10::promoteTypes(input.scalar_type(), target.scalar_type());
+  return {input.to(type), target.to(type)};
+}
+
+}  // namespace tse
