@@ -10,103 +10,86 @@
 
 #include "entmax/sparsemax_short-inl.h"
 
-constexpr int64_t kMany = 16;  // from one candidate in so many elements on, all of y is computed, not zeros set
+constexpr int64_t kPart = 256;  // elements that are looked through together; each lane has the largest of its own
 
-// Elements of a row that may be in the support. Behind them there is room for a vector.
+// Elements of a row that may be in the support, and of all parts the maxima. Behind them there is room for a vector.
 template <class A>
 struct Candidates {
-  std::unique_ptr<A[]> values;
+  std::unique_ptr<A[]> values, maxima;
   std::unique_ptr<uint32_t[]> indices;
-  int64_t count;
-  A max;
-  double tau;  // relative to max; a lower bound of the row's, exact for the candidates after `shrink`
-  bool many;  // so many that all of y will be computed: without indices
-  explicit Candidates(int64_t n) : values(new A[n + kFloats]), indices(new uint32_t[n + kFloats]) {}
-
-  uint32_t* indices_from(int64_t i) const { return many ? nullptr : &indices[i]; }
-
-  void raise_max(A to) {
-    if (to > max) tau = std::max(-1.0, tau + double(max) - double(to));
-    max = std::max(max, to);
-  }
-
-  // Just below tau: rounding costs a candidate too many, not one too few.
-  A bound() const {
-    const A b = A(double(max) + tau);
-    return b - std::abs(b) * std::numeric_limits<A>::epsilon();
-  }
-
-  // Newton's steps, each of which drops what it leaves behind; `once`: no more than one.
-  template <class V>
-  void shrink(bool once) {
-    constexpr int64_t kLanes = sizeof(V) / sizeof(A);
-    for (int64_t support = count + 1;;) {
-      const Threshold<A> t = threshold(max, tau);
-      store(&values[count], splat<V>(-std::numeric_limits<A>::infinity()));
-      double total = 0;
-      int64_t kept = 0;
-      for (int64_t begin = 0; begin < count; begin += kBlock) {  // sums of a block in the type, of blocks in double
-        V sum = {};
-        for (int64_t i = begin; i < std::min(begin + kBlock, count); i += kLanes) {
-          const V v = load(&values[i]), p = t.excess(v);
-          sum += vmax(V{}, p);
-          kept += append(mask_above(p, A(0)), v, load(&indices[i]), &values[kept], indices_from(kept));
-        }
-        total += double(reduce_add(sum));
-      }
-      tau += (total - 1) / double(kept);
-      count = std::min(kept, count);
-      if (kept >= support || once) return;
-      support = kept;
-    }
-  }
+  explicit Candidates(int64_t n)
+      : values(new A[n + kFloats]), maxima(new A[(n / kPart + 1) * kFloats]), indices(new uint32_t[n + kFloats]) {}
 };
 
-// Fills in the candidates of a row of more than kBlock elements, and tau.
+// The largest element of each lane of each part, NaN aside. Returns the sum, which shows NaN.
 template <class T>
-inline void collect(const T* x, int64_t n, Candidates<Acc<T>>& c) {
-  Guess<T> guess{x, block_max(x, kBlock)};
-  raise_flat(&guess, 1, kBlock);
-  c.max = guess.max;
-  c.tau = guess.tau;
-  c.count = 0;
-  c.many = n > std::numeric_limits<uint32_t>::max();
-  for (int64_t begin = 0, settled = 0; begin < n; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, n);
-    const int64_t room = end - begin;  // above a bound of NaN is what fills up the last vector, too
-    const int64_t found =
-        std::min(room, collect_above(x, begin, end, c.bound(), &c.values[c.count], c.indices_from(c.count)));
-    if (begin > 0 && found > 0) c.raise_max(block_max(&c.values[c.count], found));
-    c.count += found;
-    c.many |= c.count > n / kMany;
-    const bool last = end == n;
-    if (last ? c.count > 0 : c.count > settled + settled / 2 + 2 * kFloats) {
-      c.template shrink<Vec<T>>(/*once=*/!last);
-      settled = c.count;
+inline Acc<T> lane_maxima(const T* x, int64_t n, Acc<T>* maxima) {
+  using V = Vec<T>;
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  const V low = splat<V>(-std::numeric_limits<Acc<T>>::infinity());
+  V sum = {};
+  for (int64_t begin = 0; begin < n; begin += kPart, maxima += kLanes) {
+    const int64_t end = std::min(begin + kPart, n);
+    V m[4] = {low, low, low, low}, s[4] = {};
+    int64_t i = begin;
+    for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
+      for (int k = 0; k < 4; k += 2) {
+        const Pair<V> v = load2(x + i + k * kLanes);
+        m[k] = vmax(v.a, m[k]);
+        m[k + 1] = vmax(v.b, m[k + 1]);
+        s[k] += v.a;
+        s[k + 1] += v.b;
+      }
     }
+    for (; i < end; i += kLanes) {
+      const V v = i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, low[0]);
+      m[0] = vmax(v, m[0]);
+      s[0] += v;
+    }
+    store(maxima, vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
+    sum += (s[0] + s[1]) + (s[2] + s[3]);
   }
+  return reduce_add(sum);
 }
 
-// y of a row whose candidates are known.
+// A row of more than kShort elements.
 template <class T>
-inline void write(const T* x, T* y, int64_t n, const Candidates<Acc<T>>& c) {
-  const Threshold<Acc<T>> t = c.count == 0 ? Threshold<Acc<T>>{0, 0} : threshold(c.max, c.tau);  // 0: -inf alone
-  if (c.many || t.hi != t.hi) {
-    write_all(x, y, n, t);
+inline void long_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& c) {
+  using A = Acc<T>;
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  const A sum = lane_maxima(x, n, c.maxima.get());
+  const int64_t parts = (n + kPart - 1) / kPart * kLanes;
+  const A max = block_max(c.maxima.get(), parts);
+  if (max == -std::numeric_limits<A>::infinity() && sum == sum) {
+    std::fill_n(y, n, T{});
     return;
   }
+  // tau of the maxima is a lower bound, and a close one.
+  const Excess e = newton(c.maxima.get(), parts, max, -1);
+  if (e.count > parts - parts / 16 || sum != sum || n > std::numeric_limits<uint32_t>::max()) {
+    FlatRow<T> row{x, y, max, e.step()};
+    flat_rows(&row, 1, n);
+    return;
+  }
+  A bound = A(double(max) + e.step());
+  bound -= std::abs(bound) * std::numeric_limits<A>::epsilon();  // rounding costs a candidate too many, not one too few
+  int64_t count = 0;
+  for (int64_t begin = 0, part = 0; begin < n; begin += kPart, part += kLanes) {
+    if (mask_above(load(&c.maxima[part]), bound) == 0) continue;
+    count += collect_above(x, begin, std::min(begin + kPart, n), bound, &c.values[count], &c.indices[count]);
+  }
+  store(&c.values[count], splat<Vec<A>>(-std::numeric_limits<A>::infinity()));  // whole vectors
+  const int64_t filled = (count + kLanes - 1) / kLanes * kLanes;
+  const Threshold<A> t = threshold(max, newton(c.values.get(), filled, max, e.step()).step());
   std::fill_n(y, n, T{});
-  for (int64_t j = 0; j < c.count; ++j) store_one(y + c.indices[j], std::max(t.excess(c.values[j]), Acc<T>(0)));
+  for (int64_t j = 0; j < count; ++j) store_one(y + c.indices[j], std::max(t.excess(c.values[j]), A(0)));
 }
 
-// Rows x(i) to y(i); the same place is allowed where n > kBlock.
+// Rows x(i) to y(i), which are elsewhere.
 template <class T, class X, class Y>
 inline void sparsemax_rows(const X& x, const Y& y, int64_t begin, int64_t end, int64_t n, Candidates<Acc<T>>& c) {
-  if (n <= kBlock) return short_rows<T>(x, y, begin, end, n);
-  for (int64_t row = begin; row < end; ++row) {
-    collect(x(row), n, c);
-    write(x(row), y(row), n, c);
-  }
+  if (n <= kShort) return short_rows<T>(x, y, begin, end, n);
+  for (int64_t row = begin; row < end; ++row) long_row(x(row), y(row), n, c);
 }
 
 // grad_input = g - mean of g over the support on the support, 0 elsewhere; NaN where p is NaN. Where the support is
@@ -179,21 +162,19 @@ void fwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
   const T* input = static_cast<const T*>(p.input);
   T* output = static_cast<T*>(p.output);
   const int64_t n = p.rows.n;
-  Candidates<Acc<T>> candidates(n > kBlock ? n : 0);
+  Candidates<Acc<T>> candidates(n > kShort ? n : 0);
   if (p.rows.stride_n == 1 && p.output_rows.stride_n == 1) {
     const auto x = [&](int64_t row) { return input + row_offset(p.rows, row); };
     const auto y = [&](int64_t row) { return output + row_offset(p.output_rows, row); };
     return sparsemax_rows<T>(x, y, begin, end, n, candidates);
   }
-  const bool in_place = n > kBlock;
-  const std::unique_ptr<T[]> from(new T[kTileRows * n * (in_place ? 1 : 2)]);
-  T* const to = from.get() + (in_place ? 0 : kTileRows * n);
+  const std::unique_ptr<T[]> from(new T[kTileRows * n]), to(new T[kTileRows * n]);
   for (int64_t row = begin; row < end;) {
     const int64_t count = std::min<int64_t>({kTileRows, end - row, p.rows.inner - row % p.rows.inner});
     gather(input + row_offset(p.rows, row), n, p.rows, count, from.get());
     sparsemax_rows<T>([&](int64_t i) { return &from[i * n]; }, [&](int64_t i) { return &to[i * n]; }, 0, count, n,
                       candidates);
-    scatter(to, n, p.output_rows, count, output + row_offset(p.output_rows, row));
+    scatter(to.get(), n, p.output_rows, count, output + row_offset(p.output_rows, row));
     row += count;
   }
 }

@@ -1,13 +1,15 @@
-// Sparsemax of rows of up to kBlock elements, and what longer rows share with them. [per ISA]
+// Sparsemax of rows of up to kShort elements, and what longer rows share with them. [per ISA]
 //
 // Newton's steps wait for each other; so they are taken for as many rows at once as a vector has lanes, on a few
 // elements of each: all of up to kFew, else the two largest of each of sixteen parts. tau of a part of the row is a
 // lower bound for the row's (Condat 2016), and mostly no part has more than two in the support. Whether that was so
 // shows in the sum of what is written; if not, the row takes further steps.
 
-constexpr int64_t kBlock = 1024;  // elements whose sums are taken in the type; and between two looks at the bound
+constexpr int64_t kShort = 4096;  // as many rows as a vector has lanes stay in the second level of cache
+constexpr int64_t kBlock = 1024;  // elements whose sums are taken in the type
 constexpr int64_t kFew = 64;      // elements of each row that a group of rows has room for
 constexpr int64_t kPairs = 16;
+constexpr double kClose = 5e-4;  // f - 1 from where Newton's step, which leaves about half its square, is the last
 
 // tau as the sum of two numbers: hi, and what its rounding left.
 template <class A>
@@ -26,91 +28,119 @@ inline Threshold<A> threshold(A max, double tau) {  // tau: relative to max
 
 // y = max(x - tau, 0), and NaN where tau is. Returns the sum, if asked to.
 template <class T, bool kSum = false>
-inline Acc<T> write_all(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t) {
+inline double write_all(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t) {
   constexpr int kLanes = Accumulate<T>::kLanes;
-  Vec<T> sum[2] = {};
-  const auto probability = [&](Vec<T> v, int k) {
-    const Vec<T> p = vmax(Vec<T>{}, t.excess(v));
-    if constexpr (kSum) sum[k] += p;
-    return p;
-  };
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Pair<Vec<T>> v = load2(x + i);
-    store2(y + i, {probability(v.a, 0), probability(v.b, 1)});
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {  // sums of a block in the type, of blocks in double
+    const int64_t end = std::min(begin + kBlock, n);
+    Vec<T> sum[2] = {};
+    const auto probability = [&](Vec<T> v, int k) {
+      const Vec<T> p = vmax(Vec<T>{}, t.excess(v));
+      if constexpr (kSum) sum[k] += p;
+      return p;
+    };
+    int64_t i = begin;
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      const Pair<Vec<T>> v = load2(x + i);
+      store2(y + i, {probability(v.a, 0), probability(v.b, 1)});
+    }
+    for (; i + kLanes <= end; i += kLanes) store(y + i, probability(load(x + i), 0));
+    if (i < end)
+      store_part(y + i, end - i, probability(load_part(x + i, end - i, -std::numeric_limits<Acc<T>>::infinity()), 0));
+    if constexpr (kSum) total += double(reduce_add(sum[0] + sum[1]));
   }
-  for (; i + kLanes <= n; i += kLanes) store(y + i, probability(load(x + i), 0));
-  if (i < n)
-    store_part(y + i, n - i, probability(load_part(x + i, n - i, -std::numeric_limits<Acc<T>>::infinity()), 0));
-  return kSum ? reduce_add(sum[0] + sum[1]) : Acc<T>(0);
+  return total;
 }
 
-template <class T>
-inline double sum_of(const T* x, int64_t n) {
-  constexpr int kLanes = Accumulate<T>::kLanes;
-  Vec<T> sum[2] = {};
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Pair<Vec<T>> v = load2(x + i);
-    sum[0] += v.a;
-    sum[1] += v.b;
-  }
-  for (; i < n; i += kLanes) sum[0] += load_part(x + i, std::min<int64_t>(kLanes, n - i), Acc<T>(0));
-  return double(reduce_add(sum[0] + sum[1]));
-}
-
-// f(t) = Σ (x - t)_+ of x[0, n), n <= kBlock, at max + at, and where Newton's step for f = 1 leads from there: to a
-// lower bound of the threshold, wherever it began.
+// f(t) = Σ (x - t)_+ at t = max + at.
 struct Excess {
   double at = 0, f = 0, count = 0;  // how many x are above t
+  // Newton's step for f = 1: to a lower bound of the threshold, wherever it began.
   double step() const { return at + (f - 1) / count; }
+  // f is convex, and log f mostly concave: their tangents meet f = 1 before and behind the threshold. Below f = 3, the
+  // middle is below the largest x, too.
+  double guess() const { return f < 3 ? (step() + at + f * std::log(f) / count) / 2 : step(); }
 };
 template <class T>
 inline Excess excess_at(const T* x, int64_t n, Acc<T> max, double at) {
   constexpr int kLanes = Accumulate<T>::kLanes;
-  using Count = decltype(Vec<T>{} > Vec<T>{});
   const Threshold<Acc<T>> t = threshold(max, at);
-  Vec<T> sum[2] = {};
-  Count count[2] = {};
-  const auto add = [&](Vec<T> v, int k) {
-    const Vec<T> p = t.excess(v);
-    const auto below = p <= Vec<T>{};
-    sum[k] = below ? sum[k] : sum[k] + p;
-    count[k] = below ? count[k] : count[k] + 1;
-  };
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Pair<Vec<T>> v = load2(x + i);
-    add(v.a, 0);
-    add(v.b, 1);
-  }
   const Acc<T> low = -std::numeric_limits<Acc<T>>::infinity();
-  for (; i < n; i += kLanes) add(i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, low), 0);
-  const Vec<T> above = __builtin_convertvector(count[0] + count[1], Vec<T>);
-  return {at, double(reduce_add(sum[0] + sum[1])), double(reduce_add(above))};
+  Excess e{at};
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, n);
+    SumAbove<Vec<T>> above[4];
+    // Σ (x - hi) - count · lo: one subtraction less for each.
+    const auto add = [&](Vec<T> v, int k) {
+      const Vec<T> d = v - t.hi;
+      above[k].add(d, d <= t.lo);
+    };
+    int64_t i = begin;
+    for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
+      for (int k = 0; k < 4; k += 2) {
+        const Pair<Vec<T>> v = load2(x + i + k * kLanes);
+        add(v.a, k);
+        add(v.b, k + 1);
+      }
+    }
+    for (; i < end; i += kLanes) add(i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, low), 0);
+    const SumAbove<Vec<T>> all = (above[0] + above[1]) + (above[2] + above[3]);
+    const auto lanes = __builtin_convertvector(all.count(int(i - begin) / kLanes), Vec<T>);
+    const double count = double(reduce_add(lanes));
+    e.f += double(reduce_add(all.sum)) - count * double(t.lo);
+    e.count += count;
+  }
+  return e;
 }
 
-// A row of n <= kBlock elements, its largest element, and a lower bound of tau relative to it.
+// Newton's steps from a lower bound, until they leave no more elements behind, or f - 1 is at most `tolerance`.
 template <class T>
-struct Guess {
-  const T* x;
-  Acc<T> max;
-  double tau = -1;
-};
-// Raises tau where the row is flat: Newton's step from below all x leads to mean - 1/n; where that is above max - 1,
-// all would be candidates. f is convex, and log f mostly concave, so that their tangents meet f = 1 before and behind
-// the threshold; between them is a good point for another step. Pass by pass over all rows, as each waits for its sums.
-template <class T>
-inline void raise_flat(Guess<T>* rows, int64_t count, int64_t n) {
-  Excess e[kFloats];
-  for (int64_t i = 0; i < count; ++i) e[i].at = (sum_of(rows[i].x, n) - 1) / double(n) - double(rows[i].max);
-  for (int64_t i = 0; i < count; ++i)  // of numbers so large that the sum is lost, nothing may be above
-    e[i] = e[i].at > -1 ? excess_at(rows[i].x, n, rows[i].max, e[i].at) : Excess{};
-  for (int64_t i = 0; i < count; ++i) {
-    if (e[i].count == 0) continue;
-    const double between = (e[i].step() + e[i].at + e[i].f * std::log(e[i].f) / e[i].count) / 2;
-    rows[i].tau = std::max({rows[i].tau, e[i].step(), excess_at(rows[i].x, n, rows[i].max, between).step()});
+inline Excess newton(const T* x, int64_t n, Acc<T> max, double tau, double tolerance = 0) {
+  Excess e = excess_at(x, n, max, tau);
+  for (double support = double(n) + 1; e.f - 1 > tolerance && e.count < support;) {
+    support = e.count;
+    e = excess_at(x, n, max, e.step());
   }
+  return e;
+}
+
+// Writes a row, given a lower bound of its threshold that mostly is the threshold. Whether it is shows in the sum of
+// what is written; if not, further steps are taken.
+template <class T>
+inline void write_row(const T* x, T* y, int64_t n, Acc<T> max, double tau) {
+  for (double support = double(n) + 1;;) {
+    const double sum = write_all<T, true>(x, y, n, threshold(max, tau));
+    if (sum <= 1 + 4 * std::numeric_limits<Acc<T>>::epsilon()) break;
+    const Excess e = newton(x, n, max, tau, kClose);
+    if (e.count >= support) break;
+    tau = e.step();
+    support = e.count;
+  }
+}
+
+// Rows with so many elements in their support that all are looked at.
+template <class T>
+struct FlatRow {
+  const T* x;
+  T* y;
+  Acc<T> max;
+  double tau;  // near the threshold
+};
+template <class T>
+inline void flat_rows(FlatRow<T>* rows, int64_t count, int64_t n) {
+  Excess e[kFloats];
+  for (int64_t i = 0; i < count; ++i) e[i] = excess_at(rows[i].x, n, rows[i].max, rows[i].tau);
+  bool close = false;
+  for (int pass = 1; pass < 8 && !close; ++pass) {  // over all rows, as each waits for its sums
+    close = true;
+    for (int64_t i = 0; i < count; ++i) {
+      const double away = std::abs(e[i].f - 1);
+      if (!(away > kClose)) continue;
+      e[i] = excess_at(rows[i].x, n, rows[i].max, away > 0.02 ? e[i].guess() : e[i].step());
+      close = false;
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) write_row(rows[i].x, rows[i].y, n, rows[i].max, e[i].step());
 }
 
 // Sorts v[first, first + n) downwards, each lane for itself: odd-even mergesort (Batcher 1968), n a power of 2.
@@ -152,19 +182,19 @@ struct RowGroup {
   // Sorts v. The threshold is that of the k largest for one k, and of others it is a lower bound, so that it is the
   // largest of all; relative to the largest element, which is v[0] after.
   template <int n>
-  static V tau_of(V* v) {
+  static V tau_of(V* v, A total) {
     sort_lanes<0, n>(v);
-    V sum = {}, tau = splat<V>(-1);
+    V sum = {}, tau = splat<V>(-total);
     for (int k = 1; k < n; ++k) {
       sum += v[k] - v[0];
-      tau = vmax((sum - A(1)) * A(1.0 / (k + 1)), tau);
+      tau = vmax((sum - total) * A(1.0 / (k + 1)), tau);
     }
     return tau;
   }
 
-  // vector(i, c): elements of row i from c on, -inf behind the last.
+  // The threshold for Σ p = total. vector(i, c): elements of row i from c on, -inf behind the last.
   template <class F>
-  void solve(int64_t columns, const F& vector) {
+  void solve(int64_t columns, A total, const F& vector) {
     using Count = decltype(V{} > V{});
     const V low = splat<V>(-std::numeric_limits<A>::infinity());
     V z[kFew];
@@ -182,25 +212,23 @@ struct RowGroup {
     for (int k = 0; k < kParts; ++k) part[k] = z[k];
     for (int64_t c = kParts; c < n; c += kParts)
       for (int k = 0; k < kParts; ++k) part[k] = vmax(z[c + k], part[k]);
-    V t = tau_of<kParts>(part), step;
+    V t = tau_of<kParts>(part, total), step;
     const V m = part[0] == low ? V{} : part[0];  // of -inf alone p is zero
     bool first = true;
     for (Count support = Count{} + int(n + 1);;) {
-      V sum[4] = {};
-      Count count[4] = {};
+      SumAbove<V> sum[4];
       for (int64_t c = 0; c < n; c += 4) {
         for (int k = 0; k < 4; ++k) {
           if (first) z[c + k] -= m;
           const V p = z[c + k] - t;
-          const auto below = p <= V{};  // NaN is not
-          sum[k] = below ? sum[k] : sum[k] + p;
-          count[k] = below ? count[k] : count[k] + 1;
+          sum[k].add(p, p <= V{});  // NaN is not below
         }
       }
       first = false;
-      const Count above = (count[0] + count[1]) + (count[2] + count[3]);
+      const SumAbove<V> all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+      const Count above = all.count(int(n));
       const V divisor = vmax(__builtin_convertvector(above, V), splat<V>(1));
-      step = (((sum[0] + sum[1]) + (sum[2] + sum[3])) - A(1)) / divisor;
+      step = (all.sum - total) / divisor;
       const auto shrank = above < support;  // the others stay where they are, whatever their neighbours do
       if (mask_above(shrank ? splat<V>(1) : V{}, A(0)) == 0) {
         store(active, divisor);
@@ -253,34 +281,26 @@ inline void short_rows(const X& x, const Y& y, int64_t begin, int64_t end, int64
     for (int64_t i = 0; i < g.kRows; ++i) from[i] = x(std::min(row + i, end - 1));
     const int64_t rows = std::min<int64_t>(g.kRows, end - row);
     if (n <= kFew) {
-      g.solve(n, [&](int64_t i, int64_t j) {
+      g.solve(n, A(1), [&](int64_t i, int64_t j) {
         return j + g.kRows <= n ? load(from[i] + j) : load_part(from[i] + j, n - j, low);
       });
       for (int64_t i = 0; i < rows; ++i) write_all(from[i], y(row + i), n, threshold(g.max[i], g.tau[i]));
       continue;
     }
     for (int64_t i = 0; i < rows; ++i) two_of_each(from[i], n, largest[i]);
-    g.solve(2 * kPairs, [&](int64_t i, int64_t j) { return load(largest[i] + j); });
-    // Where more than half are above, there are most likely others, too.
-    Guess<T> flat[g.kRows];
+    g.solve(2 * kPairs, A(1), [&](int64_t i, int64_t j) { return load(largest[i] + j); });
+    // Where more than half are above, there are most likely many others, too: a sample of the row tells more of it.
+    FlatRow<T> flat[g.kRows];
     int64_t flats = 0;
-    for (int64_t i = 0; i < rows; ++i)
-      if (g.active[i] > A(kPairs)) flat[flats++] = {from[i], g.max[i], g.tau[i]};
-    raise_flat(flat, flats, n);
-    for (int64_t k = 0; k < flats; ++k) {  // down again, too, if rounding has led too far: f may have been large
-      const Excess e = excess_at(flat[k].x, n, flat[k].max, flat[k].tau);
-      if (e.count > 0) flat[k].tau = e.step();
+    for (int64_t i = 0; i < rows; ++i) {
+      if (g.active[i] > A(kPairs)) flat[flats++] = {from[i], y(row + i), g.max[i], g.tau[i]};
+      else write_row(from[i], y(row + i), n, g.max[i], g.tau[i]);
     }
-    for (int64_t i = 0, k = 0; i < rows; ++i) {
-      double tau = g.active[i] > A(kPairs) ? flat[k++].tau : g.tau[i];
-      for (double support = double(n) + 1;;) {
-        const A sum = write_all<T, true>(from[i], y(row + i), n, threshold(g.max[i], tau));
-        if (sum <= 1 + 4 * std::numeric_limits<A>::epsilon()) break;
-        const Excess e = excess_at(from[i], n, g.max[i], tau);
-        if (e.count >= support) break;
-        tau = e.step();
-        support = e.count;
-      }
-    }
+    if (flats == 0) continue;
+    for (int64_t i = flats; i < g.kRows; ++i) flat[i] = flat[0];
+    g.solve(kFew, A(kFew) / A(n), [&](int64_t i, int64_t j) { return load(flat[i].x + j * n / kFew); });
+    for (int64_t i = 0; i < flats; ++i)
+      flat[i].tau = std::max(flat[i].tau, double(g.max[i]) - double(flat[i].max) + g.tau[i]);
+    flat_rows(flat, flats, n);
   }
 }

@@ -355,6 +355,32 @@ inline VecD tanh(VecD x) {
   return x;
 }
 
+// Sum and number, lane by lane, of the d that are not `below`.
+template <class V>
+struct SumAbove {
+  using Lanes = decltype(V{} > V{});
+  V sum = {};
+  Lanes number = {};
+#if TSE_ISA == 2  // additions under a mask
+  void add(V d, Lanes below) {
+    const Lanes above = ~below;
+    sum = above ? sum + d : sum;
+    number = above ? number + 1 : number;
+  }
+  Lanes count(int) const { return number; }
+#else  // a comparison gives -1 where it holds
+  void add(V d, Lanes below) {
+    sum += below ? V{} : d;
+    number += below;
+  }
+  Lanes count(int of) const { return number + of; }
+#endif
+};
+template <class V>
+inline SumAbove<V> operator+(SumAbove<V> a, SumAbove<V> b) {
+  return {a.sum + b.sum, a.number + b.number};
+}
+
 // Reductions fold halves onto each other, always in the same order: every build of a level gives the same bits.
 template <class V, class Op>
 inline auto fold(V v, const Op& op) {
@@ -477,6 +503,22 @@ inline int64_t append(unsigned mask, VecF v, VecU indices, float* to, uint32_t* 
 #elif TSE_ISA == 1
 inline unsigned mask_above(VecF v, float bound) {
   return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(bound), _CMP_NLE_UQ));
+}
+// The lanes of each mask, a byte each, the first lowest.
+struct LanesOfMask {
+  uint64_t of[256] = {};
+  constexpr LanesOfMask() {
+    for (int mask = 0; mask < 256; ++mask)
+      for (int lane = 7; lane >= 0; --lane)
+        if (mask >> lane & 1) of[mask] = of[mask] << 8 | lane;
+  }
+};
+inline constexpr LanesOfMask kLanesOfMask;
+inline int64_t append(unsigned mask, VecF v, VecU indices, float* to, uint32_t* to_indices) {
+  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(kLanesOfMask.of[mask])));
+  _mm256_storeu_ps(to, _mm256_permutevar8x32_ps((__m256)v, lanes));
+  if (to_indices) _mm256_storeu_si256((__m256i*)to_indices, _mm256_permutevar8x32_epi32((__m256i)indices, lanes));
+  return __builtin_popcount(mask);
 }
 #endif
 
