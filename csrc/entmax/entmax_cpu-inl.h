@@ -21,9 +21,10 @@ struct Candidates {
       : values(new A[n + kFloats]), maxima(new A[(n / kPart + 1) * kFloats]), indices(new uint32_t[n + kFloats]) {}
 };
 
-// The largest element of each lane of each part, NaN aside. Returns the sum, which shows NaN.
+// Reads a row once: the largest element of each lane of each part, NaN aside, and the sum, which shows NaN. Meanwhile y
+// gets the zeros that most of it will be: reading and writing at once are faster than one after the other.
 template <class T>
-inline Acc<T> lane_maxima(const T* x, int64_t n, Acc<T>* maxima) {
+inline Acc<T> read_and_zero(const T* x, T* y, int64_t n, Acc<T>* maxima) {
   using V = Vec<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const V low = splat<V>(-std::numeric_limits<Acc<T>>::infinity());
@@ -39,8 +40,10 @@ inline Acc<T> lane_maxima(const T* x, int64_t n, Acc<T>* maxima) {
         m[k + 1] = vmax(v.b, m[k + 1]);
         s[k] += v.a;
         s[k + 1] += v.b;
+        store2(y + i + k * kLanes, {V{}, V{}});
       }
     }
+    std::fill_n(y + i, end - i, T{});
     for (; i < end; i += kLanes) {
       const V v = i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, low[0]);
       m[0] = vmax(v, m[0]);
@@ -57,15 +60,12 @@ template <class T>
 inline void long_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& c) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
-  const A sum = lane_maxima(x, n, c.maxima.get());
+  const A sum = read_and_zero(x, y, n, c.maxima.get());
   const int64_t parts = (n + kPart - 1) / kPart * kLanes;
   const A max = block_max(c.maxima.get(), parts);
-  if (max == -std::numeric_limits<A>::infinity() && sum == sum) {
-    std::fill_n(y, n, T{});
-    return;
-  }
-  // tau of the maxima is a lower bound, and a close one.
-  const Excess e = newton(c.maxima.get(), parts, max, -1);
+  if (max == -std::numeric_limits<A>::infinity() && sum == sum) return;
+  // tau of the maxima is a lower bound, and a close one; it need not be exact.
+  const Excess e = newton(c.maxima.get(), parts, max, -1, /*tolerance=*/0.1);
   if (e.count > parts - parts / 16 || sum != sum || n > std::numeric_limits<uint32_t>::max()) {
     FlatRow<T> row{x, y, max, e.step()};
     flat_rows(&row, 1, n);
@@ -81,7 +81,6 @@ inline void long_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& c) {
   store(&c.values[count], splat<Vec<A>>(-std::numeric_limits<A>::infinity()));  // whole vectors
   const int64_t filled = (count + kLanes - 1) / kLanes * kLanes;
   const Threshold<A> t = threshold(max, newton(c.values.get(), filled, max, e.step()).step());
-  std::fill_n(y, n, T{});
   for (int64_t j = 0; j < count; ++j) store_one(y + c.indices[j], std::max(t.excess(c.values[j]), A(0)));
 }
 

@@ -466,12 +466,6 @@ template <class V>
 
 // ---- compaction ---------------------------------------------------------------------------------------------------
 
-inline VecU iota() {
-  VecU v;
-  for (int i = 0; i < kFloats; ++i) v[i] = i;
-  return v;
-}
-
 // One bit a lane where not v <= bound: NaN is above.
 template <class V>
 inline unsigned mask_above(V v, decltype(V{}[0] + V{}[0]) bound) {
@@ -479,68 +473,43 @@ inline unsigned mask_above(V v, decltype(V{}[0] + V{}[0]) bound) {
   for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); ++i) mask |= unsigned(!(v[i] <= bound)) << i;
   return mask;
 }
-
-// Appends the lanes of the mask, and returns how many. May write a whole vector at both; no indices: nullptr.
-template <class A, class V>
-inline int64_t append(unsigned mask, V v, VecU indices, A* to, uint32_t* to_indices) {
-  int64_t count = 0;
-  for (; mask != 0; mask &= mask - 1, ++count) {
-    const int lane = __builtin_ctz(mask);
-    to[count] = v[lane];
-    if (to_indices) to_indices[count] = indices[lane];
-  }
-  return count;
-}
 #if TSE_ISA == 2
 inline unsigned mask_above(VecF v, float bound) {
   return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(bound), _CMP_NLE_UQ);
-}
-inline int64_t append(unsigned mask, VecF v, VecU indices, float* to, uint32_t* to_indices) {
-  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(mask, (__m512)v));
-  if (to_indices) _mm512_storeu_si512(to_indices, _mm512_maskz_compress_epi32(mask, (__m512i)indices));
-  return __builtin_popcount(mask);
 }
 #elif TSE_ISA == 1
 inline unsigned mask_above(VecF v, float bound) {
   return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(bound), _CMP_NLE_UQ));
 }
-// The lanes of each mask, a byte each, the first lowest.
-struct LanesOfMask {
-  uint64_t of[256] = {};
-  constexpr LanesOfMask() {
-    for (int mask = 0; mask < 256; ++mask)
-      for (int lane = 7; lane >= 0; --lane)
-        if (mask >> lane & 1) of[mask] = of[mask] << 8 | lane;
-  }
-};
-inline constexpr LanesOfMask kLanesOfMask;
-inline int64_t append(unsigned mask, VecF v, VecU indices, float* to, uint32_t* to_indices) {
-  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(kLanesOfMask.of[mask])));
-  _mm256_storeu_ps(to, _mm256_permutevar8x32_ps((__m256)v, lanes));
-  if (to_indices) _mm256_storeu_si256((__m256i*)to_indices, _mm256_permutevar8x32_epi32((__m256i)indices, lanes));
-  return __builtin_popcount(mask);
-}
 #endif
 
-// The elements of x[begin, end) that are not <= bound, and their indices, if asked for. Whole groups of vectors are
-// mostly passed over; in the others nothing is predicted.
+// The elements of x[begin, end) that are not <= bound, and their indices; both may be written four further. Parts of
+// 256 elements are mostly passed over; in the others little is predicted.
 template <class T>
 inline int64_t collect_above(const T* x, int64_t begin, int64_t end, Acc<T> bound, Acc<T>* to, uint32_t* to_indices) {
-  constexpr int kLanes = Accumulate<T>::kLanes;
+  constexpr int kLanes = Accumulate<T>::kLanes, kWords = 4;
   int64_t count = 0, i = begin;
-  const auto add = [&](unsigned mask, Vec<T> v, int64_t at) {
-    count += append(mask, v, iota() + uint32_t(at), to + count, to_indices ? to_indices + count : nullptr);
+  const auto take = [&](int64_t at) {
+    to[count] = load_one(x + at);
+    to_indices[count++] = uint32_t(at);
   };
-  for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
-    Vec<T> v[4];
-    unsigned mask[4], any = 0;
-    for (int k = 0; k < 4; ++k) any |= mask[k] = mask_above(v[k] = load(x + i + k * kLanes), bound);
+  for (; i + 64 * kWords <= end; i += 64 * kWords) {
+    uint64_t masks[kWords] = {}, any = 0;
+    for (int w = 0; w < kWords; ++w) {
+      for (int k = 0; k < 64; k += kLanes) masks[w] |= uint64_t(mask_above(load(x + i + 64 * w + k), bound)) << k;
+      any |= masks[w];
+    }
     if (any == 0) continue;
-    for (int k = 0; k < 4; ++k) add(mask[k], v[k], i + k * kLanes);
+    for (int w = 0; w < kWords; ++w) {
+      const int64_t first = count;
+      uint64_t mask = masks[w];
+      do {  // four without asking whether there are so many
+        for (int k = 0; k < 4; ++k, mask &= mask - 1) take(i + 64 * w + __builtin_ctzll(mask | uint64_t(1) << 63));
+      } while (mask != 0);
+      count = first + __builtin_popcountll(masks[w]);
+    }
   }
-  for (; i < end; i += kLanes) {
-    const Vec<T> v = i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, bound);
-    add(mask_above(v, bound), v, i);
-  }
+  for (; i < end; ++i)
+    if (!(load_one(x + i) <= bound)) take(i);
   return count;
 }
