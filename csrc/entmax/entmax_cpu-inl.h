@@ -92,51 +92,67 @@ inline void sparsemax_rows(const X& x, const Y& y, int64_t begin, int64_t end, i
 }
 
 // grad_input = g - mean of g over the support on the support, 0 elsewhere; NaN where p is NaN. Where the support is
-// small, p is read once, g only there, and zeros are written; else p and g are read twice, the second time from cache.
+// small, p is read once while zeros are written, g only there; else p and g are read twice, the second time from cache.
 template <class T>
 inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candidates<Acc<T>>& c) {
   using A = Acc<T>;
+  using V = Vec<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
-  double total = 0;
-  int64_t support = 0, begin = 0;
-  bool has_nan = false;
+  double total = 0, support = 0;
   if (n > kBlock && n <= std::numeric_limits<uint32_t>::max()) {
-    for (; begin < n && support <= begin / 4 && !has_nan; begin += kBlock) {
-      const int64_t end = std::min(begin + kBlock, n);
-      const int64_t found = collect_above(p, begin, end, A(0), &c.values[support], &c.indices[support]);
-      for (int64_t j = support; j < support + found; ++j) {
+    int64_t begin = 0, count = 0;
+    bool has_nan = false;
+    for (; begin < n && count <= (begin + kBlock) / 4 && !has_nan; begin += kPart) {
+      const int64_t end = std::min(begin + kPart, n);
+      const int64_t found = collect_above(p, begin, end, A(0), &c.values[count], &c.indices[count]);
+      for (int64_t j = count; j < count + found; ++j) {
         has_nan |= c.values[j] != c.values[j];
         c.values[j] = load_one(g + c.indices[j]);
         total += double(c.values[j]);
       }
-      support += found;
+      count += found;
+      std::fill_n(out + begin, end - begin, T{});
     }
     if (begin >= n && !has_nan) {
-      const A mean = A(total / double(support));
-      std::fill_n(out, n, T{});
-      for (int64_t j = 0; j < support; ++j) store_one(out + c.indices[j], c.values[j] - mean);
+      const A mean = A(total / double(count));
+      for (int64_t j = 0; j < count; ++j) store_one(out + c.indices[j], c.values[j] - mean);
       return;
     }
+    total = 0;
   }
-  total = 0;
-  support = 0;
-  for (begin = 0; begin < n; begin += kBlock) {  // sums of a block in the type, of blocks in double
+  V sum_p[2] = {};  // shows NaN
+  for (int64_t begin = 0; begin < n; begin += kBlock) {  // sums of a block in the type, of blocks in double
     const int64_t end = std::min(begin + kBlock, n);
-    Vec<T> sum = {};
-    int64_t i = begin;
-    const auto add = [&](Vec<T> pv, Vec<T> gv) {
-      sum += pv <= Vec<T>{} ? Vec<T>{} : gv + (pv - pv);  // NaN in p makes the mean NaN
-      support += __builtin_popcount(mask_above(pv, A(0)));
+    SumAbove<V> above[2];
+    const auto add = [&](V pv, V gv, int k) {
+      above[k].add(gv, pv <= V{});
+      sum_p[k] += pv;
     };
-    for (; i + kLanes <= end; i += kLanes) add(load(p + i), load(g + i));
-    if (i < end) add(load_part(p + i, end - i, A(0)), load_part(g + i, end - i, A(0)));
-    total += double(reduce_add(sum));
+    int64_t i = begin;
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      const Pair<V> pv = load2(p + i), gv = load2(g + i);
+      add(pv.a, gv.a, 0);
+      add(pv.b, gv.b, 1);
+    }
+    for (; i < end; i += kLanes) {
+      const int64_t part = std::min<int64_t>(kLanes, end - i);
+      add(load_part(p + i, part, A(0)), load_part(g + i, part, A(0)), 0);
+    }
+    const SumAbove<V> all = above[0] + above[1];
+    total += double(reduce_add(all.sum));
+    support += double(reduce_add(__builtin_convertvector(all.count(int(i - begin) / kLanes), V)));
   }
-  const A mean = A(total / double(support));
-  const auto value = [mean](Vec<T> pv, Vec<T> gv) { return pv <= Vec<T>{} ? Vec<T>{} : gv - mean; };
+  const A nan = reduce_add(sum_p[0] + sum_p[1]), mean = A(total / support) + (nan - nan);
+  const auto value = [mean](V pv, V gv) { return pv <= V{} ? V{} : gv - mean; };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(out + i, value(load(p + i), load(g + i)));
-  if (i < n) store_part(out + i, n - i, value(load_part(p + i, n - i, A(0)), load_part(g + i, n - i, A(0))));
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const Pair<V> pv = load2(p + i), gv = load2(g + i);
+    store2(out + i, {value(pv.a, gv.a), value(pv.b, gv.b)});
+  }
+  for (; i < n; i += kLanes) {
+    const int64_t part = std::min<int64_t>(kLanes, n - i);
+    store_part(out + i, part, value(load_part(p + i, part, A(0)), load_part(g + i, part, A(0))));
+  }
 }
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
@@ -192,13 +208,14 @@ void bwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
     return;
   }
   const std::unique_ptr<T[]> probabilities(new T[kTileRows * n]), gradients(new T[kTileRows * n]);
+  const std::unique_ptr<T[]> results(new T[kTileRows * n]);
   for (int64_t row = begin; row < end;) {
     const int64_t count = std::min<int64_t>({kTileRows, end - row, p.output_rows.inner - row % p.output_rows.inner});
     gather(output + row_offset(p.output_rows, row), n, p.output_rows, count, probabilities.get());
     gather(grad_output + row_offset(p.grad_output_rows, row), n, p.grad_output_rows, count, gradients.get());
     for (int64_t i = 0; i < count; ++i)
-      sparsemax_bwd_row(&probabilities[i * n], &gradients[i * n], &gradients[i * n], n, candidates);
-    scatter(gradients.get(), n, p.grad_input_rows, count, grad_input + row_offset(p.grad_input_rows, row));
+      sparsemax_bwd_row(&probabilities[i * n], &gradients[i * n], &results[i * n], n, candidates);
+    scatter(results.get(), n, p.grad_input_rows, count, grad_input + row_offset(p.grad_input_rows, row));
     row += count;
   }
 }
