@@ -105,11 +105,13 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candida
     for (; begin < n && count <= (begin + kBlock) / 4 && !has_nan; begin += kPart) {
       const int64_t end = std::min(begin + kPart, n);
       const int64_t found = collect_above(p, begin, end, A(0), &c.values[count], &c.indices[count]);
+      double sum = 0;
       for (int64_t j = count; j < count + found; ++j) {
         has_nan |= c.values[j] != c.values[j];
         c.values[j] = load_one(g + c.indices[j]);
-        total += double(c.values[j]);
+        sum += double(c.values[j]);
       }
+      total += sum;
       count += found;
       std::fill_n(out + begin, end - begin, T{});
     }
