@@ -290,8 +290,8 @@ inline VecF multiply_subtract(VecF x, VecF y, VecF m) { return x * y - m; }  // 
 inline VecD multiply_subtract(VecD x, VecD y, VecD m) { return x * y - m; }
 
 // 2^t for logits of type T: 2^floor(t) times a minimax polynomial for 2^f on [0, 1), of relative error 1e-7, and one
-// degree less, 3e-6, for half types. -inf gives 0, NaN gives NaN, 128 and above infinity. Below 2^-126 AVX-512 is
-// gradual, the other levels give 0.
+// degree less, 3e-6, for half types. -inf gives 0, NaN gives NaN, above 128 it is infinity. Up to 2^-126 AVX-512
+// is gradual, the other levels give 0.
 template <class T>
 inline VecF exp2_fraction(VecF f) {
   if constexpr (sizeof(T) == 2) {
@@ -315,11 +315,12 @@ inline VecF exp2(VecF t) {
 #else
 template <class T>
 inline VecF exp2(VecF t) {
-  t = vmin(splat<VecF>(128.0f), vmax(splat<VecF>(-127.0f), t));  // the exponents that can be built, 128: infinity
-  VecI i = __builtin_convertvector(t, VecI);
-  i += (VecI)(__builtin_convertvector(i, VecF) > t);  // truncation to floor
-  const VecF f = t - __builtin_convertvector(i, VecF);
-  const VecI bits = (i + 127) << 23;
+  t = vmin(splat<VecF>(128.5f), vmax(splat<VecF>(-126.5f), t));  // the exponents that can be built, 128: infinity
+  constexpr float kShift = 0x1.8p23f + 127;
+  const VecF shifted = (t - 0.5f) + kShift, f = t - (shifted - kShift);  // floor(t) + 127 in the lowest bits
+  VecU bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits <<= 23;
   VecF scale;
   std::memcpy(&scale, &bits, sizeof scale);
   return exp2_fraction<T>(f) * scale;
