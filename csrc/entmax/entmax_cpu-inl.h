@@ -2,12 +2,13 @@
 //
 // p = max(x - tau, 0) with Σ p = 1 (Martins & Astudillo 2016). tau without sorting: Newton's (= Michelot's) step from
 // below, tau ← tau + (Σ (x - tau)_+ - 1) / #{x > tau}, ends exactly when the support stops changing, and what a step
-// leaves behind never comes back. Candidates are collected while the row is read, block by block against the threshold
-// of what was read before; mostly they stay few, and the result is zeros with some elements set. From memory the row is
-// read once and written once. All is relative to the largest element, and tau is held as the sum of two numbers: in a
+// leaves behind never comes back. Short rows take these steps together; of long ones a bound is found while they are
+// read, so that mostly few elements are left, and the result is zeros with some elements set. From memory a row is read
+// once and written once. All is relative to the largest element, and tau is held as the sum of two numbers: in a
 // support of 10^5 elements of 10^-5 the rounding of tau alone would show in Σ p. NaN and +inf make the sum NaN, and so
 // tau and the row.
 
+#include "entmax/sparsemax_newton-inl.h"
 #include "entmax/sparsemax_short-inl.h"
 
 constexpr int64_t kPart = 256;  // elements that are looked through together; each lane has the largest of its own

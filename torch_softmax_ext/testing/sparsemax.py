@@ -73,6 +73,11 @@ def _samples(device, dtype):
     yield Sample("offset", logits(4, 100) + 100)
     yield Sample("flat", logits(5, 500, scale=1e-2))
     yield Sample("flat-blocks", logits(3, 3000, scale=1e-2))
+    yield Sample("flat-long", logits(2, 5000, scale=1e-3))
+    yield Sample("flat-columns", logits(4500, 3, scale=1e-3), (0,))
+    dense = logits(2, 5000, scale=1e-3)
+    dense[:, 1000:] -= 10
+    yield Sample("dense-part", dense)
     yield Sample("flat-offset", logits(5, 700, scale=3e-3).sort().values + 1e4)
     spaced = logits(20, 320)
     spaced[:, ::32] += 3
@@ -85,7 +90,7 @@ def _samples(device, dtype):
     masked = logits(3, 40)
     masked[1] = -_INF
     yield Sample("masked-row", masked)
-    for n in (100, 3000):
+    for n in (100, 5000):
         masked = logits(3, n)
         masked[1] = -_INF
         yield Sample(f"masked-row-of-{n}", masked)
@@ -93,21 +98,21 @@ def _samples(device, dtype):
     broken[0, 500] = float("nan")
     broken[2, 3] = _INF
     yield Sample("nan-inf", broken, finite=False)
-    late = logits(4, 3000)
-    late[0, 2900] = float("nan")
-    late[1, 2000] = _INF
-    late[2, :2000] = -_INF
+    late = logits(4, 5000)
+    late[0, 4900] = float("nan")
+    late[1, 4000] = _INF
+    late[2, :4000] = -_INF
     yield Sample("late-nan-inf", late, finite=False)
     levels = torch.full((3, 1024), 0.1, dtype=torch.float64)
     levels[:, 512:] -= torch.tensor([[1.8], [1.9], [0.2]])
     yield Sample("two-levels", levels.to(dtype).to(device))
-    for n in (100, 1024, 1100):
+    for n in (100, 1100, 5000):
         yield Sample(f"lowest-{n}", torch.full((2, n), torch.finfo(dtype).min, dtype=dtype, device=device))
     largest = torch.zeros(2, 128, dtype=dtype, device=device)
     largest[:, ::32] = torch.finfo(dtype).max
     yield Sample("largest", largest)
     for bad in ("inf", "nan"):
-        broken = logits(3, 1025, scale=0.01)
+        broken = logits(3, 5000, scale=0.001)
         broken[1, 0] = float(bad)
         yield Sample(f"flat-{bad}", broken, finite=False)
     yield Sample("expanded-inner", logits(2, 300, 1).expand(2, 300, 4), (1,))

@@ -1,0 +1,136 @@
+// Newton's steps of sparsemax over one row, and what writes it. [per ISA]
+
+constexpr int64_t kBlock = 1024;  // elements whose sums are taken in the type
+constexpr double kClose = 5e-4;   // f - 1 from where Newton's step, which leaves about half its square, is the last
+
+// tau as the sum of two numbers: hi, and what its rounding left.
+template <class A>
+struct Threshold {
+  A hi, lo;
+  template <class V>
+  V excess(V x) const {  // x - tau
+    return (x - hi) - lo;
+  }
+};
+template <class A>
+inline Threshold<A> threshold(A max, double tau) {  // tau: relative to max
+  const A hi = A(double(max) + tau);
+  return {hi, A((double(max) - double(hi)) + tau)};
+}
+
+// y = max(x - tau, 0), and NaN where tau is. Returns the sum, if asked to.
+template <class T, bool kSum = false>
+inline double write_all(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t) {
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {  // sums of a block in the type, of blocks in double
+    const int64_t end = std::min(begin + kBlock, n);
+    Vec<T> sum[2] = {};
+    const auto probability = [&](Vec<T> v, int k) {
+      const Vec<T> p = vmax(Vec<T>{}, t.excess(v));
+      if constexpr (kSum) sum[k] += p;
+      return p;
+    };
+    int64_t i = begin;
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      const Pair<Vec<T>> v = load2(x + i);
+      store2(y + i, {probability(v.a, 0), probability(v.b, 1)});
+    }
+    for (; i + kLanes <= end; i += kLanes) store(y + i, probability(load(x + i), 0));
+    if (i < end)
+      store_part(y + i, end - i, probability(load_part(x + i, end - i, -std::numeric_limits<Acc<T>>::infinity()), 0));
+    if constexpr (kSum) total += double(reduce_add(sum[0] + sum[1]));
+  }
+  return total;
+}
+
+// f(t) = Σ (x - t)_+ at t = max + at.
+struct Excess {
+  double at = 0, f = 0, count = 0;  // how many x are above t
+  // Newton's step for f = 1: to a lower bound of the threshold, wherever it began.
+  double step() const { return at + (f - 1) / count; }
+  // Newton's step for f^(1/4) = 1, which is straighter than f where the x fall off as they mostly do. Below f = 3 it
+  // leads to below the largest x.
+  double guess() const { return f < 3 ? at + 4 * (f - std::sqrt(f * std::sqrt(f))) / count : step(); }
+};
+template <class T>
+inline Excess excess_at(const T* x, int64_t n, Acc<T> max, double at) {
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  const Threshold<Acc<T>> t = threshold(max, at);
+  const Acc<T> low = -std::numeric_limits<Acc<T>>::infinity();
+  Excess e{at};
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(begin + kBlock, n);
+    SumAbove<Vec<T>> above[4];
+    // Σ (x - hi) - count · lo: one subtraction less for each.
+    const auto add = [&](Vec<T> v, int k) {
+      const Vec<T> d = v - t.hi;
+      above[k].add(d, d <= t.lo);
+    };
+    int64_t i = begin;
+    for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
+      for (int k = 0; k < 4; k += 2) {
+        const Pair<Vec<T>> v = load2(x + i + k * kLanes);
+        add(v.a, k);
+        add(v.b, k + 1);
+      }
+    }
+    for (; i < end; i += kLanes) add(i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, low), 0);
+    const SumAbove<Vec<T>> all = (above[0] + above[1]) + (above[2] + above[3]);
+    const auto lanes = __builtin_convertvector(all.count(int(i - begin) / kLanes), Vec<T>);
+    const double count = double(reduce_add(lanes));
+    e.f += double(reduce_add(all.sum)) - count * double(t.lo);
+    e.count += count;
+  }
+  return e;
+}
+
+// Newton's steps from a lower bound, until they leave no more elements behind, or f - 1 is at most `tolerance`.
+template <class T>
+inline Excess newton(const T* x, int64_t n, Acc<T> max, double tau, double tolerance = 0) {
+  Excess e = excess_at(x, n, max, tau);
+  for (double support = double(n) + 1; e.f - 1 > tolerance && e.count < support;) {
+    support = e.count;
+    e = excess_at(x, n, max, e.step());
+  }
+  return e;
+}
+
+// Writes a row, given a lower bound of its threshold that mostly is the threshold. Whether it is shows in the sum of
+// what is written; if not, further steps are taken.
+template <class T>
+inline void write_row(const T* x, T* y, int64_t n, Acc<T> max, double tau) {
+  for (double support = double(n) + 1;;) {
+    const double sum = write_all<T, true>(x, y, n, threshold(max, tau));
+    if (sum <= 1 + 4 * std::numeric_limits<Acc<T>>::epsilon()) break;
+    const Excess e = newton(x, n, max, tau, kClose);
+    if (e.count >= support) break;
+    tau = e.step();
+    support = e.count;
+  }
+}
+
+// Rows with so many elements in their support that all are looked at.
+template <class T>
+struct FlatRow {
+  const T* x;
+  T* y;
+  Acc<T> max;
+  double tau;  // near the threshold
+};
+template <class T>
+inline void flat_rows(FlatRow<T>* rows, int64_t count, int64_t n) {
+  Excess e[kFloats];
+  for (int64_t i = 0; i < count; ++i) e[i] = excess_at(rows[i].x, n, rows[i].max, rows[i].tau);
+  bool close = false;
+  for (int pass = 1; pass < 8 && !close; ++pass) {  // over all rows, as each waits for its sums
+    close = true;
+    for (int64_t i = 0; i < count; ++i) {
+      const double away = std::abs(e[i].f - 1);
+      if (!(away > kClose)) continue;
+      e[i] = excess_at(rows[i].x, n, rows[i].max, away > 0.02 ? e[i].guess() : e[i].step());
+      close = false;
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) write_row(rows[i].x, rows[i].y, n, rows[i].max, e[i].step());
+}
