@@ -75,6 +75,7 @@ def _samples(device, dtype):
     yield Sample("flat-blocks", logits(3, 3000, scale=1e-2))
     yield Sample("flat-long", logits(2, 5000, scale=1e-3))
     yield Sample("sorted-long", logits(2, 4999).sort().values)
+    yield Sample("offset-long", logits(2, 5000, scale=1e-2) + 1e4)
     yield Sample("flat-columns", logits(4500, 3, scale=1e-3), (0,))
     dense = logits(2, 5000, scale=1e-3)
     dense[:, 1000:] -= 10
