@@ -192,7 +192,9 @@ def table(run):
     lines = ["| operator | shape | mode | best peer | goal | reached | |", "|---|---|---|--:|--:|--:|---|"]
     isa = run["environment"]["isa"]
     if isa != "avx512":
-        lines.insert(0, f"The goals, and why some are missed, are those of a machine with AVX-512; this one has {isa}.\n")
+        lines.insert(
+            0, f"The goals, and why some are missed, are those of a machine with AVX-512; this one has {isa}.\n"
+        )
     for goal in GOALS:
         for shape in goal.shapes:
             row = rows.get(f"{goal.operator} {shape} {goal.mode}")

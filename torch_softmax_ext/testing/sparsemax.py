@@ -113,6 +113,9 @@ def _samples(device, dtype):
     largest = torch.zeros(2, 128, dtype=dtype, device=device)
     largest[:, ::32] = torch.finfo(dtype).max
     yield Sample("largest", largest)
+    hidden = torch.full((2, 512), torch.finfo(dtype).max, dtype=dtype, device=device)
+    hidden.view(2, 8, 64)[..., :16] *= -1  # where a sample of the row may see nothing else
+    yield Sample("largest-hidden", hidden)
     for bad in ("inf", "nan"):
         broken = logits(3, 5000, scale=0.001)
         broken[1, 0] = float(bad)

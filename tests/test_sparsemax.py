@@ -1,0 +1,23 @@
+"""What sparsemax alone promises."""
+
+import pytest
+import torch
+
+import torch_softmax_ext as tse
+
+
+@pytest.mark.parametrize("n", [5, 600, 5000])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_have_gradients_of_nan_and_leave_the_others_alone(device, n, bad):
+    generator = torch.Generator().manual_seed(n)
+    x, g = (torch.randn(4, n, generator=generator).to(device) for _ in range(2))
+    broken = x.clone()
+    broken[1, n - 1] = bad
+
+    def gradient(x):
+        x = x.requires_grad_()
+        return torch.autograd.grad(tse.sparsemax(x), x, g)[0]
+
+    want, got = gradient(x), gradient(broken)
+    assert got[1].isnan().all()
+    assert torch.equal(got[[0, 2, 3]], want[[0, 2, 3]])
