@@ -92,8 +92,9 @@ inline void sparsemax_rows(const X& x, const Y& y, int64_t begin, int64_t end, i
   for (int64_t row = begin; row < end; ++row) long_row(x(row), y(row), n, c);
 }
 
-// grad_input = g - mean of g over the support on the support, 0 elsewhere; NaN where p is NaN. Where the support is
-// small, p is read once while zeros are written, g only there; else p and g are read twice, the second time from cache.
+// grad_input = g - mean of g over the support on the support, 0 elsewhere; NaN where p is NaN, as all of a row is.
+// Where the support is small, p is read once while zeros are written, g only there; else p and g are read twice, the
+// second time from cache.
 template <class T>
 inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candidates<Acc<T>>& c) {
   using A = Acc<T>;
@@ -102,13 +103,11 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candida
   double total = 0, support = 0;
   if (n > kBlock && n <= std::numeric_limits<uint32_t>::max()) {
     int64_t begin = 0, count = 0;
-    bool has_nan = false;
-    for (; begin < n && count <= (begin + kBlock) / 4 && !has_nan; begin += kPart) {
+    for (; begin < n && count <= (begin + kBlock) / 4; begin += kPart) {
       const int64_t end = std::min(begin + kPart, n);
       const int64_t found = collect_above(p, begin, end, A(0), &c.values[count], &c.indices[count]);
       double sum = 0;
       for (int64_t j = count; j < count + found; ++j) {
-        has_nan |= c.values[j] != c.values[j];
         c.values[j] = load_one(g + c.indices[j]);
         sum += double(c.values[j]);
       }
@@ -116,7 +115,7 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candida
       count += found;
       std::fill_n(out + begin, end - begin, T{});
     }
-    if (begin >= n && !has_nan) {
+    if (begin >= n) {
       const A mean = A(total / double(count));
       for (int64_t j = 0; j < count; ++j) store_one(out + c.indices[j], c.values[j] - mean);
       return;
