@@ -13,7 +13,7 @@
 
 constexpr int64_t kPart = 256;  // elements that are looked through together; each lane has the largest of its own
 
-// Elements of a row that may be in the support, and of all parts the maxima. Behind them there is room for a vector.
+// Elements of a row that may be in the support, with room for a vector behind them, and the maxima of all parts.
 template <class A>
 struct Candidates {
   std::unique_ptr<A[]> values, maxima;
@@ -22,8 +22,8 @@ struct Candidates {
       : values(new A[n + kFloats]), maxima(new A[(n / kPart + 1) * kFloats]), indices(new uint32_t[n + kFloats]) {}
 };
 
-// Reads a row once: the largest element of each lane of each part, NaN aside, and the sum, which shows NaN. Meanwhile y
-// gets the zeros that most of it will be: reading and writing at once are faster than one after the other.
+// Reads a row once: the largest element of each lane of each part, NaN aside, and the sum, NaN if there is one.
+// Meanwhile y gets the zeros that most of it will be: reading and writing at once are faster than one after the other.
 template <class T>
 inline Acc<T> read_and_zero(const T* x, T* y, int64_t n, Acc<T>* maxima) {
   using V = Vec<T>;
@@ -106,7 +106,7 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candida
     for (; begin < n && count <= (begin + kBlock) / 4; begin += kPart) {
       const int64_t end = std::min(begin + kPart, n);
       const int64_t found = collect_above(p, begin, end, A(0), &c.values[count], &c.indices[count]);
-      double sum = 0;
+      double sum = 0;  // of a part: thousands of equal terms would round alike
       for (int64_t j = count; j < count + found; ++j) {
         c.values[j] = load_one(g + c.indices[j]);
         sum += double(c.values[j]);

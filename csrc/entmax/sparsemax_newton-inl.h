@@ -47,11 +47,11 @@ inline double write_all(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t)
 // f(t) = Σ (x - t)_+ at t = max + at.
 struct Excess {
   double at = 0, f = 0, count = 0;  // how many x are above t
-  // Newton's step for f = 1: to a lower bound of the threshold, wherever it began.
-  double step() const { return at + (f - 1) / count; }
+  // Newton's step for f = 1: to a lower bound of the threshold, wherever it began; above all x, to the lowest.
+  double step() const { return count > 0 ? at + (f - 1) / count : -1; }
   // Newton's step for f^(1/4) = 1, which is straighter than f where the x fall off as they mostly do. Below f = 3 it
   // leads to below the largest x.
-  double guess() const { return f < 3 ? at + 4 * (f - std::sqrt(f * std::sqrt(f))) / count : step(); }
+  double guess() const { return f > 0 && f < 3 ? at + 4 * (f - std::sqrt(f * std::sqrt(f))) / count : step(); }
 };
 template <class T>
 inline Excess excess_at(const T* x, int64_t n, Acc<T> max, double at) {

@@ -164,7 +164,8 @@ inline void short_rows(const X& x, const Y& y, int64_t begin, int64_t end, int64
     for (int64_t i = flats; i < g.kRows; ++i) flat[i] = flat[0];
     g.solve(kFew, A(kFew) / A(n), [&](int64_t i, int64_t j) { return load(flat[i].x + j * n / kFew); });
     for (int64_t i = 0; i < flats; ++i)
-      flat[i].tau = std::max(flat[i].tau, double(g.max[i]) - double(flat[i].max) + g.tau[i]);
+      if (g.max[i] <= flat[i].max)  // of -inf alone it is 0
+        flat[i].tau = std::max(flat[i].tau, double(g.max[i]) - double(flat[i].max) + g.tau[i]);
     flat_rows(flat, flats, n);
   }
 }

@@ -100,11 +100,16 @@ def _samples(device, dtype):
     broken[0, 500] = float("nan")
     broken[2, 3] = _INF
     yield Sample("nan-inf", broken, finite=False)
-    late = logits(4, 5000)
-    late[0, 4900] = float("nan")
-    late[1, 4000] = _INF
-    late[2, :4000] = -_INF
-    yield Sample("late-nan-inf", late, finite=False)
+    for n in (3000, 5000):
+        late = logits(4, n)
+        late[0, n - 100] = float("nan")
+        late[1, n - 1000] = _INF
+        late[2, : n - 1000] = -_INF
+        yield Sample(f"late-nan-inf-{n}", late, finite=False)
+    for n in (512, 4096):
+        window = torch.full((2, n), -_INF, dtype=dtype, device=device)
+        window[:, 20:120] = logits(2, 100, scale=1e-3) - 2
+        yield Sample(f"window-of-{n}", window)
     levels = torch.full((3, 1024), 0.1, dtype=torch.float64)
     levels[:, 512:] -= torch.tensor([[1.8], [1.9], [0.2]])
     yield Sample("two-levels", levels.to(dtype).to(device))
