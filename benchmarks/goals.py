@@ -68,10 +68,10 @@ HALF_REASON = (
     "read the bytes in 1.0 to 1.8 ms within the run"
 )
 STEPS_REASON = (
-    "hundreds of elements are in the support instead of 4 or 5. Measured before flat rows began from a sample, and long "
-    "ones from the maxima of their parts; with AVX2, where both were measured: at n = 512 2.9 × before and 1.8 to 2.8 × "
-    "by run since, for 2.7 of Newton's steps of 140 cycles each beside 370 for the rest of the row, at n = 8192 5.0 × and "
-    "1.4 to 1.6 ×, at n = 32000 3.4 × and 1.3 to 1.6 ×"
+    "hundreds of elements are in the support instead of 4 or 5. Measured before flat rows began from a sample, and "
+    "long ones from the maxima of their parts. With AVX2, before and since: n = 512 2.9 × and 1.8 to 2.8 × by run, for "
+    "2.7 of Newton's steps of 140 cycles each beside 370 for the rest of the row; n = 8192 5.0 × and 1.4 to 1.6 ×; "
+    "n = 32000 3.4 × and 1.3 to 1.6 ×"
 )
 
 GOALS = (
