@@ -64,8 +64,8 @@ inline void set_targets(const CrossEntropyParams& p, int64_t row, int64_t count,
 
 // Adds classes [c, c + kClasses) to the columns' sums, and leaves a copy of their logits for backward.
 template <int kClasses, class T>
-inline void add_classes(const T* x, int64_t c, int64_t n, int64_t stride, int64_t count, const Logits<T>& logits,
-                        ColumnTile<T>& tile) {
+[[gnu::flatten]] inline void add_classes(const T* x, int64_t c, int64_t n, int64_t stride, int64_t count,
+                                         const Logits<T>& logits, ColumnTile<T>& tile) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   T* copy = tile.logits.get();
   const int64_t ahead = c + 2 * kClasses <= n ? kClasses * stride : 0;  // farther than the hardware's prefetcher sees
@@ -123,8 +123,8 @@ inline void fwd_columns(const T* x, int64_t n, int64_t stride, int64_t count, co
 
 // The gradient of `count` columns; x may be the tile's own copy.
 template <class T>
-inline void bwd_columns(const T* x, int64_t stride, T* g, int64_t grad_stride, int64_t n, int64_t count,
-                        const Logits<T>& logits, const ColumnTile<T>& tile) {
+[[gnu::flatten]] inline void bwd_columns(const T* x, int64_t stride, T* g, int64_t grad_stride, int64_t n,
+                                         int64_t count, const Logits<T>& logits, const ColumnTile<T>& tile) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   for (int64_t c = 0; c < n; ++c) {
     const auto value = [&](Vec<T> v, int64_t j) {

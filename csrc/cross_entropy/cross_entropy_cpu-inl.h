@@ -63,8 +63,8 @@ struct RowGrad {
 
 // The gradient of elements [begin, end) of a row: from the terms that forward kept of a row of one block, else from x.
 template <bool kKept = false, class T, class L>
-inline void grad_row(const T* x, T* g, int64_t begin, int64_t end, int64_t target, const RowGrad<Acc<T>>& row,
-                     const L& logits, const Acc<T>* kept = nullptr) {
+[[gnu::flatten]] inline void grad_row(const T* x, T* g, int64_t begin, int64_t end, int64_t target,
+                                      const RowGrad<Acc<T>>& row, const L& logits, const Acc<T>* kept = nullptr) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const bool mine = target >= begin && target < end;
@@ -87,8 +87,9 @@ inline void grad_row(const T* x, T* g, int64_t begin, int64_t end, int64_t targe
 
 // The same with softcap or coefficients.
 template <class T, class L>
-inline void grad_row_general(const T* x, T* g, int64_t begin, int64_t end, int64_t target, const RowGrad<Acc<T>>& row,
-                             const L& logits, const Coefficients<T>& coefficients) {
+[[gnu::flatten]] inline void grad_row_general(const T* x, T* g, int64_t begin, int64_t end, int64_t target,
+                                              const RowGrad<Acc<T>>& row, const L& logits,
+                                              const Coefficients<T>& coefficients) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const Vec<T> m = splat<Vec<T>>(row.m), scale = splat<Vec<T>>(row.scale()), one = splat<Vec<T>>(A(1));

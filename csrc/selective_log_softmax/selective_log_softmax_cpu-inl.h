@@ -25,7 +25,7 @@ inline EntropySum join(EntropySum a, EntropySum b) {
 
 // In the order of block_sum, so that the sum has the same bits with and without entropy.
 template <bool kEntropy, bool kCapped, class T>
-inline EntropySum block_sums(const T* x, int64_t n, Acc<T> row_reference, const Logits<T>& logits) {
+[[gnu::flatten]] inline EntropySum block_sums(const T* x, int64_t n, Acc<T> row_reference, const Logits<T>& logits) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   EntropySum result;
@@ -126,7 +126,8 @@ void fwd(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end) {
 
 // -p (Σ g + g_H (log p + H)) of all classes.
 template <class T>
-inline void grad_row(const T* x, T* g, int64_t n, const SelectiveGrad<Acc<T>>& f, const Logits<T>& logits) {
+[[gnu::flatten]] inline void grad_row(const T* x, T* g, int64_t n, const SelectiveGrad<Acc<T>>& f,
+                                      const Logits<T>& logits) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   const Vec<T> m = splat<Vec<T>>(f.m), scale = splat<Vec<T>>(-f.level);
   int64_t i = 0;
@@ -144,7 +145,8 @@ inline void grad_row(const T* x, T* g, int64_t n, const SelectiveGrad<Acc<T>>& f
 
 // The same with entropy or softcap.
 template <bool kCapped, class T>
-inline void grad_row_general(const T* x, T* g, int64_t n, const SelectiveGrad<Acc<T>>& f, const Logits<T>& logits) {
+[[gnu::flatten]] inline void grad_row_general(const T* x, T* g, int64_t n, const SelectiveGrad<Acc<T>>& f,
+                                              const Logits<T>& logits) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const Vec<T> m = splat<Vec<T>>(f.m), mean = splat<Vec<T>>(f.mean), lowest = splat<Vec<T>>(kLowestExponent<A>);

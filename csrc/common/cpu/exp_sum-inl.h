@@ -60,7 +60,7 @@ inline Pair<Vec<T>> terms2(const T* x, Vec<T> m, const L& logits) {
 // Σ of the terms, logits without softcap. They are kept for backward if kKeep: whole pairs as terms2 gives them, then
 // the rest.
 template <bool kKeep, class T, class L>
-inline Acc<T> block_sum(const T* x, int64_t n, Acc<T> m, const L& logits, Acc<T>* kept) {
+[[gnu::flatten]] inline Acc<T> block_sum(const T* x, int64_t n, Acc<T> m, const L& logits, Acc<T>* kept) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const Vec<T> reference = splat<Vec<T>>(m);
@@ -109,7 +109,8 @@ inline BlockSum block_exp_sum(const T* x, int64_t n, Acc<T> row_reference, const
 
 // With softcap or coefficients, too: u(i, count) are those of elements [i, i + count).
 template <class T, class L, class U>
-inline BlockSum block_linear_sum(const T* x, int64_t n, Acc<T> row_reference, const L& logits, const U& u) {
+[[gnu::flatten]] inline BlockSum block_linear_sum(const T* x, int64_t n, Acc<T> row_reference, const L& logits,
+                                                  const U& u) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   return block_sums_by(x, n, row_reference, logits, [&](A m) {

@@ -51,12 +51,11 @@ inline VecF widen(VecH h, BFloat16) {
   return f;
 }
 
-// f rounded to nearest even in its upper 16 bits; NaN stays NaN.
+// f rounded to nearest even in its upper 16 bits; of NaN all bits are set, so that it stays NaN.
 inline VecU rounded_bits(VecF f) {
   VecU u;
   std::memcpy(&u, &f, sizeof u);
-  const VecU is_nan = (VecU)(f != f);
-  return ((u + 0x7fffu + ((u >> 16) & 1u)) & ~is_nan) | (is_nan & 0x7fc00000u);
+  return (u + 0x7fffu + ((u >> 16) & 1u)) | (VecU)(f != f);
 }
 
 inline VecH narrow(VecF f, BFloat16) { return __builtin_convertvector(rounded_bits(f) >> 16, VecH); }
@@ -289,41 +288,50 @@ inline VecF multiply_subtract(VecF x, VecF y, VecF m) { return x * y - m; }  // 
 #endif
 inline VecD multiply_subtract(VecD x, VecD y, VecD m) { return x * y - m; }
 
-// 2^t for logits of type T: 2^floor(t) times a minimax polynomial for 2^f on [0, 1), of relative error 1e-7, and one
-// degree less, 3e-6, for half types. -inf gives 0, NaN gives NaN, above 128 it is infinity. Up to 2^-126 AVX-512
-// is gradual, the other levels give 0.
-template <class T>
-inline VecF exp2_fraction(VecF f) {
-  if constexpr (sizeof(T) == 2) {
-    VecF p = f * 0x1.bb7cdap-7f + 0x1.aa13f2p-5f;
-    p = p * f + 0x1.ee798ap-3f;
-    p = p * f + 0x1.62d166p-1f;
-    return p * f + 0x1.00002cp+0f;
-  }
-  VecF p = f * 0x1.ec320ap-10f + 0x1.26900cp-7f;
-  p = p * f + 0x1.c95446p-5f;
-  p = p * f + 0x1.ebd5a8p-3f;
-  p = p * f + 0x1.62e4f6p-1f;
-  return p * f + 0x1.fffffep-1f;
-}
+// 2^t for logits of type T: an exponent i near t, and a minimax polynomial for 2^f of the rest f, of relative error
+// 1e-7, and one degree less, 3e-6, for half types. -inf gives 0, NaN gives NaN. Up to 2^-126 AVX-512 is gradual, the
+// other levels give 0 from 2^-126.5 on; above 128, and 127.5, it is infinity.
 #if TSE_ISA == 2
 template <class T>
 inline VecF exp2(VecF t) {
-  const VecF f = (VecF)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // 0 for -inf
-  return (VecF)_mm512_scalef_ps((__m512)exp2_fraction<T>(f), (__m512)t);  // scalef takes the floor itself
+  const VecF f = (VecF)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // [0, 1), of -inf 0
+  VecF p;
+  if constexpr (sizeof(T) == 2) {
+    p = f * 0x1.bb7cdap-7f + 0x1.aa13f2p-5f;
+    p = p * f + 0x1.ee798ap-3f;
+    p = p * f + 0x1.62d166p-1f;
+    p = p * f + 0x1.00002cp+0f;
+  } else {
+    p = f * 0x1.ec320ap-10f + 0x1.26900cp-7f;
+    p = p * f + 0x1.c95446p-5f;
+    p = p * f + 0x1.ebd5a8p-3f;
+    p = p * f + 0x1.62e4f6p-1f;
+    p = p * f + 0x1.fffffep-1f;
+  }
+  return (VecF)_mm512_scalef_ps((__m512)p, (__m512)t);  // takes the floor itself
 }
 #else
 template <class T>
 inline VecF exp2(VecF t) {
-  t = vmin(splat<VecF>(128.5f), vmax(splat<VecF>(-126.5f), t));  // the exponents that can be built, 128: infinity
+  t = vmin(splat<VecF>(128), vmax(splat<VecF>(-127), t));  // the exponents that can be built, -127: 0, 128: infinity
   constexpr float kShift = 0x1.8p23f + 127;
-  const VecF shifted = (t - 0.5f) + kShift, f = t - (shifted - kShift);  // floor(t) + 127 in the lowest bits
+  const VecF shifted = t + kShift, f = t - (shifted - kShift);  // nearest integer + 127 in the lowest bits; [-1/2, 1/2]
   VecU bits;
   std::memcpy(&bits, &shifted, sizeof bits);
   bits <<= 23;
-  VecF scale;
+  VecF scale, p;
   std::memcpy(&scale, &bits, sizeof scale);
-  return exp2_fraction<T>(f) * scale;
+  if constexpr (sizeof(T) == 2) {
+    p = f * 0x1.3a02ccp-7f + 0x1.c9fc46p-5f;
+    p = p * f + 0x1.ec0378p-3f;
+    p = p * f + 0x1.62e12cp-1f;
+  } else {
+    p = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;
+    p = p * f + 0x1.c6b752p-5f;
+    p = p * f + 0x1.ebf9bcp-3f;
+    p = p * f + 0x1.62e42ap-1f;
+  }
+  return (p * f + 1.0f) * scale;
 }
 #endif
 template <class T>
