@@ -100,13 +100,13 @@ template <class T, class L>
     const Vec<T> capped = logits.cap(splat<Vec<T>>(load_one(x + target)));
     at_target = row.at_target(logits.term(capped, m)[0], coefficients.at(target)) * slope(capped)[0];
   }
-  for (int64_t i = begin; i < end; i += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, end - i);
-    const Vec<T> v = logits.cap(count == kLanes ? load(x + i) : load_part(x + i, count, A(0)));
-    const Vec<T> grad = (logits.term(v, m) * scale - coefficients(i, count) * b) * slope(v);
-    if (count == kLanes) store(g + i, grad);
-    else store_part(g + i, count, grad);
-  }
+  const auto grad = [&](Vec<T> v, Vec<T> t) {
+    const Vec<T> capped = logits.cap(v);
+    return (logits.term(capped, m) * scale - t * b) * slope(capped);
+  };
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) store(g + i, grad(load(x + i), coefficients(i, kLanes)));
+  if (i < end) store_part(g + i, end - i, grad(load_part(x + i, end - i, A(0)), coefficients(i, end - i)));
   if (target >= begin && target < end) store_one(g + target, at_target);
 }
 

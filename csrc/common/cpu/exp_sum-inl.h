@@ -117,17 +117,18 @@ template <class T, class L, class U>
     BlockSum total = {double(m), 0};
     for (int64_t begin = 0; begin < n; begin += kReference) {  // terms of linear may be large and alike: short sums
       Vec<T> sum = {}, linear = {}, mass = {};
-      const int64_t end = std::min(begin + kReference, n);
-      for (int64_t i = begin; i < end; i += kLanes) {
-        const int64_t count = std::min<int64_t>(kLanes, end - i);
-        const Vec<T> v = count == kLanes ? load(x + i) : load_part(x + i, count, A(0));
-        const Vec<T> t = logits.exponent(logits.cap(v), splat<Vec<T>>(m)), c = u(i, count);
+      const auto add = [&](Vec<T> v, Vec<T> c, int64_t count) {
+        const Vec<T> t = logits.exponent(logits.cap(v), splat<Vec<T>>(m));
         Vec<T> term = exp2<T>(t), product = c * t;
         for (int64_t k = count; k < kLanes; ++k) term[k] = product[k] = 0;
         sum += term;
         linear += product;
         mass += c;
-      }
+      };
+      const int64_t end = std::min(begin + kReference, n);
+      int64_t i = begin;
+      for (; i + kLanes <= end; i += kLanes) add(load(x + i), u(i, kLanes), kLanes);
+      if (i < end) add(load_part(x + i, end - i, A(0)), u(i, end - i), end - i);
       total.sum += double(reduce_add(sum));
       total.linear += double(reduce_add(linear));
       total.mass += double(reduce_add(mass));
