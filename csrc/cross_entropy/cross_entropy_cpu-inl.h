@@ -1,12 +1,14 @@
 // Cross-entropy rows on the CPU. [per ISA]
 //
 // Forward reads each logit once; backward reads it once more and writes the gradient once. Where the incoming gradient
-// is known beforehand both happen row by row, and the second reading is from cache, or, where a row fits into L1, the
-// terms of the sum are. Log-probabilities are never stored.
+// is known beforehand both happen row by row, and the second reading is from cache, or, up to kKept, that of the terms
+// of the sum is. Log-probabilities are never stored.
 // A target that has nearly all of the probability is compared with the sum in the same arithmetic that built the sum,
 // so that a loss and a gradient that must be 0 are 0.
 #include "common/cpu/exp_sum-inl.h"
 #include "cross_entropy/cross_entropy_columns-inl.h"
+
+constexpr int64_t kKept = 8 * kBlock;  // elements of a row whose terms are kept: what stays in L2
 
 // The weights t of all classes but for the target's own: smoothing · w / C, and probabilities.
 template <class T>
@@ -61,24 +63,25 @@ struct RowGrad {
   }
 };
 
-// The gradient of elements [begin, end) of a row: from the terms that forward kept of a row of one block, else from x.
-template <bool kKept = false, class T, class L>
+// The gradient of elements [begin, end) of a row: from x, or from the terms that forward kept, times kept_scale.
+template <bool kFromKept = false, class T, class L>
 [[gnu::flatten]] inline void grad_row(const T* x, T* g, int64_t begin, int64_t end, int64_t target,
-                                      const RowGrad<Acc<T>>& row, const L& logits, const Acc<T>* kept = nullptr) {
+                                      const RowGrad<Acc<T>>& row, const L& logits, const Acc<T>* kept = nullptr,
+                                      Acc<T> kept_scale = 1) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const bool mine = target >= begin && target < end;
   const A at_target = mine ? row.at_target(logits.term_of(x + target, row.m), 0) : A(0);  // g may be x
-  const Vec<T> m = splat<Vec<T>>(row.m), scale = splat<Vec<T>>(row.scale());
+  const Vec<T> m = splat<Vec<T>>(row.m), scale = splat<Vec<T>>(row.scale() * kept_scale);
   int64_t i = begin;
   for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
-    const Pair<Vec<T>> t = kKept ? Pair<Vec<T>>{load(kept + i), load(kept + i + kLanes)} : terms2(x + i, m, logits);
+    const Pair<Vec<T>> t = kFromKept ? Pair<Vec<T>>{load(kept + i), load(kept + i + kLanes)} : terms2(x + i, m, logits);
     store2(g + i, {t.a * scale, t.b * scale});
   }
   for (; i < end; i += kLanes) {
     const bool whole = i + kLanes <= end;
-    const Vec<T> v = kKept ? load(kept + i) : whole ? load(x + i) : load_part(x + i, end - i, A(0));
-    const Vec<T> grad = (kKept ? v : logits.term(v, m)) * scale;
+    const Vec<T> v = kFromKept ? load(kept + i) : whole ? load(x + i) : load_part(x + i, end - i, A(0));
+    const Vec<T> grad = (kFromKept ? v : logits.term(v, m)) * scale;
     if (whole) store(g + i, grad);
     else store_part(g + i, end - i, grad);
   }
@@ -174,16 +177,16 @@ struct RowLosses {
   }
 };
 
-template <class T, bool kGeneral, bool kKept = false, class L>
+template <class T, bool kGeneral, bool kFromKept = false, class L>
 inline void finish_row_grad(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end, const L& logits,
-                            const Acc<T>* kept = nullptr) {
+                            const Acc<T>* kept = nullptr, Acc<T> kept_scale = 1) {
   const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
   T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
   const int64_t target = target_of(p, row);
   if (!is_counted(p, target)) return std::fill(g + begin, g + end, T{}), void();
   const RowGrad<Acc<T>> r(p, row, target);
   if constexpr (kGeneral) grad_row_general(x, g, begin, end, target, r, logits, Coefficients<T>(p, row));
-  else grad_row<kKept>(x, g, begin, end, target, r, logits, kept);
+  else grad_row<kFromKept>(x, g, begin, end, target, r, logits, kept, kept_scale);
 }
 
 template <bool kGeneral, class T, class L>
@@ -219,15 +222,26 @@ void contiguous_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.rows.n;
   const Logits<T, kGeneral> logits(p.transform);
   RowLosses<T> losses;
+  const bool keeps = kForward && kBackward && !kGeneral && n <= kKept;
+  const std::unique_ptr<Vec<T>[]> terms(new Vec<T>[keeps ? n / Accumulate<T>::kLanes + 1 : 0]);  // aligned
+  Acc<T>* kept = reinterpret_cast<Acc<T>*>(terms.get());
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
     // The logits of an ignored row are not even read.
     const bool counted = is_counted(p, target_of(p, row));
     if constexpr (kForward && kBackward && !kGeneral) {
-      if (counted && n <= kBlock) {
-        alignas(64) Acc<T> kept[kBlock];
-        losses.add(p, row, block_exp_sum<true>(x, n, row_reference(x, n, logits), logits, kept), x, logits);
-        finish_row_grad<T, kGeneral, true>(p, row, 0, n, logits, kept);
+      if (counted && keeps) {
+        const Acc<T> reference = row_reference(x, n, logits);
+        BlockSum s = kNothing, sums[kKept / kBlock];
+        for (int64_t b = 0; b * kBlock < n; ++b) {
+          const int64_t i = b * kBlock;
+          sums[b] = block_exp_sum<true>(x + i, std::min(kBlock, n - i), reference, logits, kept + i);
+          s = join(s, sums[b]);
+        }
+        losses.add(p, row, s, x, logits);
+        for (int64_t b = 0; b * kBlock < n; ++b)
+          finish_row_grad<T, kGeneral, true>(p, row, b * kBlock, std::min((b + 1) * kBlock, n), logits, kept,
+                                             Acc<T>(std::exp2(sums[b].m - s.m)));
         continue;
       }
     }
