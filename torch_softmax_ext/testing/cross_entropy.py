@@ -155,6 +155,7 @@ def _samples(device, dtype):
     late[1, :600] = -60000 if dtype == torch.float16 else -1e9
     late[2, :600] = -_INF
     yield Sample("late-maximum", late, (torch.full((3,), 5000, device=device),), {"reduction": "none"})
+    yield Sample("late-maximum-mean", late, (target(9000, 3),))
     holes = logits(4, 40)
     holes[:, ::3] = -_INF
     yield Sample("minus-inf", holes, (torch.full((4,), 1, device=device),), {"reduction": "none"})
