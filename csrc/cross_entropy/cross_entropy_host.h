@@ -1,4 +1,4 @@
-// What autograd calls without the dispatcher, for plain tensors in eager mode. [torch]
+// What the host files of cross-entropy know of each other. [torch]
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -7,6 +7,8 @@
 #include <utility>
 
 namespace tse {
+
+struct CrossEntropyParams;
 
 using OptionalTensor = std::optional<at::Tensor>;
 
@@ -46,6 +48,11 @@ inline bool needs_promotion(const at::Tensor& input, const at::Tensor& target) {
 }
 std::pair<at::Tensor, at::Tensor> promoted(const at::Tensor& input, const at::Tensor& target);
 
+// CPU, all rows on torch's threads. A target that is no class raises before anything is written.
+void run_cross_entropy_fwd(const CrossEntropyParams& p, bool with_gradient);
+void run_cross_entropy_bwd(const CrossEntropyParams& p);
+
+// What autograd calls without the dispatcher, for plain tensors in eager mode.
 struct CrossEntropyResult {
   at::Tensor loss;
   at::Tensor stats;       // what backward needs of each row beside the logits

@@ -364,31 +364,22 @@ inline VecD tanh(VecD x) {
   return x;
 }
 
-// Sum and number, lane by lane, of the d that are not `below`.
+// One bit a lane where not v <= bound: NaN is above.
 template <class V>
-struct SumAbove {
-  using Lanes = decltype(V{} > V{});
-  V sum = {};
-  Lanes number = {};
-#if TSE_ISA == 2  // additions under a mask
-  void add(V d, Lanes below) {
-    const Lanes above = ~below;
-    sum = above ? sum + d : sum;
-    number = above ? number + 1 : number;
-  }
-  Lanes count(int) const { return number; }
-#else  // a comparison gives -1 where it holds
-  void add(V d, Lanes below) {
-    sum += below ? V{} : d;
-    number += below;
-  }
-  Lanes count(int of) const { return number + of; }
-#endif
-};
-template <class V>
-inline SumAbove<V> operator+(SumAbove<V> a, SumAbove<V> b) {
-  return {a.sum + b.sum, a.number + b.number};
+inline unsigned mask_above(V v, decltype(V{}[0] + V{}[0]) bound) {
+  unsigned mask = 0;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); ++i) mask |= unsigned(!(v[i] <= bound)) << i;
+  return mask;
 }
+#if TSE_ISA == 2
+inline unsigned mask_above(VecF v, float bound) {
+  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(bound), _CMP_NLE_UQ);
+}
+#elif TSE_ISA == 1
+inline unsigned mask_above(VecF v, float bound) {
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(bound), _CMP_NLE_UQ));
+}
+#endif
 
 // Reductions fold halves onto each other, always in the same order: every build of a level gives the same bits.
 template <class V, class Op>
@@ -446,79 +437,4 @@ inline Acc<T> block_max(const T* x, int64_t n) {
   }
   for (; i < n; i += kLanes) m0 = vmax(i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, low), m0);
   return reduce_max(vmax(m0, m1));
-}
-
-// ---- transposition ------------------------------------------------------------------------------------------------
-
-// Swaps the blocks of `half` lanes that lie off the diagonal, then those inside the blocks.
-template <int half, class V, size_t... lane>
-[[gnu::always_inline]] inline void transpose_step(V* v, std::index_sequence<lane...>) {
-  using Index = decltype(V{} > V{});
-  constexpr int kLanes = sizeof...(lane);
-  const Index upper = {(lane & half ? kLanes + lane - half : lane)...};
-  const Index lower = {(lane & half ? kLanes + lane : lane + half)...};
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & half) continue;
-    const V a = v[i], b = v[i + half];
-    v[i] = __builtin_shuffle(a, b, upper);
-    v[i + half] = __builtin_shuffle(a, b, lower);
-  }
-  if constexpr (half > 1) transpose_step<half / 2>(v, std::index_sequence<lane...>{});
-}
-// As many vectors as they have lanes: lane k of vector i changes places with lane i of vector k.
-template <class V>
-[[gnu::always_inline]] inline void transpose(V* v) {
-  constexpr size_t kLanes = sizeof(V) / sizeof(V{}[0]);
-  transpose_step<kLanes / 2>(v, std::make_index_sequence<kLanes>{});
-}
-
-// ---- compaction ---------------------------------------------------------------------------------------------------
-
-// One bit a lane where not v <= bound: NaN is above.
-template <class V>
-inline unsigned mask_above(V v, decltype(V{}[0] + V{}[0]) bound) {
-  unsigned mask = 0;
-  for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); ++i) mask |= unsigned(!(v[i] <= bound)) << i;
-  return mask;
-}
-#if TSE_ISA == 2
-inline unsigned mask_above(VecF v, float bound) {
-  return _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(bound), _CMP_NLE_UQ);
-}
-#elif TSE_ISA == 1
-inline unsigned mask_above(VecF v, float bound) {
-  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)v, _mm256_set1_ps(bound), _CMP_NLE_UQ));
-}
-#endif
-
-// The elements of x[begin, end) that are not <= bound, and their indices; both may be written four further. Parts of
-// 256 elements are mostly passed over; in the others little is predicted.
-template <class T>
-inline int64_t collect_above(const T* x, int64_t begin, int64_t end, Acc<T> bound, Acc<T>* to, uint32_t* to_indices) {
-  constexpr int kLanes = Accumulate<T>::kLanes, kWords = 4;
-  int64_t count = 0, i = begin;
-  const auto take = [&](int64_t at) {
-    to[count] = load_one(x + at);
-    to_indices[count++] = uint32_t(at);
-  };
-  for (; i + 64 * kWords <= end; i += 64 * kWords) {
-    uint64_t masks[kWords] = {}, any = 0;
-    for (int w = 0; w < kWords; ++w) {
-      for (int k = 0; k < 64; k += kLanes) masks[w] |= uint64_t(mask_above(load(x + i + 64 * w + k), bound)) << k;
-      any |= masks[w];
-    }
-    if (any == 0) continue;
-    for (int w = 0; w < kWords; ++w) {
-      const int64_t first = count;
-      uint64_t mask = masks[w];
-      do {  // four without asking whether there are so many
-        for (int k = 0; k < 4; ++k, mask &= mask - 1) take(i + 64 * w + __builtin_ctzll(mask | uint64_t(1) << 63));
-      } while (mask != 0);
-      count = first + __builtin_popcountll(masks[w]);
-    }
-  }
-  for (; i < end; ++i)
-    if (!(load_one(x + i) <= bound)) take(i);
-  return count;
 }
