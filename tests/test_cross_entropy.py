@@ -80,6 +80,41 @@ def test_the_guess_never_changes_a_bit(device, dtype, reduction):
         assert torch.equal(g, want), scale
 
 
+def late_maximum(device, dtype, rows, classes):
+    """Logits whose later blocks of 4096 classes outgrow the first one's reference."""
+    x = 3 * torch.randn(rows, classes, device=device)
+    x[:, 5000] = 30
+    return x.to(dtype), torch.randint(classes, (rows,), device=device)
+
+
+@dtypes
+def test_the_guess_changes_no_bit_of_rows_of_several_blocks(device, dtype):
+    x, target = late_maximum(device, dtype, 3, 9000)
+    unit = torch.float64 if dtype == torch.float64 else torch.float32
+    z = x.detach().requires_grad_()
+    rows = tse.cross_entropy(z, target, reduction="none")
+    (want,) = torch.autograd.grad(rows, z, torch.ones_like(rows, dtype=unit))
+    for _ in range(3):
+        assert torch.equal(grad(tse.cross_entropy, x, target, reduction="sum")[1], want)
+
+
+@dtypes
+def test_same_gradient_bits_alone_and_with_any_threads(device, dtype):
+    x, target = late_maximum(device, dtype, 3, 32000)
+    threads = torch.get_num_threads()
+    try:
+        for _ in range(3):  # the guess is right from the second on
+            torch.set_num_threads(2)
+            want = grad(tse.cross_entropy, x, target, reduction="sum")[1]
+            alone = grad(tse.cross_entropy, x[1:2], target[1:2], reduction="sum")[1]
+            torch.set_num_threads(1)
+            one = grad(tse.cross_entropy, x[1:2], target[1:2], reduction="sum")[1]
+            assert torch.equal(alone, want[1:2])
+            assert torch.equal(one, want[1:2])
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_fp16_under_a_loss_scale_loses_nothing_to_underflow(device):
     x, target = logits_and_target(device, rows=64, classes=5000, dtype=torch.float16, scale=0.1)
     want = grad(F.cross_entropy, x.double(), target, scale=65536.0)[1]

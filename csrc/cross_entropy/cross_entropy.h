@@ -116,8 +116,8 @@ TSE_HOST_DEVICE inline GradFactors grad_factors(const CrossEntropyParams& p, int
   return f;
 }
 
-// CPU: rows [begin, end). The targets were checked. fwd_bwd reads a row's logits again for its gradient while they are
-// in cache.
+// CPU: rows [begin, end). The targets were checked. fwd_bwd makes a row's gradient while its logits, or the
+// terms of its sum, are in cache.
 void cross_entropy_fwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end);
 void cross_entropy_bwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end);
 void cross_entropy_fwd_bwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end);

@@ -63,16 +63,15 @@ struct RowGrad {
   }
 };
 
-// The gradient of elements [begin, end) of a row: from x, or from the terms that forward kept, times kept_scale.
+// The gradient of elements [begin, end) of a row: from x, or from the terms that forward kept.
 template <bool kFromKept = false, class T, class L>
 [[gnu::flatten]] inline void grad_row(const T* x, T* g, int64_t begin, int64_t end, int64_t target,
-                                      const RowGrad<Acc<T>>& row, const L& logits, const Acc<T>* kept = nullptr,
-                                      Acc<T> kept_scale = 1) {
+                                      const RowGrad<Acc<T>>& row, const L& logits, const Acc<T>* kept = nullptr) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const bool mine = target >= begin && target < end;
   const A at_target = mine ? row.at_target(logits.term_of(x + target, row.m), 0) : A(0);  // g may be x
-  const Vec<T> m = splat<Vec<T>>(row.m), scale = splat<Vec<T>>(row.scale() * kept_scale);
+  const Vec<T> m = splat<Vec<T>>(row.m), scale = splat<Vec<T>>(row.scale());
   int64_t i = begin;
   for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
     const Pair<Vec<T>> t = kFromKept ? Pair<Vec<T>>{load(kept + i), load(kept + i + kLanes)} : terms2(x + i, m, logits);
@@ -179,14 +178,14 @@ struct RowLosses {
 
 template <class T, bool kGeneral, bool kFromKept = false, class L>
 inline void finish_row_grad(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end, const L& logits,
-                            const Acc<T>* kept = nullptr, Acc<T> kept_scale = 1) {
+                            const Acc<T>* kept = nullptr) {
   const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
   T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
   const int64_t target = target_of(p, row);
   if (!is_counted(p, target)) return std::fill(g + begin, g + end, T{}), void();
   const RowGrad<Acc<T>> r(p, row, target);
   if constexpr (kGeneral) grad_row_general(x, g, begin, end, target, r, logits, Coefficients<T>(p, row));
-  else grad_row<kFromKept>(x, g, begin, end, target, r, logits, kept, kept_scale);
+  else grad_row<kFromKept>(x, g, begin, end, target, r, logits, kept);
 }
 
 template <bool kGeneral, class T, class L>
@@ -223,7 +222,7 @@ void contiguous_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   const Logits<T, kGeneral> logits(p.transform);
   RowLosses<T> losses;
   const bool keeps = kForward && kBackward && !kGeneral && n <= kKept;
-  const std::unique_ptr<Vec<T>[]> terms(new Vec<T>[keeps ? n / Accumulate<T>::kLanes + 1 : 0]);  // aligned
+  const std::unique_ptr<Vec<T>[]> terms(keeps ? new Vec<T>[n / Accumulate<T>::kLanes + 1] : nullptr);  // aligned
   Acc<T>* kept = reinterpret_cast<Acc<T>*>(terms.get());
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
@@ -239,9 +238,12 @@ void contiguous_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
           s = join(s, sums[b]);
         }
         losses.add(p, row, s, x, logits);
-        for (int64_t b = 0; b * kBlock < n; ++b)
-          finish_row_grad<T, kGeneral, true>(p, row, b * kBlock, std::min((b + 1) * kBlock, n), logits, kept,
-                                             Acc<T>(std::exp2(sums[b].m - s.m)));
+        for (int64_t b = 0; b * kBlock < n; ++b) {
+          const int64_t i = b * kBlock, end = std::min(i + kBlock, n);
+          // Terms against another reference are rounded otherwise: not the bits that backward alone would compute.
+          if (sums[b].m == s.m) finish_row_grad<T, kGeneral, true>(p, row, i, end, logits, kept);
+          else finish_row_grad<T, kGeneral>(p, row, i, end, logits);
+        }
         continue;
       }
     }

@@ -1,4 +1,4 @@
-// What the host files of cross-entropy know of each other. [torch]
+// What the host files of cross-entropy, and of those that build on it, know of each other. [torch]
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -48,7 +48,7 @@ inline bool needs_promotion(const at::Tensor& input, const at::Tensor& target) {
 }
 std::pair<at::Tensor, at::Tensor> promoted(const at::Tensor& input, const at::Tensor& target);
 
-// CPU, all rows on torch's threads. A target that is no class raises before anything is written.
+// CPU, all rows on torch's threads. Forward raises for a target that is no class before anything is written.
 void run_cross_entropy_fwd(const CrossEntropyParams& p, bool with_gradient);
 void run_cross_entropy_bwd(const CrossEntropyParams& p);
 

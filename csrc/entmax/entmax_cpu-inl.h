@@ -93,8 +93,8 @@ inline void sparsemax_rows(const X& x, const Y& y, int64_t begin, int64_t end, i
 }
 
 // grad_input = g - mean of g over the support on the support, 0 elsewhere; NaN where p is NaN, as all of a row is.
-// Where the support is small, p is read once while zeros are written, g only there; else, from about every hundredth
-// element on, p and g are read twice, the second time from cache.
+// Where the support is small, p is read once while zeros are written, g only there; else, from about one element in 64
+// on, p and g are read twice, the second time from cache.
 template <class T>
 inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candidates<Acc<T>>& c) {
   using A = Acc<T>;
@@ -103,7 +103,7 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candida
   double total = 0, support = 0;
   if (n > kBlock && n <= std::numeric_limits<uint32_t>::max()) {
     int64_t begin = 0, count = 0;
-    for (; begin < n && count <= (begin + kBlock) / 64; begin += kPart) {
+    for (; begin < n && count <= kBlock / 4 + begin / 64; begin += kPart) {
       const int64_t end = std::min(begin + kPart, n);
       const int64_t found = collect_above(p, begin, end, A(0), &c.values[count], &c.indices[count]);
       double sum = 0;  // of a part: thousands of equal terms would round alike

@@ -53,7 +53,7 @@ template <class V>
 
 // ---- compaction ---------------------------------------------------------------------------------------------------
 
-// The elements of x[begin, end) that are not <= bound, and their indices; both may be written three further. Parts of
+// The elements of x[begin, end) that are not <= bound, and their indices; both may be written four further. Parts of
 // 256 elements are mostly passed over; in the others little is predicted.
 template <class T>
 inline int64_t collect_above(const T* x, int64_t begin, int64_t end, Acc<T> bound, Acc<T>* to, uint32_t* to_indices) {

@@ -9,8 +9,8 @@
 // become a weak symbol with AVX-512 code, shared with the whole program); everything else stands inside the level's
 // namespace; the level is told by TSE_ISA, since g++ does not define __AVX512F__ inside a region.
 //
-// Loops of vector arithmetic stand in functions that are [[gnu::flatten]]: no vector register outlives a call, and g++
-// stops inlining where a file has grown by two fifths, at whichever function it then is (-Winline).
+// The loops that are long in vector arithmetic are [[gnu::flatten]]: no vector register outlives a call, and g++ stops
+// inlining where a file has grown by two fifths, at whichever function it then is (-Winline).
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

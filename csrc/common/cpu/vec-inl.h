@@ -289,8 +289,9 @@ inline VecF multiply_subtract(VecF x, VecF y, VecF m) { return x * y - m; }  // 
 inline VecD multiply_subtract(VecD x, VecD y, VecD m) { return x * y - m; }
 
 // 2^t for logits of type T: an exponent i near t, and a minimax polynomial for 2^f of the rest f, of relative error
-// 1e-7, and one degree less, 3e-6, for half types. -inf gives 0, NaN gives NaN. Up to 2^-126 AVX-512 is gradual, the
-// other levels give 0 from 2^-126.5 on; above 128, and 127.5, it is infinity.
+// 1e-7, and one degree less, 3e-6, for half types. -inf gives 0, NaN gives NaN. AVX-512 takes t rounded down, is
+// gradual below 2^-126 and infinite above 2^128; the others take the nearest, give 0 up to 2^-126.5 and infinity above
+// 2^127.5.
 #if TSE_ISA == 2
 template <class T>
 inline VecF exp2(VecF t) {
