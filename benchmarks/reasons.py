@@ -3,7 +3,7 @@
 REASONS = {
     "forward": {
         "avx2": "exp and sum of 8 logits take 1.8 to 2.2 ns from L1: 3.6 to 4.5 ms for 32.8 million logits on two "
-        "cores, beside 4.7 to 5.7 of reading them: 1.17 to 1.35 × by run",
+        "cores, beside 5.0 to 5.7 of reading them: 1.17 to 1.35 × by run",
     },
     "half": {
         "avx512": "exp and sum of 16 logits take 1.7 ns from cache: 1.74 of the 1.95 ms for 32.8 million logits on two "

@@ -1,8 +1,8 @@
 // Cross-entropy rows on the CPU. [per ISA]
 //
 // Forward reads each logit once; backward reads it once more and writes the gradient once. Where the incoming gradient
-// is known beforehand both happen row by row, and the second reading is from cache, or, up to kKept, that of the terms
-// of the sum is. Log-probabilities are never stored.
+// is known beforehand both happen row by row: the second reading is from cache, of the logits or, in rows of up to
+// kKept, of the terms of the sum. Log-probabilities are never stored.
 // A target that has nearly all of the probability is compared with the sum in the same arithmetic that built the sum,
 // so that a loss and a gradient that must be 0 are 0.
 #include "common/cpu/exp_sum-inl.h"
