@@ -61,6 +61,26 @@ def test_ignored_rows_have_no_gradient_whatever_their_logits(device):
         assert (g[1] == 0).all()
 
 
+@dtypes
+@pytest.mark.parametrize("classes", [50, 9000])
+def test_impossible_classes_have_no_gradient_at_all(device, dtype, classes):
+    x = torch.randn(4, classes, device=device).to(dtype)
+    x[:, ::3] = -float("inf")
+    for reduction in ("none", "sum", "sum"):
+        g = grad(tse.cross_entropy, x, torch.full((4,), 1, device=device), reduction=reduction)[1]
+        assert (g[:, ::3] == 0).all()
+        assert (g[:, 1] != 0).all()
+
+
+@dtypes
+def test_nan_of_any_bits_stays_nan(device, dtype):
+    """All bits set: a carry out of rounding to 16 bits would make it a zero."""
+    x = torch.randn(2, 40, device=device).to(dtype).requires_grad_()
+    loss = tse.cross_entropy(x, torch.tensor([1, 2], device=device), reduction="none")
+    nan = torch.tensor([0x7FFFFFFF] * 2, dtype=torch.int32, device=device).view(torch.float32).to(loss.dtype)
+    assert torch.autograd.grad(loss, x, nan)[0].isnan().all()
+
+
 # ---- the guess of the incoming gradient ---------------------------------------------------------------------------
 
 
