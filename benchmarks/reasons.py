@@ -1,4 +1,7 @@
-"""Why a goal is missed, as measured, by the level of the machine: AVX-512 (2026-11-24), AVX2 (2026-11-27)."""
+"""What was measured of a goal that is missed, by the level of the machine: AVX-512 (2026-11-24), AVX2 (2026-11-27).
+
+A reason that says that something was not found or not measured is none: there the goal is open.
+"""
 
 REASONS = {
     "forward": {
@@ -15,68 +18,70 @@ REASONS = {
         "avx512": "the gradient's memory is fresh: what the kernel takes to supply its pages moves by a factor of two "
         "between runs, while the copy writes to warm memory (with the warm allocator 1.15 to 1.22 × in fp32, 2.6 × in "
         "bf16)",
-        "avx2": "the gradient's memory is fresh: with the warm allocator 1.6 and 1.7 × in fp32, 2.3 × in bf16 of "
-        "32000 classes, 3.2 × of 128256, whose terms do not fit into L2: exp is taken twice, 11.7 of 14.9 "
-        "ms",
+        "avx2": "with the warm allocator 1.5 to 1.7 × in fp32, 2.0 to 2.3 × in bf16 of 32000 classes, 2.8 to "
+        "3.2 × of 128256: the rest is the supply of fresh pages",
     },
     "in place": {
         "avx512": "the copy itself takes 5.3 to 7.9 ms within the run",
-        "avx2": "1.1 to 1.4 × by run: the copy itself takes 8.4 to 13.6 ms",
+        "avx2": "1.14 to 1.41 × by run; the copy itself took 8.4 to 13.6 ms. Not taken further apart",
     },
     "half in place": {
-        "avx2": "32-bit terms of 128256 classes do not fit into L2, as those of up to 32768 do (1.8 ×): exp is taken "
-        "twice, 2.2 and 3.5 ns for 8 logits from L1, 11.7 of the 14.5 ms on two cores",
+        "avx2": "terms of more than 32768 classes are not kept: exp is taken twice, 2.2 and 3.5 ns for 8 "
+        "logits from L1, 11.7 ms of 14.5 on two cores. Whether keeping them (512 KB, all of L2) would "
+        "pay was not measured",
     },
     "accumulation": {
         "avx512": "the same calls: what differs is the supply of fresh pages (with the warm allocator 0.97 to 1.1 ×)",
-        "avx2": "the same calls, 0.86 to 1.13 × within the run: what differs is the supply of fresh pages",
+        "avx2": "the same calls, in rows measured one after the other: 0.86 to 1.13 × in one run, 1.02 to "
+        "1.07 and once 1.61 × in the next, where eager moved by 1.44 × between the same two rows",
     },
     "engine": {
         "avx512": "about 20 µs are torch's autograd engine, which eager pays, too",
-        "avx2": "x.sum().backward() of these 80 numbers takes 75 of the 90 µs: torch's autograd engine, which "
-        "eager pays, too",
+        "avx2": "x.sum().backward() of these 80 numbers takes 79 µs, this call 87: nearly all is torch's "
+        "autograd engine, which eager pays, too",
     },
     "medium": {
         "avx512": "about 20 of 70 µs at 256×1000 are torch's autograd engine; the larger ones write 16 and 44 MB of "
         "fresh memory, whose pages cost between a quarter and two thirds of the time (4096×1000: 0.8 to 2.7 ms, warm "
         "0.6; segmentation 8 to 17 ms, warm 5.6, of which 2.0 are the copy and 2.4 the exponentials of forward)",
-        "avx2": "x.sum().backward() of 80 numbers takes 75 of the 200 to 240 µs at 256×1000: torch's autograd "
-        "engine; 4096×1000 writes 16 MB of fresh memory, 7.2 ms, with the warm allocator 2.1, 4.0 × "
-        "faster than eager",
+        "avx2": "x.sum().backward() of 80 numbers takes 79 of the 200 to 240 µs at 256×1000: torch's autograd "
+        "engine; 4096×1000 takes 7.2 ms, with the warm allocator 2.2, 3.6 × faster: the rest is the "
+        "supply of fresh pages",
     },
     "one row": {
         "avx512": "back to back 17.1 against 11.2 µs, 1.5 ×: waking the second thread costs 2 to 3 µs beside 8.5, and "
         "more where it slept",
-        "avx2": "back to back 44 to 47 against 29 to 30 µs, 1.5 ×: 8 µs are the call itself (8×10), and waking "
-        "the second thread costs 3 to 4",
+        "avx2": "back to back 44 to 47 against 29 to 30 µs, 1.5 ×, of which 8 µs are the call itself (8×10); "
+        "halving the rest would leave 26 to 28, so that 2 to 4 µs go to the second thread",
     },
     "shared cache": {
         "avx512": "rows come from and go to the cache that the cores of the machine share: at n = 8192 1.9 to 2.1 × "
         "the copy by run (one thread alone 1.4 to 1.9 ×), at n = 512 320 cycles a row, 153 for its copy",
-        "avx2": "rows come from and go to the cache that the machine's cores, and its other tenants, share. The "
-        "rows alone, two threads: 75 to 83 µs at n = 512, 370 cycles each on one core; 313 to 366 µs at "
-        "8192, 360 to 387 at 131072: 1.5 to 1.8 × the copy of the run, in which they took 480 and 510",
+        "avx2": "the rows alone, two threads, at another minute: 72 to 83 µs at n = 512, twice the run's "
+        "copy; 313 to 366 at 8192 and 360 to 387 at 131072, 1.5 to 1.8 × the run's copy, where the "
+        "run took 480 and 510. What made the difference was not found; the run with the warm "
+        "allocator has 1.92 and 1.59 ×",
     },
     "short rows": {
         "avx512": "92 cycles a row, 23 for its copy from cache: 38 additions (three of Newton's passes over the "
         "numbers of 16 rows at once), 23 comparisons and maxima, 16 permutations and 12 stores of 512 bits each, of "
         "which the core starts one of a kind a cycle, and a store every other (measured)",
-        "avx2": "117 to 132 cycles a row, 8 rows at once: three of Newton's passes over 64 vectors of 5 "
-        "operations each, about 190 shuffles and 260 operations to write: 180 operations a row, 1.4 a "
-        "cycle, as each step waits for the one before; two groups of rows at once were 20 % slower, as 16 "
-        "registers do not hold them",
+        "avx2": "117 to 132 cycles a row, measured; about 180 vector operations a row, counted by hand (three "
+        "of Newton's passes over 64 vectors for 8 rows, 190 shuffles, 260 to write). Two groups of "
+        "rows at once were measured 20 % slower. What bounds it was not measured",
     },
     "steps": {
         "avx512": "hundreds of elements are in the support instead of 4 or 5. Measured before flat rows began from a "
-        "sample, and long ones from the maxima of their parts",
-        "avx2": "158 elements are in the support instead of 4: 2.7 of Newton's passes over 64 vectors of 5 "
-        "operations each, 108 cycles a pass, and 90 to solve the sample that they begin with, beside 370 "
-        "for the rest of the row",
+        "sample, and long ones from the maxima of their parts: not measured since at this level",
+        "avx2": "at n = 512 158 elements are in the support instead of 4: 2.7 of Newton's passes, 108 cycles "
+        "each, measured, are 290 of the 500 cycles beside 370 for a row at σ = 1; the other 210, the "
+        "sample among them, were not taken apart",
     },
     "short backward": {
         "avx512": "tensors of 1 to 2 MB stay in cache and torch's autograd engine takes about 20 of 65 to 75 µs",
-        "avx2": "the rows alone, two threads, take 80 µs at n = 64, 75 at 512, 300 at 8192, 250 at 131072: 3.1, "
-        "1.3, 0.7 and 1.0 × the sum of the run. The rest is torch's autograd engine, 75 µs a call, and "
-        "the fresh pages of gradients of 8 MB",
+        "avx2": "the rows alone, two threads, at another minute: 80 µs at n = 64, 75 at 512, 300 at 8192, 250 "
+        "at 131072, 3.1, 1.3, 0.7 and 1.0 × the run's sum; torch's autograd engine takes 79 a call "
+        "(x.sum().backward()). With the warm allocator 2.0, 1.5 and 1.1 × at 8192, 32000 and 131072: "
+        "fresh pages are a part; what else 8192 spends was not found",
     },
 }

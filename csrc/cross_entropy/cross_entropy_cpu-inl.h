@@ -239,10 +239,10 @@ void contiguous_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
         }
         losses.add(p, row, s, x, logits);
         for (int64_t b = 0; b * kBlock < n; ++b) {
-          const int64_t i = b * kBlock, end = std::min(i + kBlock, n);
+          const int64_t i = b * kBlock, behind = std::min(i + kBlock, n);
           // Terms against another reference are rounded otherwise: not the bits that backward alone would compute.
-          if (sums[b].m == s.m) finish_row_grad<T, kGeneral, true>(p, row, i, end, logits, kept);
-          else finish_row_grad<T, kGeneral>(p, row, i, end, logits);
+          if (sums[b].m == s.m) finish_row_grad<T, kGeneral, true>(p, row, i, behind, logits, kept);
+          else finish_row_grad<T, kGeneral>(p, row, i, behind, logits);
         }
         continue;
       }
