@@ -33,7 +33,8 @@ REASONS = {
     "accumulation": {
         "avx512": "the same calls: what differs is the supply of fresh pages (with the warm allocator 0.97 to 1.1 ×)",
         "avx2": "the same calls, in rows measured one after the other: 0.86 to 1.13 × in one run, 1.02 to "
-        "1.07 and once 1.61 × in the next, where eager moved by 1.44 × between the same two rows",
+        "1.07 and once 1.61 × in the next; that row again, twice: 1.00 and 1.07 ×, while plain "
+        "backward itself moved from 22.4 to 13.1 ms",
     },
     "engine": {
         "avx512": "about 20 µs are torch's autograd engine, which eager pays, too",
