@@ -42,3 +42,47 @@ def test_level(level):
 def test_a_level_above_the_machine_is_lowered_and_other_words_change_nothing():
     assert level_of("avx512") == LEVELS[best]
     assert level_of("something else") == LEVELS[best]
+
+
+AT_THE_END_OF_A_PAGE = """
+import ctypes, mmap, sys
+import torch, torch_softmax_ext as tse
+from torch_softmax_ext.testing import SPECS
+
+memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + mmap.PAGESIZE
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(behind), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+
+def at_the_end(x):
+    begin = mmap.PAGESIZE - x.nbytes
+    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=begin).view(x.shape).copy_(x)
+
+for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    for n in range(1, 71):
+        for spec in SPECS:
+            if spec.name == "linear_cross_entropy":
+                continue  # torch's matrix product has other bits where x lies otherwise
+            x = torch.randn(2, n).to(dtype)
+            args = spec.bench_args(x)
+            want = spec.op(x, *args)
+            assert torch.equal(spec.op(at_the_end(x), *args), want), (spec.name, dtype, n)
+        target = torch.zeros(2, dtype=torch.long)
+        leaf = x.clone().requires_grad_()
+        tse.cross_entropy(leaf, target).backward()
+        written = at_the_end(x)
+        logits = written.mul_(torch.ones((), dtype=dtype, requires_grad=True))  # computed, in that memory
+        tse.cross_entropy(logits, target, inplace_backward=True).backward()
+        want = x if dtype == torch.float16 else leaf.grad  # whose gradient is made in backward
+        assert torch.equal(written.detach(), want), (dtype, n)
+print("all of them")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks for mprotect")
+@pytest.mark.parametrize("level", LEVELS)
+def test_nothing_behind_the_last_row_is_touched(level):
+    """The row ends where memory does that may be neither read nor written; in place the gradient is written there."""
+    if LEVELS.index(level) > best:
+        pytest.skip(f"this machine has {LEVELS[best]} at most")
+    out = run(level, "-c", AT_THE_END_OF_A_PAGE)
+    assert out.stdout == "all of them\n", f"exit status {out.returncode}: {out.stderr[-2000:]}"

@@ -40,8 +40,7 @@ struct Coefficients {
     if (probabilities != nullptr)
       t += keep * (whole ? load(probabilities + i) : load_part(probabilities + i, count, A(0)));
     if (weight != nullptr) t *= whole ? load(weight + i) : load_part(weight + i, count, A(0));
-    for (int64_t k = count; k < Accumulate<T>::kLanes; ++k) t[k] = 0;
-    return t;
+    return first_lanes(t, count);
   }
 };
 

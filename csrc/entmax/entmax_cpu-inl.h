@@ -122,39 +122,34 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candida
     }
     total = 0;
   }
-  V sum_p[2] = {};  // shows NaN
   for (int64_t begin = 0; begin < n; begin += kBlock) {  // sums of a block in the type, of blocks in double
     const int64_t end = std::min(begin + kBlock, n);
     SumAbove<V> above[2];
-    const auto add = [&](V pv, V gv, int k) {
-      above[k].add(gv, pv <= V{});
-      sum_p[k] += pv;
-    };
+    const auto add = [&](V pv, V gv, int k) { above[k].add(gv, pv <= V{}); };
     int64_t i = begin;
     for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
       const Pair<V> pv = load2(p + i), gv = load2(g + i);
       add(pv.a, gv.a, 0);
       add(pv.b, gv.b, 1);
     }
-    for (; i < end; i += kLanes) {
-      const int64_t part = std::min<int64_t>(kLanes, end - i);
-      add(load_part(p + i, part, A(0)), load_part(g + i, part, A(0)), 0);
+    for (; i + kLanes <= end; i += kLanes) add(load(p + i), load(g + i), 0);
+    if (i < end) {
+      add(load_part(p + i, end - i, A(0)), load_part(g + i, end - i, A(0)), 1);
+      i += kLanes;
     }
     const SumAbove<V> all = above[0] + above[1];
     total += double(reduce_add(all.sum));
     support += double(reduce_add(__builtin_convertvector(all.count(int(i - begin) / kLanes), V)));
   }
-  const A nan = reduce_add(sum_p[0] + sum_p[1]), mean = A(total / support) + (nan - nan);
+  const A first = n > 0 ? load_one(p) : A(0), mean = A(total / support) + (first - first);  // NaN like the row
   const auto value = [mean](V pv, V gv) { return pv <= V{} ? V{} : gv - mean; };
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     const Pair<V> pv = load2(p + i), gv = load2(g + i);
     store2(out + i, {value(pv.a, gv.a), value(pv.b, gv.b)});
   }
-  for (; i < n; i += kLanes) {
-    const int64_t part = std::min<int64_t>(kLanes, n - i);
-    store_part(out + i, part, value(load_part(p + i, part, A(0)), load_part(g + i, part, A(0))));
-  }
+  for (; i + kLanes <= n; i += kLanes) store(out + i, value(load(p + i), load(g + i)));
+  if (i < n) store_part(out + i, n - i, value(load_part(p + i, n - i, A(0)), load_part(g + i, n - i, A(0))));
 }
 
 // ---- rows ---------------------------------------------------------------------------------------------------------

@@ -41,9 +41,25 @@ struct RowGroup {
   using A = Acc<T>;
   using V = Vec<T>;
   static constexpr int kRows = Accumulate<T>::kLanes, kParts = 8;
-  // Of each row the largest element, tau relative to it, and how many of those looked at are above, at least 1.
-  alignas(64) A max[kRows], active[kRows];
-  double tau[kRows];
+  // Of each row the largest element, tau relative to it as Newton's last step left it, and how many of those looked at
+  // are above, at least 1.
+  alignas(64) A max[kRows], last[kRows], step[kRows], active[kRows];
+
+  double tau(int64_t i) const { return double(last[i]) + double(step[i]); }
+
+  // Of all rows at once. What each sum rounds away is found by Knuth's TwoSum.
+  struct Thresholds {
+    alignas(64) A hi[kRows], lo[kRows];
+  };
+  Thresholds thresholds() const {
+    const V m = load(max), a = load(last), b = load(step);
+    const V t = a + b, b_in_t = t - a, t_lo = (a - (t - b_in_t)) + (b - b_in_t);
+    const V hi = m + t, t_in_hi = hi - m, hi_lo = (m - (hi - t_in_hi)) + (t - t_in_hi);
+    Thresholds all;
+    store(all.hi, hi);
+    store(all.lo, hi_lo + t_lo);
+    return all;
+  }
 
   // Sorts v. The threshold is that of the k largest for one k, and of others it is a lower bound, so that it is the
   // largest of all; relative to the largest element, which is v[0] after.
@@ -78,7 +94,7 @@ struct RowGroup {
     for (int k = 0; k < kParts; ++k) part[k] = z[k];
     for (int64_t c = kParts; c < n; c += kParts)
       for (int k = 0; k < kParts; ++k) part[k] = vmax(z[c + k], part[k]);
-    V t = tau_of<kParts>(part, total), step;
+    V t = tau_of<kParts>(part, total), next;
     const V m = part[0] == low ? V{} : part[0];  // of -inf alone p is zero
     for (Count support = Count{} + int(n + 1);;) {
       const V hi = m + t, t_in_hi = hi - m, lo = (m - (hi - t_in_hi)) + (t - t_in_hi);  // hi + lo: m + t
@@ -92,17 +108,18 @@ struct RowGroup {
       const SumAbove<V> all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
       const Count above = all.count(int(n));
       const V divisor = vmax(__builtin_convertvector(above, V), splat<V>(1));
-      step = (all.sum - divisor * lo - total) / divisor;
+      next = (all.sum - divisor * lo - total) / divisor;
       const auto shrank = above < support;  // the others stay where they are, whatever their neighbours do
       if (mask_above(shrank ? splat<V>(1) : V{}, A(0)) == 0) {
         store(active, divisor);
         break;
       }
-      t = shrank ? t + step : t;
+      t = shrank ? t + next : t;
       support = above;
     }
     store(max, m);
-    for (int i = 0; i < kRows; ++i) tau[i] = double(t[i]) + double(step[i]);
+    store(last, t);
+    store(step, next);
   }
 };
 
@@ -126,7 +143,10 @@ inline void two_of_each(const T* x, int64_t n, Acc<T>* to) {
       add(v.a, v.b, k);
     }
   }
-  for (; i < n; i += kLanes) add(load_part(x + i, std::min<int64_t>(kLanes, n - i), low), splat<V>(low), 0);
+  for (; i < n; i += kLanes) {
+    const V v = i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, low);
+    add(v, splat<V>(low), 0);
+  }
   for (int k = 0; k < kVectors; ++k) {
     store(to + k * kLanes, first[k]);
     store(to + kPairs + k * kLanes, second[k]);
@@ -148,7 +168,8 @@ inline void short_rows(const X& x, const Y& y, int64_t begin, int64_t end, int64
       g.solve(n, A(1), [&](int64_t i, int64_t j) {
         return j + g.kRows <= n ? load(from[i] + j) : load_part(from[i] + j, n - j, low);
       });
-      for (int64_t i = 0; i < rows; ++i) write_all(from[i], y(row + i), n, threshold(g.max[i], g.tau[i]));
+      const auto t = g.thresholds();
+      for (int64_t i = 0; i < rows; ++i) write_all(from[i], y(row + i), n, Threshold<A>{t.hi[i], t.lo[i]});
       continue;
     }
     for (int64_t i = 0; i < rows; ++i) two_of_each(from[i], n, largest[i]);
@@ -157,15 +178,15 @@ inline void short_rows(const X& x, const Y& y, int64_t begin, int64_t end, int64
     FlatRow<T> flat[g.kRows];
     int64_t flats = 0;
     for (int64_t i = 0; i < rows; ++i) {
-      if (g.active[i] > A(kPairs)) flat[flats++] = {from[i], y(row + i), g.max[i], g.tau[i]};
-      else write_row(from[i], y(row + i), n, g.max[i], g.tau[i]);
+      if (g.active[i] > A(kPairs)) flat[flats++] = {from[i], y(row + i), g.max[i], g.tau(i)};
+      else write_row(from[i], y(row + i), n, g.max[i], g.tau(i));
     }
     if (flats == 0) continue;
     for (int64_t i = flats; i < g.kRows; ++i) flat[i] = flat[0];
     g.solve(kFew, A(kFew) / A(n), [&](int64_t i, int64_t j) { return load(flat[i].x + j * n / kFew); });
     for (int64_t i = 0; i < flats; ++i)
       if (g.max[i] <= flat[i].max)  // of -inf alone it is 0
-        flat[i].tau = std::max(flat[i].tau, double(g.max[i]) - double(flat[i].max) + g.tau[i]);
+        flat[i].tau = std::max(flat[i].tau, double(g.max[i]) - double(flat[i].max) + g.tau(i));
     flat_rows(flat, flats, n);
   }
 }

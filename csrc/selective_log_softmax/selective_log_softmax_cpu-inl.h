@@ -37,8 +37,7 @@ template <bool kEntropy, bool kCapped, class T>
     const auto add = [&](Vec<T> v, Vec<T>& sum, Vec<T>& linear, int64_t count) {
       Vec<T> t = logits.exponent(kCapped ? logits.cap(v) : v, reference);
       if (kEntropy) t = vmax(lowest, t);
-      Vec<T> term = exp2<T>(t);
-      for (int64_t k = count; k < kLanes; ++k) term[k] = 0;
+      const Vec<T> term = first_lanes(exp2<T>(t), count);
       sum += term;
       if (kEntropy) linear += term * (t - largest);
     };

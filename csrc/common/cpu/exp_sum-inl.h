@@ -119,10 +119,8 @@ template <class T, class L, class U>
       Vec<T> sum = {}, linear = {}, mass = {};
       const auto add = [&](Vec<T> v, Vec<T> c, int64_t count) {
         const Vec<T> t = logits.exponent(logits.cap(v), splat<Vec<T>>(m));
-        Vec<T> term = exp2<T>(t), product = c * t;
-        for (int64_t k = count; k < kLanes; ++k) term[k] = product[k] = 0;
-        sum += term;
-        linear += product;
+        sum += first_lanes(exp2<T>(t), count);
+        linear += first_lanes(c * t, count);
         mass += c;
       };
       const int64_t end = std::min(begin + kReference, n);

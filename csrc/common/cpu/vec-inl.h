@@ -141,20 +141,48 @@ inline void store(T* p, VecF v) {
   std::memcpy(p, &h, sizeof h);
 }
 
+// Which lanes of a comparison are before `count`.
+template <class V, size_t... lane>
+inline auto lanes_before(int64_t count, std::index_sequence<lane...>) {
+  using Lanes = decltype(V{} > V{});
+  using Lane = std::remove_cvref_t<decltype(Lanes{}[0])>;
+  return Lanes{Lane(lane)...} < Lanes{} + Lane(count);
+}
+template <class V>
+inline auto lanes_before(int64_t count) {
+  return lanes_before<V>(count, std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>{});
+}
+
+// The first `count` lanes, and 0 behind them.
+template <class V>
+inline V first_lanes(V v, int64_t count) {
+  return lanes_before<V>(count) ? v : V{};
+}
+
+// At most a vector; memcpy of a size that is not known is a call.
+template <class T>
+inline void copy_part(T* to, const T* from, int64_t count) {
+#pragma GCC unroll 5
+  for (int size = Accumulate<T>::kLanes; size > 0; size /= 2) {
+    if ((count & size) == 0) continue;
+    std::memcpy(to, from, size * sizeof(T));
+    to += size;
+    from += size;
+  }
+}
+
 // The first `count` lanes; the others are `fill`, and nothing behind the row is read or written.
 template <class T>
 inline Vec<T> load_part(const T* p, int64_t count, Acc<T> fill) {
   T buffer[Accumulate<T>::kLanes] = {};
-  std::memcpy(buffer, p, count * sizeof(T));
-  Vec<T> v = load(buffer);
-  for (int64_t i = count; i < Accumulate<T>::kLanes; ++i) v[i] = fill;
-  return v;
+  copy_part(buffer, p, count);
+  return lanes_before<Vec<T>>(count) ? load(buffer) : splat<Vec<T>>(fill);
 }
 template <class T>
 inline void store_part(T* p, int64_t count, Vec<T> v) {
   T buffer[Accumulate<T>::kLanes];
   store(buffer, v);
-  std::memcpy(p, buffer, count * sizeof(T));
+  copy_part(p, buffer, count);
 }
 #if TSE_ISA == 2
 inline VecF load_part(const float* p, int64_t count, float fill) {
@@ -162,6 +190,14 @@ inline VecF load_part(const float* p, int64_t count, float fill) {
 }
 inline void store_part(float* p, int64_t count, VecF v) {
   _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+}
+#elif TSE_ISA == 1
+inline VecF load_part(const float* p, int64_t count, float fill) {
+  const VecI before = lanes_before<VecF>(count);
+  return before ? (VecF)_mm256_maskload_ps(p, (__m256i)before) : splat<VecF>(fill);
+}
+inline void store_part(float* p, int64_t count, VecF v) {
+  _mm256_maskstore_ps(p, (__m256i)lanes_before<VecF>(count), (__m256)v);
 }
 #endif
 
