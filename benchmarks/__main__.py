@@ -6,6 +6,7 @@ python -m benchmarks --device cuda         on a GPU, beside Liger, Quack and fla
 python -m benchmarks --device cuda --list  the rows that would be measured; needs no GPU
 python -m benchmarks compare A.json B.json two runs side by side
 python -m benchmarks goals A.json          the goals on CPU, what was reached, and why not more
+python -m benchmarks readme A.json B.json  the README's tables: A's rows, and of B those that A lacks
 """
 
 import argparse
@@ -49,8 +50,13 @@ def main():
         readme = Path(__file__).parent.parent / "README.md"
         head, _, rest = readme.read_text().partition("<!-- speed -->\n")
         tail = rest.partition("<!-- end of speed -->")[2]
-        table = report.markdown(json.loads(Path(args.files[0]).read_text()))
-        readme.write_text(f"{head}<!-- speed -->\n{table}<!-- end of speed -->{tail}")
+        tables, shown = [], set()
+        for file in args.files:
+            run = json.loads(Path(file).read_text())
+            run["rows"] = [r for r in run["rows"] if r["name"] not in shown]
+            shown |= {r["name"] for r in run["rows"]}
+            tables.append(report.markdown(run))
+        readme.write_text(f"{head}<!-- speed -->\n{chr(10).join(tables)}<!-- end of speed -->{tail}")
         return
     if args.device == "cuda":
         if args.list:

@@ -171,6 +171,7 @@ def table(run):
     rows = {r["name"]: r for r in run["rows"]}
     lines = ["| operator | shape | mode | best peer | goal | reached | |", "|---|---|---|--:|--:|--:|---|"]
     isa = run["environment"]["isa"]
+    machine = run["environment"]["cpu"].split("(")[0].split()[0] + " " + isa  # AMD avx2
     if isa != "avx512":
         lines.insert(0, f"The goals are those of a machine with AVX-512; this one has {isa}.\n")
     for goal in GOALS:
@@ -185,7 +186,7 @@ def table(run):
             if goal.value is eager or goal.value is faster:
                 peer = f"{name} {best[name] * 1e6:.1f} µs"
             sign = "≥" if goal.at_least else "≤"
-            ok = "✓" if goal.reached(value) else f"✗ {REASONS.get(goal.reason, {}).get(isa, '')}"
+            ok = "✓" if goal.reached(value) else f"✗ {REASONS.get(goal.reason, {}).get(machine, '')}"
             limit = goal.text.format(goal.goal)
             cells = [goal.operator, shape, goal.mode, peer, f"{sign} {limit}", goal.text.format(value), ok]
             lines.append(f"| {' | '.join(cells)} |")

@@ -20,7 +20,7 @@ PYTHON = sys.executable
 # What compute-sanitizer watches, which makes kernels many times slower: each of them, in two dtypes.
 WATCHED = "every_kernel and (float32 or bfloat16) and not 70001"
 SANITIZED = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py", "-k", WATCHED]
-TESTED = "cuda and not cuda_on_host and not cuda_report and not cuda_limits"
+TESTED = "cuda and not cuda_on_host and not cuda_report and not cuda_limits and not one_row_of_more"
 FAILED, SKIPPED, OK = "failed", "skipped", "ok"
 
 

@@ -1,5 +1,8 @@
 """torch.compile, torch.export, AOTInductor and compiled autograd: static and dynamic, without graph breaks."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import CUDA_ON_HOST
@@ -101,10 +104,25 @@ def test_export_with_dynamic_batch(spec, device):
         assert torch.equal(program.run_decompositions().module()(x, *args), spec.op(x, *args))
 
 
+LOAD_AND_RUN = """
+import sys, torch, torch_softmax_ext
+package, inputs, output = sys.argv[1:]
+torch.save(torch._inductor.aoti_load_package(package)(*torch.load(inputs)), output)
+"""
+
+
 @specs
 def test_aot_inductor(spec, device, tmp_path):
+    """Loaded in another process, as packages are."""
     x, args = batch(spec, 7, device)
     program = torch.export.export(Wrapper(spec.op), (x, *args))
     with inductor_config.patch({"compile_threads": 1}):
         package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    assert torch.equal(torch._inductor.aoti_load_package(package)(x, *args), spec.op(x, *args))
+    torch.save((x, *args), tmp_path / "inputs.pt")
+    out = subprocess.run(
+        [sys.executable, "-c", LOAD_AND_RUN, package, tmp_path / "inputs.pt", tmp_path / "output.pt"],
+        capture_output=True,
+        text=True,
+    )
+    assert out.returncode == 0, out.stderr[-2000:]
+    assert torch.equal(torch.load(tmp_path / "output.pt"), spec.op(x, *args))
