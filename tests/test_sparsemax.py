@@ -21,3 +21,14 @@ def test_rows_that_are_not_finite_have_gradients_of_nan_and_leave_the_others_alo
     want, got = gradient(x), gradient(broken)
     assert got[1].isnan().all()
     assert torch.equal(got[[0, 2, 3]], want[[0, 2, 3]])
+
+
+@pytest.mark.parametrize("offset", [0, 1000])
+@pytest.mark.parametrize("n", [2, 64, 500, 5000])
+def test_probabilities_add_up_to_one_wherever_the_threshold_lies(device, n, offset):
+    """One element has most, all others lie a little above the threshold: its rounding would show n times."""
+    x = -0.9 + 0.1 / (n - 1) + 1e-5 * torch.randn(100, n, dtype=torch.float64)
+    x[:, 0] = 0
+    y = tse.sparsemax((x + offset).to(device, torch.float32))
+    assert ((y > 0).sum(1) >= n // 2).all()
+    assert ((y.double().sum(1) - 1).abs() <= 1e-6).all()

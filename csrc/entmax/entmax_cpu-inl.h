@@ -197,7 +197,7 @@ void bwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
   const T* grad_output = static_cast<const T*>(p.grad_output);
   T* grad_input = static_cast<T*>(p.grad_input);
   const int64_t n = p.output_rows.n;
-  Candidates<Acc<T>> candidates(n);
+  Candidates<Acc<T>> candidates(n > kBlock ? n : 0);
   if (p.output_rows.stride_n == 1 && p.grad_output_rows.stride_n == 1 && p.grad_input_rows.stride_n == 1) {
     for (int64_t row = begin; row < end; ++row)
       sparsemax_bwd_row(output + row_offset(p.output_rows, row), grad_output + row_offset(p.grad_output_rows, row),
