@@ -50,6 +50,8 @@ def main():
         readme = Path(__file__).parent.parent / "README.md"
         head, _, rest = readme.read_text().partition("<!-- speed -->\n")
         tail = rest.partition("<!-- end of speed -->")[2]
+        if not args.files:
+            parser.error("readme: expected the JSON files of its tables")
         tables, shown = [], set()
         for file in args.files:
             run = json.loads(Path(file).read_text())

@@ -171,7 +171,7 @@ def table(run):
     rows = {r["name"]: r for r in run["rows"]}
     lines = ["| operator | shape | mode | best peer | goal | reached | |", "|---|---|---|--:|--:|--:|---|"]
     isa = run["environment"]["isa"]
-    machine = run["environment"]["cpu"].split("(")[0].split()[0] + " " + isa  # AMD avx2
+    machine = " ".join(v for v in ("AMD", "Intel") if v in run["environment"]["cpu"]) + " " + isa
     if isa != "avx512":
         lines.insert(0, f"The goals are those of a machine with AVX-512; this one has {isa}.\n")
     for goal in GOALS:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -121,6 +122,7 @@ def test_aot_inductor(spec, device, tmp_path):
     torch.save((x, *args), tmp_path / "inputs.pt")
     out = subprocess.run(
         [sys.executable, "-c", LOAD_AND_RUN, package, tmp_path / "inputs.pt", tmp_path / "output.pt"],
+        cwd=Path(__file__).parent.parent,
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,7 @@
 """The house rules that a test can hold: who includes what, and that every operator has all of its parts."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,14 @@ def test_include_rule(path):
 
 def test_only_launch_h_launches():
     assert [p.name for p in FILES if "<<<" in re.sub(r"//.*", "", p.read_text())] == ["launch.h"]
+
+
+@pytest.mark.parametrize("path", sorted(CSRC.rglob("*_cpu.cpp")), ids=lambda p: p.name)
+def test_kernels_are_cpp17(path):
+    """Which torch 2.11 compiles them as; later versions ask for C++20."""
+    command = ["g++", "-std=c++17", "-fsyntax-only", "-I", CSRC, path]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[:2000]
 
 
 def test_no_intrinsics_outside_vec():

@@ -8,7 +8,7 @@
 #include "common/cpu/exp_sum-inl.h"
 #include "cross_entropy/cross_entropy_columns-inl.h"
 
-constexpr int64_t kKept = 64 * kBlock;  // elements of a row whose terms are kept: 1 MiB of fp32, of one row
+constexpr int64_t kKept = 64 * kBlock;  // elements of a row whose terms are kept: 1 MiB a thread, of fp64 2 MiB
 
 // The weights t of all classes but for the target's own: smoothing · w / C, and probabilities.
 template <class T>

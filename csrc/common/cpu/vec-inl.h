@@ -145,7 +145,7 @@ inline void store(T* p, VecF v) {
 template <class V, size_t... lane>
 inline auto lanes_before(int64_t count, std::index_sequence<lane...>) {
   using Lanes = decltype(V{} > V{});
-  using Lane = std::remove_cvref_t<decltype(Lanes{}[0])>;
+  using Lane = std::remove_cv_t<std::remove_reference_t<decltype(Lanes{}[0])>>;
   return Lanes{Lane(lane)...} < Lanes{} + Lane(count);
 }
 template <class V>
