@@ -1,6 +1,7 @@
 """What was measured of a goal that is missed, by machine: AMD with AVX-512 (2026-11-24, the kernels of that day), Intel
 with AVX-512 (2026-11-27: 16 cores of a Xeon, two of them used), AMD with AVX2 (2026-11-27).
 
+What was measured again on the Xeon is in results/cpu-xeon-again.md.
 A reason that says that something was not found or not measured is none: there the goal is open.
 """
 
