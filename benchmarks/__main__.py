@@ -58,7 +58,7 @@ def main():
             run["rows"] = [r for r in run["rows"] if r["name"] not in shown]
             shown |= {r["name"] for r in run["rows"]}
             tables.append(report.markdown(run))
-        readme.write_text(f"{head}<!-- speed -->\n{chr(10).join(tables)}<!-- end of speed -->{tail}")
+        readme.write_text(head + "<!-- speed -->\n" + "\n".join(tables) + "<!-- end of speed -->" + tail)
         return
     if args.device == "cuda":
         if args.list:

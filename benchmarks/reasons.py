@@ -14,8 +14,9 @@ REASONS = {
         "AMD avx512": "exp and sum of 16 logits take 1.7 ns from cache: 1.74 of the 1.95 ms for 32.8 million logits "
         "on two cores, which read the bytes in 1.0 to 1.8 ms within the run",
         "Intel avx512": "exp and sum of 64 logits are 42 operations for the two ports of 512 bits, 21 to 22 cycles "
-        "by llvm-mca; from L1 15 ticks of the time stamp counter, measured, so 3.9 million on each "
-        "core for 32.8 million logits. The row again, five times, the two shapes alike: 1.7 to 3.1 ×",
+        "by llvm-mca; from L1 15 ticks of the time stamp counter, whose frequency was not read. The "
+        "rows again, five times each, with either allocator: 1.7 to 3.1 ×. What else the slower ones "
+        "spend was not found",
         "AMD avx2": "exp and sum of 8 logits take 1.8 to 2.2 ns from L1: 3.6 to 4.5 of the 4.9 and 5.0 ms for 32.8 "
         "million logits on two cores, which read the bytes in 2.6",
     },
@@ -55,8 +56,8 @@ REASONS = {
         "the exponentials of forward)",
         "Intel avx512": "256×1000: torch's autograd engine takes 21 to 23 µs (x.sum().backward() of 80 numbers); the "
         "row again, five times, without its peers and with either allocator: 71 to 94 µs where the "
-        "table's took 140. Segmentation: again 10.7 to 13.9 ms, with the warm allocator 7.1 and 7.5: "
-        "the rest is the supply of fresh pages",
+        "table's took 140; what made the difference was not found. Segmentation, without its peers: "
+        "again 10.7 to 13.9 ms, with the warm allocator 7.1 and 7.5: fresh memory is the rest",
         "AMD avx2": "x.sum().backward() of 80 numbers takes 79 of the 200 to 240 µs at 256×1000: torch's autograd "
         "engine; 4096×1000 takes 7.2 ms, with the warm allocator 2.2, 3.6 × faster: the rest is the "
         "supply of fresh pages",
@@ -86,7 +87,8 @@ REASONS = {
         "Intel avx512": "76 ticks of the time stamp counter for a row, from L2: writing it 25, as long as copying it "
         "(24), transposing 14, the threshold, with three of Newton's passes over 16 rows at once, "
         "30; the thresholds are since taken for all rows at once (with AVX2 165 → 135 cycles a row), "
-        "which was not measured at this level",
+        "which was not measured at this level. That is 3.2 × the copy; why the run has more was not "
+        "found",
         "AMD avx2": "135 cycles a row, 165 when this table was measured: Newton's steps and transposing 95 to 102, "
         "writing 29, as long as copying",
     },

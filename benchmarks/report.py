@@ -39,9 +39,11 @@ def write(run, stem, table):
 def markdown(run):
     names = [n for row in run["rows"] for n in row["seconds"] if n not in ("ours", *NO_PEERS)]
     others = list(dict.fromkeys(names))
+    how = "Medians of interleaved runs"
+    if "device" in run["environment"]:
+        how = "Medians of 3 to 15 calls, of one provider after the other, of compile after all rows"
     lines = [
-        f"{machine(run['environment'])}. Medians of interleaved runs; peak memory, ours : eager, in units of the "
-        "logits.",
+        f"{machine(run['environment'])}. {how}; peak memory, ours : eager, in units of the logits.",
         "",
         f"| operator | shape | mode | ours | × roof | {' | '.join(n + ' / ours' for n in others)} | peak |",
         "|---|---|---|--:|--:|" + "--:|" * len(others) + "--:|",
