@@ -5,7 +5,9 @@ import datetime
 import math
 import os
 import platform
+import resource
 import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import torch_softmax_ext as tse
-from benchmarks.providers import call, providers, roofs
+from benchmarks.providers import call, engine, providers, roofs
 from torch_softmax_ext.testing.memory import peak_memory
 
 # Memory that a call returns stays with the process, so that the next call finds it warm.
@@ -37,23 +39,44 @@ def environment(threads):
     }
 
 
+class Clock:
+    """A Timer's clock that also reads what the operating system did: of its last two calls, which stand around the
+    timed ones, the difference in page faults and in seconds spent in the kernel, added up over all threads."""
+
+    def __init__(self):
+        self.before = self.after = (0, 0.0)
+
+    def __call__(self):
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        self.before, self.after = self.after, (usage.ru_minflt, usage.ru_stime)
+        return time.perf_counter()
+
+    def spent(self):
+        return [b - a for a, b in zip(self.before, self.after, strict=True)]
+
+
 def interleaved(calls, threads, rounds, seconds=0.02):
-    """Median seconds a call of each of `calls`, {name: function}."""
-    timers, numbers, once_of = {}, {}, {}
+    """Of each of `calls`, {name: function}, the medians of a call: seconds, seconds less those that its threads spent
+    in the kernel, page faults."""
+    timers, numbers, once_of, clock = {}, {}, {}, Clock()
     for name, function in calls.items():
         own = 1 if name.endswith("1 thread") else threads
-        timers[name] = Timer("f()", globals={"f": function}, num_threads=own)
+        timers[name] = Timer("f()", globals={"f": function}, num_threads=own, timer=clock)
         once = timers[name].timeit(1).mean
         if once < 1:
             timers[name].timeit(max(2, min(20, int(0.3 / once))))  # until malloc has settled where this size comes from
             once = timers[name].timeit(1).mean
         once_of[name] = once
         numbers[name] = max(1, int(seconds / max(once, 1e-7)))
+    rounds = rounds if max(once_of.values()) < 1 else min(rounds, 3)
     times = {name: [] for name in calls}
-    for _ in range(rounds if max(once_of.values()) < 1 else min(rounds, 3)):
+    for _ in range(rounds):
         for name, timer in timers.items():
-            times[name].append(timer.timeit(numbers[name]).mean)
-    return {name: statistics.median(t) for name, t in times.items()}
+            measured = timer.timeit(numbers[name])
+            faults, kernel = (x / numbers[name] for x in clock.spent())
+            outside = max(0, measured.mean - kernel / measured.num_threads)
+            times[name].append((measured.mean, outside, faults))
+    return [{n: statistics.median(t[i] for t in times[n]) for n in times} for i in range(3)]
 
 
 def rows_of(specs, pattern=""):
@@ -85,10 +108,21 @@ def measure(specs, threads, rounds=7, pattern="", skip=()):
         functions = providers(spec, shape.options, shape.functions)
         others = () if mode == "in place" else functions  # nobody else can
         names = [n for n in ("ours", *others) if n not in skip]
-        calls = {n: call(functions[n], mode, x, args) for n in dict.fromkeys(names)}
-        if shape.shape[0] == 1:  # one row is split over the threads
+        calls = {"ours": call(functions["ours"], mode, x, args)}
+        if mode == "accumulation":
+            calls["plain backward"] = call(functions["ours"], "forward+backward", x, args)
+        if shape.scale != 1:
+            calls["σ = 1"] = call(functions["ours"], mode, x / shape.scale, args)
+        if x.numel() < LARGE:
             calls["ours 1 thread"] = calls["ours"]
-        seconds = interleaved({**calls, **roofs(x, args)}, threads, rounds)
+        if mode == "forward" and x.dim() == 2 and len(x) > 1:
+            calls["ours in cache"] = call(functions["ours"], mode, x[:1].expand(x.shape), args)
+        calls |= {n: call(functions[n], mode, x, args) for n in names if n != "ours"}
+        if mode == "backward":
+            calls["relu"] = call(torch.relu, mode, x, ())
+        if mode != "forward":
+            calls["engine"] = engine(mode)
+        seconds, outside, faults = interleaved({**calls, **roofs(x, args)}, threads, rounds)
         memory = {n: peak_memory(calls[n]) for n in names} if spec.bench_bytes(x, *args) >= 1 << 18 else {}
         row = {
             "name": name,
@@ -100,7 +134,8 @@ def measure(specs, threads, rounds=7, pattern="", skip=()):
         row |= {"shape": list(shape.shape), "dtype": str(shape.dtype)[6:], "scale": shape.scale, "label": shape.label}
         differentiated = (x, *(a for a in args if a.requires_grad))
         row["gradient_bytes"] = sum(t.nbytes for t in differentiated) if "backward" in mode else 0
-        results.append(row | {"seconds": seconds, "peak_bytes": memory})
+        row |= {"seconds": seconds, "seconds_outside_kernel": outside, "page_faults": faults, "peak_bytes": memory}
+        results.append(row)
     return {"environment": environment(threads), "rows": results}
 
 
