@@ -40,24 +40,22 @@ def environment(threads):
 
 
 class Clock:
-    """A Timer's clock that also reads what the operating system did: of its last two calls, which stand around the
-    timed ones, the difference in page faults and in seconds spent in the kernel, added up over all threads."""
+    """A Timer's clock that also counts the process's page faults: of its last two calls, which stand around the timed
+    ones, the difference. (The seconds in the kernel are not worth reading: they are sampled in ticks of 4 ms.)"""
 
     def __init__(self):
-        self.before = self.after = (0, 0.0)
+        self.before = self.after = 0
 
     def __call__(self):
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        self.before, self.after = self.after, (usage.ru_minflt, usage.ru_stime)
+        self.before, self.after = self.after, resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         return time.perf_counter()
 
-    def spent(self):
-        return [b - a for a, b in zip(self.before, self.after, strict=True)]
+    def page_faults(self):
+        return self.after - self.before
 
 
 def interleaved(calls, threads, rounds, seconds=0.02):
-    """Of each of `calls`, {name: function}, the medians of a call: seconds, seconds less those that its threads spent
-    in the kernel, page faults."""
+    """Median seconds and page faults a call of each of `calls`, {name: function}."""
     timers, numbers, once_of, clock = {}, {}, {}, Clock()
     for name, function in calls.items():
         own = 1 if name.endswith("1 thread") else threads
@@ -68,15 +66,12 @@ def interleaved(calls, threads, rounds, seconds=0.02):
             once = timers[name].timeit(1).mean
         once_of[name] = once
         numbers[name] = max(1, int(seconds / max(once, 1e-7)))
-    rounds = rounds if max(once_of.values()) < 1 else min(rounds, 3)
-    times = {name: [] for name in calls}
-    for _ in range(rounds):
+    times, faults = {name: [] for name in calls}, {name: [] for name in calls}
+    for _ in range(rounds if max(once_of.values()) < 1 else min(rounds, 3)):
         for name, timer in timers.items():
-            measured = timer.timeit(numbers[name])
-            faults, kernel = (x / numbers[name] for x in clock.spent())
-            outside = max(0, measured.mean - kernel / measured.num_threads)
-            times[name].append((measured.mean, outside, faults))
-    return [{n: statistics.median(t[i] for t in times[n]) for n in times} for i in range(3)]
+            times[name].append(timer.timeit(numbers[name]).mean)
+            faults[name].append(clock.page_faults() / numbers[name])
+    return [{name: statistics.median(v) for name, v in of.items()} for of in (times, faults)]
 
 
 def rows_of(specs, pattern=""):
@@ -95,7 +90,8 @@ def rows_of(specs, pattern=""):
 
 
 def measure(specs, threads, rounds=7, pattern="", skip=()):
-    """One dictionary a row: seconds and peak bytes of every provider, seconds of the roofs."""
+    """One dictionary a row: seconds and page faults of every provider, of variants of our call (report.VARIANTS), of
+    the roofs and of torch's own least; peak bytes of the providers. `skip`: peers to leave out."""
     torch.set_num_threads(threads)
     results = []
     bar = tqdm(list(rows_of(specs, pattern)), mininterval=1)
@@ -107,23 +103,24 @@ def measure(specs, threads, rounds=7, pattern="", skip=()):
         args = (shape.args or spec.bench_args)(x)
         functions = providers(spec, shape.options, shape.functions)
         others = () if mode == "in place" else functions  # nobody else can
-        names = [n for n in ("ours", *others) if n not in skip]
+        names = [n for n in others if n not in ("ours", *skip)]
         calls = {"ours": call(functions["ours"], mode, x, args)}
         if mode == "accumulation":
             calls["plain backward"] = call(functions["ours"], "forward+backward", x, args)
-        if shape.scale != 1:
+        if mode == "forward" and shape.scale != 1:
             calls["σ = 1"] = call(functions["ours"], mode, x / shape.scale, args)
         if x.numel() < LARGE:
             calls["ours 1 thread"] = calls["ours"]
         if mode == "forward" and x.dim() == 2 and len(x) > 1:
             calls["ours in cache"] = call(functions["ours"], mode, x[:1].expand(x.shape), args)
-        calls |= {n: call(functions[n], mode, x, args) for n in names if n != "ours"}
+        calls |= {n: call(functions[n], mode, x, args) for n in names}
         if mode == "backward":
             calls["relu"] = call(torch.relu, mode, x, ())
         if mode != "forward":
             calls["engine"] = engine(mode)
-        seconds, outside, faults = interleaved({**calls, **roofs(x, args)}, threads, rounds)
-        memory = {n: peak_memory(calls[n]) for n in names} if spec.bench_bytes(x, *args) >= 1 << 18 else {}
+        seconds, faults = interleaved({**calls, **roofs(x, args)}, threads, rounds)
+        large = spec.bench_bytes(x, *args) >= 1 << 18
+        memory = {n: peak_memory(calls[n]) for n in ("ours", *names)} if large else {}
         row = {
             "name": name,
             "operator": spec.name,
@@ -134,7 +131,7 @@ def measure(specs, threads, rounds=7, pattern="", skip=()):
         row |= {"shape": list(shape.shape), "dtype": str(shape.dtype)[6:], "scale": shape.scale, "label": shape.label}
         differentiated = (x, *(a for a in args if a.requires_grad))
         row["gradient_bytes"] = sum(t.nbytes for t in differentiated) if "backward" in mode else 0
-        row |= {"seconds": seconds, "seconds_outside_kernel": outside, "page_faults": faults, "peak_bytes": memory}
+        row |= {"seconds": seconds, "page_faults": faults, "peak_bytes": memory}
         results.append(row)
     return {"environment": environment(threads), "rows": results}
 

@@ -51,7 +51,8 @@ def roofs(x, args=()):
 
 
 def engine(mode):
-    """The least that torch's autograd engine takes for a backward pass, of 80 numbers."""
+    """The least of torch's own that goes through its autograd engine: of 80 numbers x.sum().backward(), or, for
+    `backward` alone, the gradient of -x."""
     leaf = torch.zeros(80, requires_grad=True)
     if mode == "backward":
         y, g = -leaf, torch.ones(80)

@@ -22,6 +22,8 @@ REASONS = {
         "AMD avx512": "the gradient's memory is fresh: what the kernel takes to supply its pages moves by a factor "
         "of two between runs, while the copy writes to warm memory (with the warm allocator 1.15 to "
         "1.22 × in fp32, 2.6 × in bf16)",
+        "AMD avx2": "with the warm allocator, in its own run, 1.12 and 1.43 × in fp32, 1.78 and 1.83 × in bf16: the "
+        "supply of fresh pages is what differs",
     },
     "in place": {
         "AMD avx512": "the copy itself takes 5.3 to 7.9 ms within the run",
@@ -44,21 +46,21 @@ REASONS = {
         "row again, five times, without its peers and with either allocator: 71 to 94 µs where the "
         "table's took 140; what made the difference was not found. Segmentation, without its peers: "
         "again 10.7 to 13.9 ms, with the warm allocator 7.1 and 7.5: fresh memory is the rest",
+        "AMD avx2": "with the warm allocator, in its own run, 4096×1000 is 3.6 × faster and segmentation 3.5 ×: the "
+        "supply of fresh pages is what differs",
     },
     "one row": {
         "AMD avx512": "back to back 17.1 against 11.2 µs, 1.5 ×: waking the second thread costs 2 to 3 µs beside "
         "8.5, and more where it slept",
-        "Intel avx512": "16.0 to 17.3 against 18.6 to 19.4 µs in three more runs; the call itself takes 5.7 to 7.1 "
-        "of them (8×10): halving the rest would leave 12 to 13, 1.5 ×, so that 3 to 5 µs go to the "
-        "second thread",
+        "Intel avx512": "16.0 to 17.3 against 18.6 to 19.4 µs in three more runs",
     },
     "shared cache": {
         "AMD avx512": "rows come from and go to the cache that the cores of the machine share: at n = 8192 1.9 to "
         "2.1 × the copy by run (one thread alone 1.4 to 1.9 ×), at n = 512 320 cycles a row, 153 for "
         "its copy",
-        "AMD avx2": "a row of 512 takes 310 to 410 cycles from L2, memcpy 153 to 174: 120 to 140 to find the two "
-        "largest of sixteen parts, 192 maxima and minima of which the core starts 2 a cycle (measured), 45 to 55 for "
-        "the threshold, 190 to 215 for writing",
+        "AMD avx2": "at n = 512: a row takes 310 to 490 cycles from L2 by the minute, its copy 153 to 174: 120 to 140 "
+        "to find the two largest of sixteen parts, 192 maxima and minima of which the core starts 2 a cycle "
+        "(measured), 45 to 55 for the threshold, 190 to 215 for writing",
     },
     "short rows": {
         "AMD avx512": "92 cycles a row, 23 for its copy from cache: 38 additions (three of Newton's passes over the "
@@ -69,9 +71,9 @@ REASONS = {
         "30; the thresholds are since taken for all rows at once (with AVX2 165 → 135 cycles a row), "
         "which was not measured at this level. That is 3.2 × the copy; why the run has more was not "
         "found",
-        "AMD avx2": "a row takes 104 cycles from L2, memcpy 24: 29 to 36 for writing, the rest for transposing (24 "
-        "shuffles a row) and Newton's passes (2.7 of 40 operations a row), of which the core starts 2.2 "
-        "to 2.8 a cycle (measured)",
+        "AMD avx2": "a row takes 104 cycles from L2 in a good minute, its copy 24: 29 to 36 for writing, 47 to 60 for "
+        "24 shuffles and 2.7 of Newton's passes, 40 operations each, of which the core starts 2.2 to 2.8 a cycle "
+        "(measured); 8 to 28 were not taken apart",
     },
     "steps": {
         "AMD avx512": "hundreds of elements are in the support instead of 4 or 5. Measured before flat rows began "
@@ -79,8 +81,8 @@ REASONS = {
         "Intel avx512": "a row of 512 from L1: 256 ticks of the time stamp counter at σ = 1, 532 where 155 elements "
         "are in the support: 2.75 of Newton's passes, 84 each, and a sample of the row, 63, are the "
         "difference; from L2 412 and 698, 1.7 ×. The rows again, three times: 2.3, 2.0 and 1.7 ×",
-        "AMD avx2": "a row of 512 from L2: 490 cycles at σ = 1, 1240 where 157 elements are in the support: 2.7 of "
-        "Newton's passes, 200 each, and a sample of the row, 167, are 710 of the 750",
+        "AMD avx2": "at n = 512, from L2: 490 cycles a row at σ = 1, 1240 where 157 elements are in the support: 2.7 "
+        "of Newton's passes, 200 each, and a sample of the row, 167, are 710 of the 750",
     },
     "short backward": {
         "AMD avx512": "tensors of 1 to 2 MB stay in cache and torch's autograd engine takes about 20 of 65 to 75 µs",
@@ -88,5 +90,7 @@ REASONS = {
         "the sum would be 37 to 46 µs at n = 64 and the rows alone, 55 to 61 ticks each from L2, two "
         "to three times their copy; the row took 61 to 88 µs in three more runs. At 512 the row "
         "again: 0.8, 1.5 and 1.35 ×",
+        "AMD avx2": "with the warm allocator, in its own run, 1.23 × at n = 8192 and 1.34 × at 131072: the supply "
+        "of fresh pages is what differs",
     },
 }
