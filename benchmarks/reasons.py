@@ -33,6 +33,8 @@ REASONS = {
         "1.1 ×)",
         "Intel avx512": "the same calls; the row again, three times: 0.90, 1.01 and 0.88 ×, with the warm allocator "
         "1.05 and 0.85 ×",
+        "AMD avx2": "the same calls, interleaved; the row again, three times with the warm allocator: 0.94, 1.13 and "
+        "0.99 ×",
     },
     "engine": {
         "AMD avx512": "about 20 µs are torch's autograd engine, which eager pays, too",
