@@ -184,8 +184,9 @@ def reason(row, rows, goal, environment):
         parts.append(f"the least of torch's own with a backward pass {duration(s['engine'])}")
     if "relu" in s:
         parts.append(f"relu's backward, of the same bytes, {s['relu'] / roof_of(row):.2f} × {row['roof']}")
-    known = REASONS.get(goal.reason, {}).get(kind_of_cpu(environment))
-    return "; ".join(parts + ([known] if known else []))
+    known, kind = REASONS.get(goal.reason, {}), kind_of_cpu(environment)
+    text = known.get(f"{kind} {'x'.join(map(str, row['shape']))}") or known.get(kind)
+    return "; ".join(parts + ([text] if text else []))
 
 
 def kind_of_cpu(environment):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import torch_softmax_ext as tse
 from benchmarks.providers import call, engine, providers, roofs
+from benchmarks.report import NO_PEERS
 from torch_softmax_ext.testing.memory import peak_memory
 
 # Memory that a call returns stays with the process, so that the next call finds it warm.
@@ -89,9 +90,30 @@ def rows_of(specs, pattern=""):
                     yield name, spec, shape, mode
 
 
+def calls_of(spec, shape, mode, x, args, skip=()):
+    """What is timed in a row, in this order: ours and variants of it, peers, torch's own least, roofs."""
+    functions = providers(spec, shape.options, shape.functions)
+    calls = {"ours": call(functions["ours"], mode, x, args)}
+    if mode == "accumulation":
+        calls["plain backward"] = call(functions["ours"], "forward+backward", x, args)
+    if mode == "forward" and shape.scale != 1:
+        calls["σ = 1"] = call(functions["ours"], mode, x / shape.scale, args)
+    if x.numel() < LARGE:
+        calls["ours 1 thread"] = calls["ours"]
+    if mode == "forward" and x.dim() == 2 and len(x) > 1:
+        calls["ours in cache"] = call(functions["ours"], mode, x[:1].expand(x.shape), args)
+    peers = () if mode == "in place" else functions  # nobody else can
+    calls |= {n: call(functions[n], mode, x, args) for n in peers if n not in ("ours", *skip)}
+    if mode == "backward":
+        calls["relu"] = call(torch.relu, mode, x, ())
+    if mode != "forward":
+        calls["engine"] = engine(mode)
+    return calls | roofs(x, args)
+
+
 def measure(specs, threads, rounds=7, pattern="", skip=()):
-    """One dictionary a row: seconds and page faults of every provider, of variants of our call (report.VARIANTS), of
-    the roofs and of torch's own least; peak bytes of the providers. `skip`: peers to leave out."""
+    """One dictionary a row: seconds and page faults of everything in `calls_of`, peak bytes of ours and the peers.
+    `skip`: peers to leave out."""
     torch.set_num_threads(threads)
     results = []
     bar = tqdm(list(rows_of(specs, pattern)), mininterval=1)
@@ -101,26 +123,10 @@ def measure(specs, threads, rounds=7, pattern="", skip=()):
         torch._dynamo.reset()
         x = (torch.randn(shape.shape) * shape.scale).to(shape.dtype)
         args = (shape.args or spec.bench_args)(x)
-        functions = providers(spec, shape.options, shape.functions)
-        others = () if mode == "in place" else functions  # nobody else can
-        names = [n for n in others if n not in ("ours", *skip)]
-        calls = {"ours": call(functions["ours"], mode, x, args)}
-        if mode == "accumulation":
-            calls["plain backward"] = call(functions["ours"], "forward+backward", x, args)
-        if mode == "forward" and shape.scale != 1:
-            calls["σ = 1"] = call(functions["ours"], mode, x / shape.scale, args)
-        if x.numel() < LARGE:
-            calls["ours 1 thread"] = calls["ours"]
-        if mode == "forward" and x.dim() == 2 and len(x) > 1:
-            calls["ours in cache"] = call(functions["ours"], mode, x[:1].expand(x.shape), args)
-        calls |= {n: call(functions[n], mode, x, args) for n in names}
-        if mode == "backward":
-            calls["relu"] = call(torch.relu, mode, x, ())
-        if mode != "forward":
-            calls["engine"] = engine(mode)
-        seconds, faults = interleaved({**calls, **roofs(x, args)}, threads, rounds)
+        calls = calls_of(spec, shape, mode, x, args, skip)
+        seconds, faults = interleaved(calls, threads, rounds)
         large = spec.bench_bytes(x, *args) >= 1 << 18
-        memory = {n: peak_memory(calls[n]) for n in ("ours", *names)} if large else {}
+        memory = {n: peak_memory(f) for n, f in calls.items() if large and n not in NO_PEERS}
         row = {
             "name": name,
             "operator": spec.name,

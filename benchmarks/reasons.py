@@ -1,6 +1,6 @@
 """What is known of a goal that is missed beside what the run itself measured: operations and what the core starts of
 them, and other runs. By machine: AMD with AVX-512 (2026-11-24, the kernels of that day), Intel with AVX-512
-(2026-11-27: 16 cores of a Xeon, two of them used), AMD with AVX2 (2026-11-28).
+(2026-11-27: 16 cores of a Xeon, two of them used), AMD with AVX2 (2026-11-28); with a shape, of that shape alone.
 
 What was measured again on the Xeon is in results/cpu-xeon-again.md.
 A reason that says that something was not found or not measured is none: there the goal is open.
@@ -22,8 +22,7 @@ REASONS = {
         "AMD avx512": "the gradient's memory is fresh: what the kernel takes to supply its pages moves by a factor "
         "of two between runs, while the copy writes to warm memory (with the warm allocator 1.15 to "
         "1.22 × in fp32, 2.6 × in bf16)",
-        "AMD avx2": "with the warm allocator, in its own run, 1.12 and 1.43 × in fp32, 1.78 and 1.83 × in bf16: the "
-        "supply of fresh pages is what differs",
+        "AMD avx2 1024x32000": "with the warm allocator, in its own run, 1.12 ×: the supply of fresh pages differs",
     },
     "in place": {
         "AMD avx512": "the copy itself takes 5.3 to 7.9 ms within the run",
@@ -48,8 +47,7 @@ REASONS = {
         "row again, five times, without its peers and with either allocator: 71 to 94 µs where the "
         "table's took 140; what made the difference was not found. Segmentation, without its peers: "
         "again 10.7 to 13.9 ms, with the warm allocator 7.1 and 7.5: fresh memory is the rest",
-        "AMD avx2": "with the warm allocator, in its own run, 4096×1000 is 3.6 × faster and segmentation 3.5 ×: the "
-        "supply of fresh pages is what differs",
+        "AMD avx2 4096x1000": "with the warm allocator, in its own run, 3.6 ×: the supply of fresh pages differs",
     },
     "one row": {
         "AMD avx512": "back to back 17.1 against 11.2 µs, 1.5 ×: waking the second thread costs 2 to 3 µs beside "
@@ -60,7 +58,7 @@ REASONS = {
         "AMD avx512": "rows come from and go to the cache that the cores of the machine share: at n = 8192 1.9 to "
         "2.1 × the copy by run (one thread alone 1.4 to 1.9 ×), at n = 512 320 cycles a row, 153 for "
         "its copy",
-        "AMD avx2": "at n = 512: a row takes 310 to 490 cycles from L2 by the minute, its copy 153 to 174: 120 to 140 "
+        "AMD avx2 1024x512": "a row takes 310 to 490 cycles from L2 by the minute, its copy 153 to 174: 120 to 140 "
         "to find the two largest of sixteen parts, 192 maxima and minima of which the core starts 2 a cycle "
         "(measured), 45 to 55 for the threshold, 190 to 215 for writing",
     },
@@ -83,7 +81,7 @@ REASONS = {
         "Intel avx512": "a row of 512 from L1: 256 ticks of the time stamp counter at σ = 1, 532 where 155 elements "
         "are in the support: 2.75 of Newton's passes, 84 each, and a sample of the row, 63, are the "
         "difference; from L2 412 and 698, 1.7 ×. The rows again, three times: 2.3, 2.0 and 1.7 ×",
-        "AMD avx2": "at n = 512, from L2: 490 cycles a row at σ = 1, 1240 where 157 elements are in the support: 2.7 "
+        "AMD avx2 1024x512": "from L2 490 cycles a row at σ = 1, 1240 where 157 elements are in the support: 2.7 "
         "of Newton's passes, 200 each, and a sample of the row, 167, are 710 of the 750",
     },
     "short backward": {
@@ -92,7 +90,7 @@ REASONS = {
         "the sum would be 37 to 46 µs at n = 64 and the rows alone, 55 to 61 ticks each from L2, two "
         "to three times their copy; the row took 61 to 88 µs in three more runs. At 512 the row "
         "again: 0.8, 1.5 and 1.35 ×",
-        "AMD avx2": "with the warm allocator, in its own run, 1.23 × at n = 8192 and 1.34 × at 131072: the supply "
-        "of fresh pages is what differs",
+        "AMD avx2 256x8192": "with the warm allocator, in its own run, 1.23 ×: the supply of fresh pages differs",
+        "AMD avx2 16x131072": "with the warm allocator, in its own run, 1.34 ×: the supply of fresh pages differs",
     },
 }
