@@ -27,6 +27,28 @@ inline Vec<T> losses_of(const CrossEntropyParams& p, Vec<T> m, Vec<T> sum, Vec<T
   return loss;
 }
 
+// grad = (term - shift at the target) · scale, of `count` rows; the arrays end with whole vectors.
+template <class T, class A = Acc<T>>
+inline void grad_scales(const CrossEntropyParams& p, int64_t row, int64_t count, const A* m, const A* sum,
+                        const A* weight, A* scale, A* shift) {
+  if (p.grad_output_stride == 0 && p.grad_lse == nullptr && p.z_loss_weight == 0) {  // one factor for all rows
+    const A target = A(grad_factors<A>(p, row, 0, 1).target);
+    for (int64_t j = 0; j < count; j += Accumulate<T>::kLanes) {
+      store(scale + j, load(weight + j) * target / load(sum + j));
+      store(shift + j, load(sum + j));
+    }
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const double w = weight[i], s = sum[i];
+    const double lse = p.z_loss_weight == 0 ? 0 : (m[i] + std::log2(s)) * kLn2<A>;
+    const GradFactors f = grad_factors<A>(p, row + i, lse, w);
+    const double softmax = f.softmax != 0 ? f.softmax : 1e-30 * w * f.target;  // z-loss may cancel it
+    scale[i] = A(softmax / s);
+    shift[i] = A(softmax == w * f.target ? s : w * f.target / softmax * s);
+  }
+}
+
 template <class T>
 struct ColumnTile {
   using A = Acc<T>;
@@ -172,23 +194,7 @@ inline void bwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t co
     std::memcpy(tile.m, static_cast<const A*>(p.row_m) + row, count * sizeof(A));
     std::memcpy(tile.sum, static_cast<const A*>(p.row_sum) + row, count * sizeof(A));
   }
-  if (p.grad_output_stride == 0 && p.grad_lse == nullptr && p.z_loss_weight == 0) {  // one factor for all rows
-    const A target = A(grad_factors<A>(p, row, 0, 1).target);
-    for (int64_t j = 0; j < count; j += Accumulate<T>::kLanes) {
-      const Vec<T> sum = load(tile.sum + j);
-      store(tile.scale + j, load(tile.weight + j) * target / sum);
-      store(tile.shift + j, sum);
-    }
-  } else {
-    for (int64_t i = 0; i < count; ++i) {
-      const double w = tile.weight[i], sum = tile.sum[i];
-      const double lse = p.z_loss_weight == 0 ? 0 : (tile.m[i] + std::log2(sum)) * kLn2<A>;
-      const GradFactors f = grad_factors<A>(p, row + i, lse, w);
-      const double softmax = f.softmax != 0 ? f.softmax : 1e-30 * w * f.target;  // z-loss may cancel it
-      tile.scale[i] = A(softmax / sum);
-      tile.shift[i] = A(softmax == w * f.target ? sum : w * f.target / softmax * sum);
-    }
-  }
+  grad_scales<T>(p, row, count, tile.m, tile.sum, tile.weight, tile.scale, tile.shift);
   bwd_columns(x, copied ? tile.width : p.rows.stride_n, static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row),
               p.grad_rows.stride_n, p.rows.n, count, logits, tile);
 }

@@ -6,6 +6,7 @@
 // A target that has nearly all of the probability is compared with the sum in the same arithmetic that built the sum,
 // so that a loss and a gradient that must be 0 are 0.
 #include "common/cpu/exp_sum-inl.h"
+#include "common/cpu/transpose-inl.h"
 #include "cross_entropy/cross_entropy_columns-inl.h"
 
 constexpr int64_t kKept = 64 * kBlock;  // elements of a row whose terms are kept: 1 MiB a thread, of fp64 2 MiB
@@ -215,6 +216,8 @@ inline int64_t row_argmax(const T* x, int64_t n, bool has_nan) {
   return best;
 }
 
+#include "cross_entropy/cross_entropy_few-inl.h"
+
 template <class T, bool kForward, bool kBackward, bool kGeneral>
 void contiguous_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.rows.n;
@@ -265,6 +268,8 @@ void contiguous_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
 template <class T, bool kForward, bool kBackward>
 void rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   if (p.rows.stride_n == 1 && (!kBackward || p.grad_rows.stride_n == 1)) {
+    if (!p.is_general() && p.rows.n > 0 && p.rows.n <= kFewClasses)
+      return rows_of_few_classes<T, kForward, kBackward>(p, begin, end);
     return p.is_general() ? contiguous_rows<T, kForward, kBackward, true>(p, begin, end)
                           : contiguous_rows<T, kForward, kBackward, false>(p, begin, end);
   }

@@ -8,6 +8,7 @@
 // support of 10^5 elements of 10^-5 the rounding of tau alone would show in Σ p. NaN and +inf make the sum NaN, and so
 // tau and the row.
 
+#include "common/cpu/transpose-inl.h"
 #include "entmax/sparsemax_newton-inl.h"
 #include "entmax/sparsemax_short-inl.h"
 

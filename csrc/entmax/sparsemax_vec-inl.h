@@ -1,4 +1,4 @@
-// What sparsemax alone asks of vectors: sums under a condition, transposition, compaction. [per ISA]
+// What sparsemax alone asks of vectors: sums under a condition, compaction. [per ISA]
 
 // Sum and number, lane by lane, of the d that are not `below`.
 template <class V>
@@ -24,31 +24,6 @@ struct SumAbove {
 template <class V>
 inline SumAbove<V> operator+(SumAbove<V> a, SumAbove<V> b) {
   return {a.sum + b.sum, a.number + b.number};
-}
-
-// ---- transposition ------------------------------------------------------------------------------------------------
-
-// Swaps the blocks of `half` lanes that lie off the diagonal, then those inside the blocks.
-template <int half, class V, size_t... lane>
-[[gnu::always_inline]] inline void transpose_step(V* v, std::index_sequence<lane...>) {
-  using Index = decltype(V{} > V{});
-  constexpr int kLanes = sizeof...(lane);
-  const Index upper = {(lane & half ? kLanes + lane - half : lane)...};
-  const Index lower = {(lane & half ? kLanes + lane : lane + half)...};
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) {
-    if (i & half) continue;
-    const V a = v[i], b = v[i + half];
-    v[i] = __builtin_shuffle(a, b, upper);
-    v[i + half] = __builtin_shuffle(a, b, lower);
-  }
-  if constexpr (half > 1) transpose_step<half / 2>(v, std::index_sequence<lane...>{});
-}
-// As many vectors as they have lanes: lane k of vector i changes places with lane i of vector k.
-template <class V>
-[[gnu::always_inline]] inline void transpose(V* v) {
-  constexpr size_t kLanes = sizeof(V) / sizeof(V{}[0]);
-  transpose_step<kLanes / 2>(v, std::make_index_sequence<kLanes>{});
 }
 
 // ---- compaction ---------------------------------------------------------------------------------------------------

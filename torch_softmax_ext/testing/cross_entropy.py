@@ -164,6 +164,9 @@ def _samples(device, dtype):
     yield Sample(
         "minus-inf-at-target", impossible, (torch.full((3,), 5, device=device),), {"reduction": "none"}, finite=False
     )
+    nothing = logits(3, 30)
+    nothing[1] = -_INF
+    yield Sample("minus-inf-alone", nothing, (target(30, 3),), {"reduction": "none", "temperature": 2.0}, finite=False)
     broken = logits(5, 5000)
     broken[0, 4900] = float("nan")
     broken[1, 3] = _INF

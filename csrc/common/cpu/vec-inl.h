@@ -196,9 +196,6 @@ inline VecF load_part(const float* p, int64_t count, float fill) {
   const VecI before = lanes_before<VecF>(count);
   return before ? (VecF)_mm256_maskload_ps(p, (__m256i)before) : splat<VecF>(fill);
 }
-inline void store_part(float* p, int64_t count, VecF v) {
-  _mm256_maskstore_ps(p, (__m256i)lanes_before<VecF>(count), (__m256)v);
-}
 #endif
 
 template <class T>
@@ -315,14 +312,21 @@ inline VecF upper_half(VecF x) {  // 12 bits of it
 }
 inline VecF multiply_subtract(VecF x, VecF y, VecF m) {
   // No fused multiply-add: both factors are split in halves of 12 bits, whose products are exact.
-  x = vmax(splat<VecF>(-std::numeric_limits<float>::max()), x);  // -inf has no halves
-  const VecF x1 = upper_half(x), y1 = upper_half(y);
-  return ((x1 * y1 - m) + (x - x1) * y1) + x * (y - y1);
+  const VecF x1 = upper_half(x), y1 = upper_half(y), low = splat<VecF>(-std::numeric_limits<float>::infinity());
+  return x == low ? x - m : ((x1 * y1 - m) + (x - x1) * y1) + x * (y - y1);  // -inf has no halves
+}
+inline VecD multiply_subtract(VecD x, VecD y, VecD m) { return x * y - m; }
+#elif TSE_ISA == 1  // not left to contraction, which spares a product that is used twice
+inline VecF multiply_subtract(VecF x, VecF y, VecF m) { return (VecF)_mm256_fmsub_ps((__m256)x, (__m256)y, (__m256)m); }
+inline VecD multiply_subtract(VecD x, VecD y, VecD m) {
+  return (VecD)_mm256_fmsub_pd((__m256d)x, (__m256d)y, (__m256d)m);
 }
 #else
-inline VecF multiply_subtract(VecF x, VecF y, VecF m) { return x * y - m; }  // contracted to one instruction
+inline VecF multiply_subtract(VecF x, VecF y, VecF m) { return (VecF)_mm512_fmsub_ps((__m512)x, (__m512)y, (__m512)m); }
+inline VecD multiply_subtract(VecD x, VecD y, VecD m) {
+  return (VecD)_mm512_fmsub_pd((__m512d)x, (__m512d)y, (__m512d)m);
+}
 #endif
-inline VecD multiply_subtract(VecD x, VecD y, VecD m) { return x * y - m; }
 
 // 2^t for logits of type T: an exponent i near t, and a minimax polynomial for 2^f of the rest f, of relative error
 // 1e-7, and one degree less, 3e-6, for half types. -inf gives 0, NaN gives NaN. AVX-512 takes t rounded down, is
