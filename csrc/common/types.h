@@ -27,7 +27,7 @@ struct Rows {
 
 // Offset in elements of row r's first element.
 TSE_HOST_DEVICE inline int64_t row_offset(const Rows& rows, int64_t r) {
-  if (rows.outer == 1) return r * rows.stride_inner;
+  if (rows.outer == 1 || rows.stride_outer == rows.inner * rows.stride_inner) return r * rows.stride_inner;
   return r / rows.inner * rows.stride_outer + r % rows.inner * rows.stride_inner;
 }
 

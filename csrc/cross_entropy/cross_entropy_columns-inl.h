@@ -27,25 +27,30 @@ inline Vec<T> losses_of(const CrossEntropyParams& p, Vec<T> m, Vec<T> sum, Vec<T
   return loss;
 }
 
-// grad = (term - shift at the target) · scale, of `count` rows; the arrays end with whole vectors.
+// grad = (term - shift at the target) · scale - coefficient · of_target, of `count` rows; arrays of whole vectors.
+// mass: Σ of a row's weights, weight: the target's own.
 template <class T, class A = Acc<T>>
 inline void grad_scales(const CrossEntropyParams& p, int64_t row, int64_t count, const A* m, const A* sum,
-                        const A* weight, A* scale, A* shift) {
+                        const A* weight, const A* mass, A* scale, A* shift, A* of_target) {
+  using V = Vec<T>;
   if (p.grad_output_stride == 0 && p.grad_lse == nullptr && p.z_loss_weight == 0) {  // one factor for all rows
-    const A target = A(grad_factors<A>(p, row, 0, 1).target);
+    const V target = splat<V>(A(grad_factors<A>(p, row, 0, 1).target));
     for (int64_t j = 0; j < count; j += Accumulate<T>::kLanes) {
-      store(scale + j, load(weight + j) * target / load(sum + j));
-      store(shift + j, load(sum + j));
+      const V s = load(sum + j), w = load(weight + j), all = load(mass + j);
+      store(scale + j, all * target / s);
+      store(shift + j, all == w ? s : s * (w / all));
+      store(of_target + j, target);
     }
     return;
   }
   for (int64_t i = 0; i < count; ++i) {
-    const double w = weight[i], s = sum[i];
-    const double lse = p.z_loss_weight == 0 ? 0 : (m[i] + std::log2(s)) * kLn2<A>;
-    const GradFactors f = grad_factors<A>(p, row + i, lse, w);
-    const double softmax = f.softmax != 0 ? f.softmax : 1e-30 * w * f.target;  // z-loss may cancel it
+    const double s = sum[i], lse = p.z_loss_weight == 0 ? 0 : (m[i] + std::log2(s)) * kLn2<A>;
+    const GradFactors f = grad_factors<A>(p, row + i, lse, mass[i]);
+    const double target = weight[i] * f.target;
+    const double softmax = f.softmax != 0 ? f.softmax : 1e-30 * target;  // z-loss may cancel it
     scale[i] = A(softmax / s);
-    shift[i] = A(softmax == w * f.target ? s : w * f.target / softmax * s);
+    shift[i] = A(softmax == target ? s : target / softmax * s);
+    of_target[i] = A(f.target);
   }
 }
 
@@ -56,7 +61,7 @@ struct ColumnTile {
   int64_t width;  // a multiple of the lanes
   std::unique_ptr<T[]> logits;  // (n, width)
   alignas(64) A m[kColumns] = {}, sum[kColumns] = {}, weight[kColumns] = {};
-  alignas(64) A scale[kColumns] = {}, shift[kColumns] = {};  // grad = (term - shift at the target) · scale
+  alignas(64) A scale[kColumns] = {}, shift[kColumns] = {}, of_target[kColumns] = {};  // of grad_scales
   alignas(64) A at_target[kColumns] = {};  // the target's logit
   alignas(64) Index target[kColumns] = {};  // -1: ignored
 
@@ -194,7 +199,7 @@ inline void bwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t co
     std::memcpy(tile.m, static_cast<const A*>(p.row_m) + row, count * sizeof(A));
     std::memcpy(tile.sum, static_cast<const A*>(p.row_sum) + row, count * sizeof(A));
   }
-  grad_scales<T>(p, row, count, tile.m, tile.sum, tile.weight, tile.scale, tile.shift);
+  grad_scales<T>(p, row, count, tile.m, tile.sum, tile.weight, tile.weight, tile.scale, tile.shift, tile.of_target);
   bwd_columns(x, copied ? tile.width : p.rows.stride_n, static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row),
               p.grad_rows.stride_n, p.rows.n, count, logits, tile);
 }

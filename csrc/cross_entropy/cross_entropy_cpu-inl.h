@@ -104,7 +104,7 @@ template <class T, class L>
   }
   const auto grad = [&](Vec<T> v, Vec<T> t) {
     const Vec<T> capped = logits.cap(v);
-    return (logits.term(capped, m) * scale - t * b) * slope(capped);
+    return multiply_subtract(logits.term(capped, m), scale, t * b) * slope(capped);  // the same bits in every caller
   };
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) store(g + i, grad(load(x + i), coefficients(i, kLanes)));
@@ -268,8 +268,10 @@ void contiguous_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
 template <class T, bool kForward, bool kBackward>
 void rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   if (p.rows.stride_n == 1 && (!kBackward || p.grad_rows.stride_n == 1)) {
-    if (!p.is_general() && p.rows.n > 0 && p.rows.n <= kFewClasses)
-      return rows_of_few_classes<T, kForward, kBackward>(p, begin, end);
+    if (p.rows.n > 0 && p.rows.n <= kFewClasses && p.transform.softcap == 0) {
+      return p.is_general() ? rows_of_few_classes<T, kForward, kBackward, true>(p, begin, end)
+                            : rows_of_few_classes<T, kForward, kBackward, false>(p, begin, end);
+    }
     return p.is_general() ? contiguous_rows<T, kForward, kBackward, true>(p, begin, end)
                           : contiguous_rows<T, kForward, kBackward, false>(p, begin, end);
   }
