@@ -81,6 +81,13 @@ def test_nan_of_any_bits_stays_nan(device, dtype):
     assert torch.autograd.grad(loss, x, nan)[0].isnan().all()
 
 
+@pytest.mark.skipif(CUDA_ON_HOST, reason="for the CPU kernels")
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=str)
+def test_images_are_read_where_they_lie(options):
+    x, target = torch.randn(2, 100, 32, 32), torch.randint(100, (2, 32, 32))
+    assert peak_memory(lambda: tse.cross_entropy(x, target, **options)) < 0.1 * x.nbytes
+
+
 # ---- the guess of the incoming gradient ---------------------------------------------------------------------------
 
 

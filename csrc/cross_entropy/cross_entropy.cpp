@@ -51,8 +51,8 @@ enum class Gradient { kNone, kNew, kInPlace };
 
 // The tensors of a call in forms that the kernels can walk: of logits and gradient, classes or rows are neighbours in
 // memory in both. Copies where the logits are not dense, and for options that only rows of neighbouring classes have
-// (smoothing, softcap, probabilities, metrics); without a gradient in the same cases, so that the loss has the same
-// bits with and without (on CUDA the rows' losses have; blocks may add others of them).
+// (softcap, metrics, but for few classes smoothing and probabilities); without a gradient in the same cases, so that
+// the loss has the same bits with and without (on CUDA the rows' losses have; blocks may add others of them).
 struct Operands {
   RowTensor input, grad, probabilities;
   at::Tensor grad_input;  // what the caller gets
@@ -66,8 +66,6 @@ struct Operands {
     if (target_.is_floating_point()) {
       TSE_CHECK(target_.scalar_type() == logits.scalar_type(), kOp, "target",
                 "expected probabilities in input's dtype ", logits.scalar_type(), ", got ", target_.scalar_type());
-      probabilities = as_rows(target_, dim);
-      if (probabilities.rows.stride_n != 1) probabilities = as_rows(classes_last(target_), dim);
     } else {
       target = target_.contiguous();
     }
@@ -76,6 +74,13 @@ struct Operands {
                          !classes_inside && input.rows.n <= std::numeric_limits<int32_t>::max();
     if (input.rows.stride_n != 1 && !columns)
       input = as_rows(classes_inside ? classes_last(logits) : input.tensor.contiguous(), dim);
+    if (!target.defined()) {  // as the logits lie
+      probabilities = as_rows(target_, dim);
+      if (input.rows.stride_n == 1 && probabilities.rows.stride_n != 1)
+        probabilities = as_rows(classes_last(target_), dim);
+      if (input.rows.stride_n != 1 && probabilities.rows.stride_inner != 1)
+        probabilities = as_rows(at::empty_like(input.tensor).copy_(target_), dim);
+    }
     if (gradient == Gradient::kNone) return;
     if (gradient == Gradient::kInPlace) {
       grad_input = logits;
@@ -140,8 +145,9 @@ struct Operands {
   }
 };
 
-bool needs_classes_inside(const at::Tensor& target, const CrossEntropyOptions& options) {
-  return has_mass(target, options) || options.softcap.has_value();
+bool needs_classes_inside(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
+  const bool few = !use_cuda(input) && input.size(class_dim(input)) <= kFewClasses;
+  return options.softcap.has_value() || (has_mass(target, options) && !few);
 }
 
 // The shape of what there is one of for each row.
@@ -168,7 +174,7 @@ CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target
     return run_forward(x, t, options, gradient, grad_output, metrics);
   }
   const c10::OptionalDeviceGuard guard(input.device());
-  const Operands operands(input, target, options, gradient, metrics || needs_classes_inside(target, options));
+  const Operands operands(input, target, options, gradient, metrics || needs_classes_inside(input, target, options));
   const int64_t count = row_count(operands.input.rows);
   const auto loss_options = input.options().dtype(accumulate_type(input.scalar_type()));
   const bool is_double = loss_options.dtype() == at::kDouble;
@@ -221,7 +227,7 @@ at::Tensor run_backward(const at::Tensor& grad_output, const OptionalTensor& gra
                         const at::Tensor& written = {}) {
   const c10::OptionalDeviceGuard guard(input.device());
   const Operands operands(input, target, options, Gradient::kNew,
-                          grad_lse.has_value() || needs_classes_inside(target, options), written);
+                          grad_lse.has_value() || needs_classes_inside(input, target, options), written);
   CrossEntropyParams p = operands.params(options, stats);
   p.compare_guess = written.defined();
   // A gradient that is one number expanded over the rows, as sum() sends it back, is read as that one number.

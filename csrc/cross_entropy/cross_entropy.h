@@ -37,6 +37,9 @@ struct CrossEntropySums {
 constexpr int64_t kCrossEntropyBlocks = 8192;  // the most of a grid that adds
 constexpr int64_t kCrossEntropySums = kCrossEntropyBlocks + sizeof(CrossEntropyState) / sizeof(CrossEntropySums) + 1;
 
+// CPU: up to so many classes, smoothing and probabilities are also had where rows are neighbours instead of classes.
+constexpr int64_t kFewClasses = 128;
+
 struct CrossEntropyParams {
   DType dtype;  // of input and grad_input; fp16 and bf16 are computed in fp32
   Rows rows;  // of input; n = classes

@@ -267,11 +267,12 @@ void contiguous_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
 
 template <class T, bool kForward, bool kBackward>
 void rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
-  if (p.rows.stride_n == 1 && (!kBackward || p.grad_rows.stride_n == 1)) {
-    if (p.rows.n > 0 && p.rows.n <= kFewClasses && p.transform.softcap == 0) {
-      return p.is_general() ? rows_of_few_classes<T, kForward, kBackward, true>(p, begin, end)
-                            : rows_of_few_classes<T, kForward, kBackward, false>(p, begin, end);
-    }
+  const bool contiguous = p.rows.stride_n == 1 && (!kBackward || p.grad_rows.stride_n == 1);
+  if ((contiguous || p.is_general()) && p.rows.n > 0 && p.rows.n <= kFewClasses && p.transform.softcap == 0) {
+    return p.is_general() ? rows_of_few_classes<T, kForward, kBackward, true>(p, begin, end)
+                          : rows_of_few_classes<T, kForward, kBackward, false>(p, begin, end);
+  }
+  if (contiguous) {
     return p.is_general() ? contiguous_rows<T, kForward, kBackward, true>(p, begin, end)
                           : contiguous_rows<T, kForward, kBackward, false>(p, begin, end);
   }

@@ -1,36 +1,56 @@
-// Cross-entropy of contiguous rows of few classes. [per ISA]
+// Cross-entropy of few classes. [per ISA]
 //
-// What is per row is most of the work there. So as many rows as a vector has lanes are taken at once: transposed, a
-// vector holds one class of each, and what is done for one row is done for all. All logits of a row are at hand before
-// its first term, whose reference is the row's maximum, and the terms of forward are those of backward.
+// What is per row is most of the work there. So as many rows as a vector has lanes are taken at once: transposed, if
+// classes are neighbours in memory, a vector holds one class of each, and what is done for one row is done for all. All
+// logits of a row are at hand before its first term, whose reference is the row's maximum, and the terms of forward are
+// those of backward.
 
-constexpr int64_t kFewClasses = 128;
-
-// z[c]: class c of the rows at x; whole squares, 0 behind the last class.
-template <class T>
-inline void load_lanes(const T* const* x, int64_t n, Vec<T>* z) {
+// z[c]: class c of `count` neighbouring rows, the first of them at x; 0 in the lanes of the others, and of those that
+// are not counted, whose logits may be anything.
+template <class T, class Lanes>
+inline void load_lanes(const T* x, const Rows& rows, int64_t count, Lanes counted, Vec<T>* z) {
   constexpr int kLanes = Accumulate<T>::kLanes;
+  const int64_t n = rows.n;
+  if (rows.stride_n != 1) {
+    for (int64_t c = 0; c < n; ++c) {
+      const T* from = x + c * rows.stride_n;
+      z[c] = counted ? count == kLanes ? load(from) : load_part(from, count, Acc<T>(0)) : Vec<T>{};
+    }
+    return;
+  }
+  const T zeros[kLanes] = {};
   for (int64_t c = 0; c < n; c += kLanes) {
     Vec<T> square[kLanes];
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i)
-      square[i] = c + kLanes <= n ? load(x[i] + c) : load_part(x[i] + c, n - c, Acc<T>(0));
+    for (int i = 0; i < kLanes; ++i) {
+      const T* from = counted[i] ? x + i * rows.stride_inner + c : zeros;
+      square[i] = c + kLanes <= n ? load(from) : load_part(from, n - c, Acc<T>(0));
+    }
     transpose(square);
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) z[c + i] = square[i];
   }
 }
 template <class T>
-inline void store_lanes(const Vec<T>* z, int64_t n, T* const* g, int64_t count) {
+inline void store_lanes(const Vec<T>* z, const Rows& rows, int64_t count, T* g) {
   constexpr int kLanes = Accumulate<T>::kLanes;
+  const int64_t n = rows.n;
+  if (rows.stride_n != 1) {
+    for (int64_t c = 0; c < n; ++c) {
+      if (count == kLanes) store(g + c * rows.stride_n, z[c]);
+      else store_part(g + c * rows.stride_n, count, z[c]);
+    }
+    return;
+  }
   for (int64_t c = 0; c < n; c += kLanes) {
     Vec<T> square[kLanes];
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) square[i] = z[c + i];
     transpose(square);
     for (int64_t i = 0; i < count; ++i) {
-      if (c + kLanes <= n) store(g[i] + c, square[i]);
-      else store_part(g[i] + c, n - c, square[i]);
+      T* to = g + i * rows.stride_inner + c;
+      if (c + kLanes <= n) store(to, square[i]);
+      else store_part(to, n - c, square[i]);
     }
   }
 }
@@ -46,37 +66,31 @@ template <class T, bool kForward, bool kBackward, bool kGeneral>
   const Logits<T, false> logits(p.transform);
   const Coefficients<T> coefficients(p, 0);
   const A* weights = coefficients.weight;
-  const T zeros[kFewClasses] = {};  // the logits of a row that is ignored, or behind the last
   V z[kFewClasses], u[kGeneral ? kFewClasses : 1];  // u: the coefficients
   for (int64_t c = 0; kGeneral && c < n; ++c) u[c] = splat<V>(coefficients.at(c));
-  const T* x[kLanes];
-  T* g[kLanes];
   int64_t target[kLanes];
-  alignas(64) A counted_as[kLanes], weight[kLanes], at_target[kLanes], its_coefficient[kLanes];
+  alignas(64) A counts[kLanes], weight[kLanes], at_target[kLanes], its_coefficient[kLanes];
   alignas(64) A m[kLanes] = {}, sum[kLanes] = {}, mass[kLanes] = {}, scale[kLanes], shift[kLanes], of_target[kLanes];
-  for (int64_t row = begin; row < end; row += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, end - row);
+  for (int64_t row = begin, count; row < end; row += count) {
+    count = std::min<int64_t>({kLanes, end - row, p.rows.inner - row % p.rows.inner});
+    const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
     for (int64_t i = 0; i < kLanes; ++i) {
       target[i] = i < count ? target_of(p, row + i) : p.ignore_index;
-      const bool counts = i < count && is_counted(p, target[i]), has_target = counts && p.target != nullptr;
-      x[i] = counts ? static_cast<const T*>(p.input) + row_offset(p.rows, row + i) : zeros;
-      counted_as[i] = counts;
+      counts[i] = i < count && is_counted(p, target[i]);
+      const bool has_target = counts[i] != 0 && p.target != nullptr;
       if (!has_target) target[i] = 0;
       weight[i] = has_target ? weight_of<A>(p, target[i]) : A(0);
-      at_target[i] = has_target ? load_one(x[i] + target[i]) : A(0);
+      at_target[i] = has_target ? load_one(x + i * p.rows.stride_inner + target[i] * p.rows.stride_n) : A(0);
       its_coefficient[i] = coefficients.at(target[i]);
     }
-    const auto counted = load(counted_as) > V{};
+    const auto counted = load(counts) > V{};
     if (kGeneral && p.probabilities != nullptr) {
-      const T* from[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i)
-        from[i] =
-            i < count ? static_cast<const T*>(p.probabilities) + row_offset(p.probabilities_rows, row + i) : zeros;
-      load_lanes(from, n, u);
+      load_lanes(static_cast<const T*>(p.probabilities) + row_offset(p.probabilities_rows, row), p.probabilities_rows,
+                 count, counted, u);
       for (int64_t c = 0; c < n; ++c)
         u[c] = (u[c] * coefficients.keep + coefficients.even) * (weights != nullptr ? weights[c] : A(1));
     }
-    load_lanes(x, n, z);
+    load_lanes(x, p.rows, count, counted, z);
     if constexpr (kForward) {
       V max = low;
       for (int64_t c = 0; c < n; ++c) max = vmax(z[c], max);  // NaN aside
@@ -109,22 +123,23 @@ template <class T, bool kForward, bool kBackward, bool kGeneral>
       put(p.row_sum, counted ? s : V{});
       put(p.row_loss, counted ? loss : V{});
       if (p.row_mass != nullptr) put(p.row_mass, counted ? load(mass) : V{});
-      if (p.predictions != nullptr) {
+      if (p.predictions != nullptr) {  // classes are neighbours then
         for (int64_t i = 0; i < count; ++i)
-          p.predictions[row + i] = counted_as[i] != 0 ? row_argmax(x[i], n, sum[i] != sum[i]) : p.ignore_index;
+          p.predictions[row + i] =
+              counts[i] != 0 ? row_argmax(x + i * p.rows.stride_inner, n, sum[i] != sum[i]) : p.ignore_index;
       }
     }
     if constexpr (kBackward) {
-      for (int64_t i = 0; i < count; ++i) g[i] = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row + i);
+      T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
       grad_scales<T>(p, row, count, m, sum, weight, mass, scale, shift, of_target);
       const V by = counted ? load(scale) : V{}, less = counted ? load(of_target) : V{};
       for (int64_t c = 0; c < n; ++c) z[c] = kGeneral ? multiply_subtract(z[c], by, u[c] * less) : z[c] * by;
-      store_lanes(z, n, g, count);
+      store_lanes(z, p.grad_rows, count, g);
       if (p.target == nullptr) continue;
       const V beyond = exp2<T>(t) - load(shift);
       const V grad = kGeneral ? multiply_subtract(beyond, by, load(its_coefficient) * less) : beyond * by;
       for (int64_t i = 0; i < count; ++i)
-        if (counted_as[i] != 0) store_one(g[i] + target[i], grad[i]);
+        if (counts[i] != 0) store_one(g + i * p.grad_rows.stride_inner + target[i] * p.grad_rows.stride_n, grad[i]);
     }
   }
 }

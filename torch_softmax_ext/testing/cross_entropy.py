@@ -164,14 +164,32 @@ def _samples(device, dtype):
     yield Sample(
         "minus-inf-at-target", impossible, (torch.full((3,), 5, device=device),), {"reduction": "none"}, finite=False
     )
-    nothing = logits(3, 30)
-    nothing[1] = -_INF
-    yield Sample("minus-inf-alone", nothing, (target(30, 3),), {"reduction": "none", "temperature": 2.0}, finite=False)
     broken = logits(5, 5000)
     broken[0, 4900] = float("nan")
     broken[1, 3] = _INF
     broken[2] = -_INF
     yield Sample("nan-inf", broken, (target(5000, 5),), {"reduction": "none"}, finite=False)
+    nothing = logits(3, 30)
+    nothing[1] = -_INF
+    yield Sample("minus-inf-alone", nothing, (target(30, 3),), {"reduction": "none", "temperature": 2.0}, finite=False)
+    for reduction in ("none", "mean", "sum"):
+        kwargs = {"reduction": reduction}
+        yield Sample(
+            f"images-smoothing-{reduction}",
+            logits(2, 21, 5, 7),
+            (target(21, 2, 5, 7, ignored=3), weight(21)),
+            {**kwargs, "label_smoothing": 0.1, "z_loss_weight": 0.1},
+        )
+        yield Sample(
+            f"images-probabilities-{reduction}",
+            logits(2, 9, 5, 7),
+            (probabilities(2, 9, 5, 7), weight(9)),
+            {**kwargs, "label_smoothing": 0.1},
+        )
+    yield Sample("images-of-many-classes", logits(2, 140, 3), (target(140, 2, 3),), {"label_smoothing": 0.1})
+    last = {"memory_format": torch.channels_last}
+    yield Sample("images-and-channels-last", logits(2, 9, 5, 7), (probabilities(2, 9, 5, 7).to(**last),))
+    yield Sample("channels-last-and-images", logits(2, 9, 5, 7).to(**last), (probabilities(2, 9, 5, 7),))
 
 
 def _x(device, *shape):
@@ -326,6 +344,7 @@ SPEC = OpSpec(
     errors=_ERRORS,
     bench_shapes=(
         BenchShape((8, 10)),
+        BenchShape((4096, 10)),
         BenchShape((256, 1000)),
         BenchShape((4096, 1000)),
         BenchShape((8, 21, 256, 256)),
