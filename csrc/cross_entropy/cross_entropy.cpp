@@ -74,12 +74,11 @@ struct Operands {
                          !classes_inside && input.rows.n <= std::numeric_limits<int32_t>::max();
     if (input.rows.stride_n != 1 && !columns)
       input = as_rows(classes_inside ? classes_last(logits) : input.tensor.contiguous(), dim);
-    if (!target.defined()) {  // as the logits lie
+    if (!target.defined()) {
       probabilities = as_rows(target_, dim);
-      if (input.rows.stride_n == 1 && probabilities.rows.stride_n != 1)
-        probabilities = as_rows(classes_last(target_), dim);
-      if (input.rows.stride_n != 1 && probabilities.rows.stride_inner != 1)
-        probabilities = as_rows(at::empty_like(input.tensor).copy_(target_), dim);
+      const bool readable =
+          probabilities.rows.stride_n == 1 || (input.rows.stride_n != 1 && probabilities.rows.stride_inner == 1);
+      if (!readable) probabilities = as_rows(classes_last(target_), dim);
     }
     if (gradient == Gradient::kNone) return;
     if (gradient == Gradient::kInPlace) {

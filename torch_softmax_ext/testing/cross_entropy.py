@@ -189,6 +189,7 @@ def _samples(device, dtype):
     yield Sample("images-of-many-classes", logits(2, 140, 3), (target(140, 2, 3),), {"label_smoothing": 0.1})
     last = {"memory_format": torch.channels_last}
     yield Sample("images-and-channels-last", logits(2, 9, 5, 7), (probabilities(2, 9, 5, 7).to(**last),))
+    yield Sample("images-and-every-other-pixel", logits(2, 9, 5, 7), (probabilities(2, 9, 5, 14)[..., ::2],))
     yield Sample("channels-last-and-images", logits(2, 9, 5, 7).to(**last), (probabilities(2, 9, 5, 7),))
 
 
