@@ -186,6 +186,17 @@ def _samples(device, dtype):
             (probabilities(2, 9, 5, 7), weight(9)),
             {**kwargs, "label_smoothing": 0.1},
         )
+    # More classes than the CPU takes lane by lane.
+    for name, options in (("", {}), ("-options", {"label_smoothing": 0.1, "z_loss_weight": 0.1, "temperature": 0.7})):
+        many, y = logits(6, 300), target(300, 6, ignored=2)
+        yield Sample(f"hundreds{name}", many, (y, weight(300)), options)
+        yield Sample(f"hundreds-none{name}", many, (y, weight(300)), {**options, "reduction": "none"})
+        yield Sample(f"hundreds-probabilities{name}", many, (probabilities(6, 300), weight(300)), options)
+    certain = logits(6, 300)
+    certain[torch.arange(6), torch.arange(6)] += 60
+    certain[3, 100:] = -_INF
+    certain[4] = 1
+    yield Sample("certain-of-hundreds", certain, (torch.arange(6, device=device),), {"reduction": "none"})
     yield Sample("images-of-many-classes", logits(2, 140, 3), (target(140, 2, 3),), {"label_smoothing": 0.1})
     last = {"memory_format": torch.channels_last}
     yield Sample("images-and-channels-last", logits(2, 9, 5, 7), (probabilities(2, 9, 5, 7).to(**last),))

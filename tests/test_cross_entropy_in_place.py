@@ -1,0 +1,157 @@
+"""Cross-entropy writes its gradient over the logits, where it is asked to: `inplace_backward`."""
+
+import pytest
+import torch
+from conftest import CUDA_ON_HOST
+from cross_entropy_cases import dtypes, grad, logits_and_target
+
+import torch_softmax_ext as tse
+from torch_softmax_ext.testing.memory import peak_memory
+
+
+@dtypes
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("scale", [1.0, 0.25, 0.3])
+def test_inplace_backward_gives_the_gradient(device, dtype, reduction, scale):
+    x, target = logits_and_target(device, dtype=dtype)
+    want = grad(tse.cross_entropy, x, target, reduction=reduction, scale=scale)
+    for _ in range(3):
+        got = grad(tse.cross_entropy, x, target, reduction=reduction, scale=scale, inplace_backward=True)
+        assert torch.equal(got[0], want[0])
+        tolerance = {torch.float64: 1e-15, torch.float32: 3e-7}.get(dtype, torch.finfo(dtype).eps)
+        assert (got[1].double() - want[1].double()).abs().max() <= tolerance * want[1].double().abs().max()
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 5, 3), (4, 9), (9,), (1, 70000)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels", "sliced"])
+def test_inplace_backward_writes_into_the_logits(device, shape, layout):
+    x = torch.randn(shape, device=device)
+    if layout == "channels":
+        x = x.movedim(min(1, x.dim() - 1), -1).contiguous().movedim(-1, min(1, x.dim() - 1))
+    if layout == "sliced":
+        x = torch.stack([x, x], -1)[..., 0]
+    target = torch.randint(
+        0, shape[0] if len(shape) == 1 else shape[1], (() if len(shape) == 1 else (shape[0], *shape[2:]))
+    )
+    want = grad(tse.cross_entropy, x, target.to(device))[1]
+    z = x.detach().requires_grad_()
+    if layout == "sliced":
+        base = torch.empty(*shape, 2, device=device)
+        logits = (base.requires_grad_() * 1)[..., 0]
+        with torch.no_grad():
+            logits.copy_(x)
+    else:
+        logits = z * 1
+    loss = tse.cross_entropy(logits, target.to(device), inplace_backward=True)
+    torch.testing.assert_close(logits.detach(), want)
+    loss.backward()
+
+
+@pytest.mark.skipif(CUDA_ON_HOST, reason="allocations are the CPU kernels'")
+def test_inplace_backward_needs_no_second_buffer():
+    x = torch.randn(512, 4096, requires_grad=True)
+    target = torch.randint(0, 4096, (512,))
+    tse.cross_entropy(x * 1, target).backward()
+
+    def step(inplace):
+        z = x * 1
+        return peak_memory(lambda: tse.cross_entropy(z, target, inplace_backward=inplace))
+
+    assert step(True) < 0.01 * x.nbytes
+    assert step(False) > 0.99 * x.nbytes
+
+
+def test_inplace_backward_is_refused_or_noticed_where_it_would_be_wrong(device):
+    x, target = logits_and_target(device, 8, 50)
+    leaf = x.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="cross_entropy: inplace_backward: expected logits that were computed"):
+        tse.cross_entropy(leaf, target, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="cross_entropy: inplace_backward: expected logits that were computed"):
+        tse.cross_entropy(leaf.view_as(leaf), target, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="elements do not share memory"):
+        tse.cross_entropy((leaf * 1)[:1].expand(8, 50), target, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # tanh saved its result
+        tse.cross_entropy(leaf.tanh(), target, inplace_backward=True).backward()
+    logits = leaf * 1
+    loss = tse.cross_entropy(logits, target, inplace_backward=True)
+    with torch.no_grad():
+        logits.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    loss = tse.cross_entropy(leaf * 1, target, inplace_backward=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+    with torch.no_grad():
+        kept = x.clone()
+        tse.cross_entropy(kept, target, inplace_backward=True)
+        assert torch.equal(kept, x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight": True},
+        {"label_smoothing": 0.1},
+        {"z_loss_weight": 0.1, "temperature": 0.5},
+        {"softcap": 4.0},
+        {"probabilities": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shape", [(8, 30), (2, 30, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradient_in_place_with_options(device, options, shape, dtype):
+    """The same bits as without, in the memory of the logits."""
+    options = dict(options)
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=dtype, device=device)
+    rows = (shape[0], *shape[2:])
+    target = torch.randint(0, 30, rows, device=device)
+    if options.pop("probabilities", False):
+        target = torch.randn(shape, device=device).softmax(1).to(dtype)
+    weight = torch.rand(30, device=device) + 0.5 if options.pop("weight", False) else None
+    results = []
+    for in_place in (False, True):
+        leaf = x.clone().requires_grad_()
+        logits = leaf * 2
+        loss = tse.cross_entropy(logits, target, weight, inplace_backward=in_place, **options)
+        (grad,) = torch.autograd.grad(loss, leaf)
+        results.append((loss, grad))
+        assert in_place == (logits._version > 0)
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_gradient_in_place_after_extreme_gradients(device):
+    """What came before must not decide what a float can hold."""
+    x, target = logits_and_target(device, dtype=torch.float32)
+    target = target.clamp_min(0)
+    for last, now in ((1e-42, 1.0), (1e30, 1e-20), (1.0, 1.0)):
+        for scale in (last, last, last, now):
+            leaf = x.detach().requires_grad_()
+            (got,) = torch.autograd.grad(tse.cross_entropy(leaf * 1, target, inplace_backward=True) * scale, leaf)
+        (want,) = torch.autograd.grad(tse.cross_entropy(leaf.double(), target) * now, leaf)
+        torch.testing.assert_close(got, want.float(), rtol=1e-4, atol=1e-6 * now)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"label_smoothing": "a"}, TypeError, "label_smoothing: expected float, got str"),
+        ({"reduction": None}, ValueError, "reduction: expected 'none', 'mean' or 'sum', got None"),
+        ({"ignore_index": torch.zeros(3)}, TypeError, "ignore_index: expected int, got Tensor"),
+        ({"ignore_index": 2**70}, ValueError, "ignore_index: expected 64 bits"),
+    ],
+    ids=str,
+)
+def test_bad_options_in_place_or_not(device, options, error, text):
+    x, target = logits_and_target(device)
+    for in_place in (False, True):
+        with pytest.raises(error, match=f"cross_entropy: {text}"):
+            tse.cross_entropy(x.detach().requires_grad_() * 1, target, inplace_backward=in_place, **options)
+
+
+def test_expanded_logits_in_place(device):
+    x = torch.randn(1, 4, device=device, requires_grad=True) * 1
+    with pytest.raises(RuntimeError, match="cross_entropy: inplace_backward: expected logits whose elements do not"):
+        tse.cross_entropy(x.expand(3, 4), torch.zeros(3, dtype=torch.long, device=device), inplace_backward=True)
