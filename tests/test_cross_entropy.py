@@ -10,6 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import torch_softmax_ext as tse
 from torch_softmax_ext.testing.memory import peak_memory
 
+for_cpu = pytest.mark.skipif(CUDA_ON_HOST, reason="for the CPU kernels")
+
 
 @pytest.mark.parametrize("limit", [1.0, 10.0, 100.0])
 def test_accuracy_of_float32(device, limit):
@@ -35,11 +37,15 @@ def test_a_certain_prediction_costs_nothing_and_no_loss_is_negative(device, clas
 
 
 @pytest.mark.parametrize("classes", [50, 300])
-def test_ignored_rows_have_no_gradient_whatever_their_logits(device, classes):
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("columns", [False, True])
+def test_ignored_rows_have_no_gradient_whatever_their_logits(device, classes, options, columns):
     x = torch.randn(3, classes, device=device)
     x[1, 7], x[1, 8] = float("nan"), float("inf")
+    x = x.t().contiguous().t() if columns else x
     for reduction in ("none", "mean", "sum"):
-        loss, g = grad(tse.cross_entropy, x, torch.tensor([1, -100, 2], device=device), reduction=reduction)
+        target = torch.tensor([1, -100, 2], device=device)
+        loss, g = grad(tse.cross_entropy, x, target, reduction=reduction, **options)
         assert loss.isfinite().all()
         assert (g[1] == 0).all()
 
@@ -64,11 +70,57 @@ def test_nan_of_any_bits_stays_nan(device, dtype):
     assert torch.autograd.grad(loss, x, nan)[0].isnan().all()
 
 
-@pytest.mark.skipif(CUDA_ON_HOST, reason="for the CPU kernels")
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=str)
+@for_cpu
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"probabilities": True}], ids=str)
 def test_images_are_read_where_they_lie(options):
-    x, target = torch.randn(2, 100, 32, 32), torch.randint(100, (2, 32, 32))
-    assert peak_memory(lambda: tse.cross_entropy(x, target, **options)) < 0.1 * x.nbytes
+    x, target = torch.randn(2, 100, 32, 32, requires_grad=True), torch.randint(100, (2, 32, 32))
+    if options.pop("probabilities", False):
+        target = torch.rand_like(x)
+    with torch.no_grad():
+        assert peak_memory(lambda: tse.cross_entropy(x, target, **options)) < 0.1 * x.nbytes
+    for reduction in ("sum", "none"):  # the gradient in forward, and in backward
+        loss = lambda r=reduction: tse.cross_entropy(x, target, reduction=r, **options).sum()  # noqa: E731
+        assert peak_memory(lambda f=loss: torch.autograd.grad(f(), x)) < 1.1 * x.nbytes
+
+
+@for_cpu
+@dtypes
+@pytest.mark.parametrize("classes", [10, 128, 300])
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"label_smoothing": 0.1, "temperature": 0.7}, {"label_smoothing": 0.1, "z_loss_weight": 0.1}],
+    ids=str,
+)
+def test_same_gradient_bits_however_the_gradient_comes_in(dtype, classes, columns, options):
+    x, target = logits_and_target("cpu", rows=21, classes=classes, dtype=dtype)
+    x = x.t().contiguous().t() if columns else x
+    weight = torch.rand(classes).to(torch.float64 if dtype == torch.float64 else torch.float32) + 0.5
+    leaf = x.detach().requires_grad_()
+    losses = tse.cross_entropy(leaf, target, weight, reduction="none", **options)
+    one = torch.ones((), dtype=losses.dtype)
+    (want,) = torch.autograd.grad(losses, leaf, torch.ones_like(losses), retain_graph=True)
+    assert torch.equal(torch.autograd.grad(losses, leaf, one.expand_as(losses))[0], want)
+    assert torch.equal(grad(tse.cross_entropy, x, target, weight, reduction="sum", **options)[1], want)  # in forward
+    for i in () if columns else range(1, 4):  # alone, rows have no columns
+        assert torch.equal(grad(tse.cross_entropy, x[i], target[i], weight, reduction="none", **options)[1], want[i])
+
+
+@for_cpu
+def test_ignored_rows_have_no_gradient_whatever_the_weights():
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.tensor([float("inf"), 1, 1, 1])
+    loss = tse.cross_entropy(x, torch.tensor([1, -100, 2]), weight, label_smoothing=0.1, reduction="none")
+    assert (torch.autograd.grad(loss.sum(), x)[0][1] == 0).all()
+
+
+@for_cpu
+def test_weights_that_cancel():
+    x, weight = torch.tensor([[0.0, 1.0]], requires_grad=True), torch.tensor([1.0, -3.0])
+    grads = [
+        torch.autograd.grad(f(x, torch.tensor([0]), weight, label_smoothing=0.5, reduction="sum"), x)[0]
+        for f in (tse.cross_entropy, F.cross_entropy)
+    ]
+    torch.testing.assert_close(*grads)
 
 
 def test_class_weights_have_no_gradient(device):

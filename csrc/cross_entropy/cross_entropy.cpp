@@ -51,8 +51,9 @@ enum class Gradient { kNone, kNew, kInPlace };
 
 // The tensors of a call in forms that the kernels can walk: of logits and gradient, classes or rows are neighbours in
 // memory in both. Copies where the logits are not dense, and for options that only rows of neighbouring classes have
-// (softcap, metrics, but for few classes smoothing and probabilities); without a gradient in the same cases, so that
-// the loss has the same bits with and without (on CUDA the rows' losses have; blocks may add others of them).
+// (softcap, metrics, a gradient of lse; smoothing and probabilities, but for few classes on the CPU); without a
+// gradient in the same cases, so that the loss has the same bits with and without (on CUDA the rows' losses have;
+// blocks may add others of them).
 struct Operands {
   RowTensor input, grad, probabilities;
   at::Tensor grad_input;  // what the caller gets
@@ -76,7 +77,7 @@ struct Operands {
       input = as_rows(classes_inside ? classes_last(logits) : input.tensor.contiguous(), dim);
     if (!target.defined()) {
       probabilities = as_rows(target_, dim);
-      const bool readable =
+      const bool readable =  // rows of more classes are read class by class
           probabilities.rows.stride_n == 1 || (input.rows.stride_n != 1 && probabilities.rows.stride_inner == 1);
       if (!readable) probabilities = as_rows(classes_last(target_), dim);
     }

@@ -37,7 +37,8 @@ struct CrossEntropySums {
 constexpr int64_t kCrossEntropyBlocks = 8192;  // the most of a grid that adds
 constexpr int64_t kCrossEntropySums = kCrossEntropyBlocks + sizeof(CrossEntropyState) / sizeof(CrossEntropySums) + 1;
 
-// CPU: up to so many classes, smoothing and probabilities are also had where rows are neighbours instead of classes.
+// CPU: of up to so many classes, several rows are taken at once. Only then are smoothing and probabilities also had
+// where rows are neighbours in memory instead of classes.
 constexpr int64_t kFewClasses = 128;
 
 struct CrossEntropyParams {

@@ -28,29 +28,34 @@ inline Vec<T> losses_of(const CrossEntropyParams& p, Vec<T> m, Vec<T> sum, Vec<T
 }
 
 // grad = (term - shift at the target) · scale - coefficient · of_target, of `count` rows; arrays of whole vectors.
-// mass: Σ of a row's weights, weight: the target's own.
+// mass: Σ of a row's weights, weight: the target's own. The bits do not depend on how the incoming gradient is stored.
 template <class T, class A = Acc<T>>
 inline void grad_scales(const CrossEntropyParams& p, int64_t row, int64_t count, const A* m, const A* sum,
-                        const A* weight, const A* mass, A* scale, A* shift, A* of_target) {
+                        const A* weight, const A* mass, A* scale, A* shift, Acc<T>* of_target) {
   using V = Vec<T>;
-  if (p.grad_output_stride == 0 && p.grad_lse == nullptr && p.z_loss_weight == 0) {  // one factor for all rows
-    const V target = splat<V>(A(grad_factors<A>(p, row, 0, 1).target));
-    for (int64_t j = 0; j < count; j += Accumulate<T>::kLanes) {
-      const V s = load(sum + j), w = load(weight + j), all = load(mass + j);
-      store(scale + j, all * target / s);
-      store(shift + j, all == w ? s : s * (w / all));
-      store(of_target + j, target);
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  if (p.grad_lse != nullptr || p.z_loss_weight != 0) {
+    for (int64_t i = 0; i < count; ++i) {
+      const double s = sum[i], lse = p.z_loss_weight == 0 ? 0 : (m[i] + std::log2(s)) * kLn2<A>;
+      const GradFactors f = grad_factors<A>(p, row + i, lse, mass[i]);
+      const double target = weight[i] * f.target;
+      const double softmax = f.softmax != 0 ? f.softmax : 1e-30 * target;  // the two may cancel
+      scale[i] = A(softmax / s);
+      shift[i] = A(softmax == target ? s : target / softmax * s);
+      if (of_target != nullptr) of_target[i] = A(f.target);
     }
     return;
   }
-  for (int64_t i = 0; i < count; ++i) {
-    const double s = sum[i], lse = p.z_loss_weight == 0 ? 0 : (m[i] + std::log2(s)) * kLn2<A>;
-    const GradFactors f = grad_factors<A>(p, row + i, lse, mass[i]);
-    const double target = weight[i] * f.target;
-    const double softmax = f.softmax != 0 ? f.softmax : 1e-30 * target;  // z-loss may cancel it
-    scale[i] = A(softmax / s);
-    shift[i] = A(softmax == target ? s : target / softmax * s);
-    of_target[i] = A(f.target);
+  const bool is_dense = p.grad_output_stride != 0;
+  V target = splat<V>(is_dense ? A(0) : A(grad_factors<A>(p, row, 0, 0).target));
+  for (int64_t j = 0; j < count; j += kLanes) {
+    for (int64_t i = 0; is_dense && i < std::min<int64_t>(kLanes, count - j); ++i)
+      target[i] = A(grad_factors<A>(p, row + j + i, 0, 0).target);
+    const V s = load(sum + j), w = load(weight + j);
+    const V all = load(mass + j) != V{} ? load(mass + j) : w * A(1e-30);  // negative weights may cancel
+    store(scale + j, all * target / s);
+    store(shift + j, all == w ? s : s * (w / all));
+    if (of_target != nullptr) store(of_target + j, target);
   }
 }
 
@@ -61,7 +66,7 @@ struct ColumnTile {
   int64_t width;  // a multiple of the lanes
   std::unique_ptr<T[]> logits;  // (n, width)
   alignas(64) A m[kColumns] = {}, sum[kColumns] = {}, weight[kColumns] = {};
-  alignas(64) A scale[kColumns] = {}, shift[kColumns] = {}, of_target[kColumns] = {};  // of grad_scales
+  alignas(64) A scale[kColumns] = {}, shift[kColumns] = {};  // of grad_scales
   alignas(64) A at_target[kColumns] = {};  // the target's logit
   alignas(64) Index target[kColumns] = {};  // -1: ignored
 
@@ -199,7 +204,7 @@ inline void bwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t co
     std::memcpy(tile.m, static_cast<const A*>(p.row_m) + row, count * sizeof(A));
     std::memcpy(tile.sum, static_cast<const A*>(p.row_sum) + row, count * sizeof(A));
   }
-  grad_scales<T>(p, row, count, tile.m, tile.sum, tile.weight, tile.weight, tile.scale, tile.shift, tile.of_target);
+  grad_scales<T>(p, row, count, tile.m, tile.sum, tile.weight, tile.weight, tile.scale, tile.shift, nullptr);
   bwd_columns(x, copied ? tile.width : p.rows.stride_n, static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row),
               p.grad_rows.stride_n, p.rows.n, count, logits, tile);
 }

@@ -144,8 +144,7 @@ inline void finish_row_general(const CrossEntropyParams& p, int64_t row, const B
   static_cast<A*>(p.row_loss)[row] = A(loss);
 }
 
-// Neighbouring rows without options, whose losses are computed together: with few classes what is per row is most of
-// the work.
+// Neighbouring rows without options, whose losses are computed together.
 template <class T>
 struct RowLosses {
   using A = Acc<T>;

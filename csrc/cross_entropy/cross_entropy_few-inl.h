@@ -68,11 +68,14 @@ template <class T, bool kForward, bool kBackward, bool kGeneral>
   const A* weights = coefficients.weight;
   V z[kFewClasses], u[kGeneral ? kFewClasses : 1];  // u: the coefficients
   for (int64_t c = 0; kGeneral && c < n; ++c) u[c] = splat<V>(coefficients.at(c));
+  const bool one_stride = has_one_stride(p.rows) && (!kBackward || has_one_stride(p.grad_rows)) &&
+                          (p.probabilities == nullptr || has_one_stride(p.probabilities_rows));
+  const int64_t run = one_stride ? row_count(p.rows) : p.rows.inner;  // so many rows have one stride
   int64_t target[kLanes];
   alignas(64) A counts[kLanes], weight[kLanes], at_target[kLanes], its_coefficient[kLanes];
   alignas(64) A m[kLanes] = {}, sum[kLanes] = {}, mass[kLanes] = {}, scale[kLanes], shift[kLanes], of_target[kLanes];
   for (int64_t row = begin, count; row < end; row += count) {
-    count = std::min<int64_t>({kLanes, end - row, p.rows.inner - row % p.rows.inner});
+    count = std::min<int64_t>({kLanes, end - row, run - row % run});
     const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
     for (int64_t i = 0; i < kLanes; ++i) {
       target[i] = i < count ? target_of(p, row + i) : p.ignore_index;
@@ -101,8 +104,7 @@ template <class T, bool kForward, bool kBackward, bool kGeneral>
       if (p.row_mass != nullptr) std::memcpy(mass, static_cast<const A*>(p.row_mass) + row, count * sizeof(A));
       else std::memcpy(mass, weight, sizeof mass);
     }
-    // -inf, of a row of nothing else, is none; and forward left it for the ignored.
-    const V reference = load(m) == low ? V{} : load(m);
+    const V reference = load(m) == low ? V{} : load(m);  // -inf, of a row of nothing else, is none
     const V t = logits.exponent(load(at_target), reference);
     V s = {}, linear = {}, of_all = {};
     for (int64_t c = 0; c < n; ++c) {
@@ -132,14 +134,17 @@ template <class T, bool kForward, bool kBackward, bool kGeneral>
     if constexpr (kBackward) {
       T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
       grad_scales<T>(p, row, count, m, sum, weight, mass, scale, shift, of_target);
-      const V by = counted ? load(scale) : V{}, less = counted ? load(of_target) : V{};
-      for (int64_t c = 0; c < n; ++c) z[c] = kGeneral ? multiply_subtract(z[c], by, u[c] * less) : z[c] * by;
+      const V by = load(scale), less = load(of_target);
+      const auto grad = [&](V excess, V coefficient) {
+        return kGeneral ? multiply_subtract(excess, by, coefficient * less) : excess * by;
+      };
+      for (int64_t c = 0; c < n; ++c) z[c] = counted ? grad(z[c], kGeneral ? u[c] : V{}) : V{};
       store_lanes(z, p.grad_rows, count, g);
       if (p.target == nullptr) continue;
-      const V beyond = exp2<T>(t) - load(shift);
-      const V grad = kGeneral ? multiply_subtract(beyond, by, load(its_coefficient) * less) : beyond * by;
+      const V at_its_target = grad(exp2<T>(t) - load(shift), load(its_coefficient));
       for (int64_t i = 0; i < count; ++i)
-        if (counts[i] != 0) store_one(g + i * p.grad_rows.stride_inner + target[i] * p.grad_rows.stride_n, grad[i]);
+        if (counts[i] != 0)
+          store_one(g + i * p.grad_rows.stride_inner + target[i] * p.grad_rows.stride_n, at_its_target[i]);
     }
   }
 }

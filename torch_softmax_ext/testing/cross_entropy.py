@@ -186,6 +186,10 @@ def _samples(device, dtype):
             (probabilities(2, 9, 5, 7), weight(9)),
             {**kwargs, "label_smoothing": 0.1},
         )
+    broken = logits(5, 40)
+    broken[0, 30], broken[1, 3], broken[2] = float("nan"), _INF, -_INF
+    kwargs = {"label_smoothing": 0.1, "reduction": "none"}
+    yield Sample("nan-inf-smoothing", broken, (target(40, 5),), kwargs, finite=False)
     # More classes than the CPU takes lane by lane.
     for name, options in (("", {}), ("-options", {"label_smoothing": 0.1, "z_loss_weight": 0.1, "temperature": 0.7})):
         many, y = logits(6, 300), target(300, 6, ignored=2)

@@ -302,7 +302,8 @@ inline V bits_and(V a, V b) {
   return a;
 }
 
-// x · y - m with one rounding, that of the difference: where x · y and m are large and near each other, it is exact.
+// x · y - m with one rounding (fp64 without FMA: two), that of the difference: where x · y and m are large and near
+// each other, it is exact.
 #if TSE_ISA == 0
 inline VecF upper_half(VecF x) {  // 12 bits of it
   VecU bits;
