@@ -58,9 +58,10 @@ REASONS = {
         "AMD avx512": "rows come from and go to the cache that the cores of the machine share: at n = 8192 1.9 to "
         "2.1 × the copy by run (one thread alone 1.4 to 1.9 ×), at n = 512 320 cycles a row, 153 for "
         "its copy",
-        "AMD avx2 1024x512": "a row takes 310 to 490 cycles from L2 by the minute, its copy 153 to 174: 120 to 140 "
-        "to find the two largest of sixteen parts, 192 maxima and minima of which the core starts 2 a cycle "
-        "(measured), 45 to 55 for the threshold, 190 to 215 for writing",
+        "AMD avx2 1024x512": "a row takes 310 cycles from L2 in a good minute, its copy 130: 96 to find the two "
+        "largest of sixteen parts, 192 maxima and minima of which the core starts 2 a cycle (measured), 127 for "
+        "writing, as long as the copy, 45 to 55 for the threshold. Looking through a row while another is written "
+        "takes 200 instead of 96 + 127, but the whole only 0 to 3 % less",
     },
     "short rows": {
         "AMD avx512": "92 cycles a row, 23 for its copy from cache: 38 additions (three of Newton's passes over the "
@@ -71,9 +72,9 @@ REASONS = {
         "30; the thresholds are since taken for all rows at once (with AVX2 165 → 135 cycles a row), "
         "which was not measured at this level. That is 3.2 × the copy; why the run has more was not "
         "found",
-        "AMD avx2": "a row takes 104 cycles from L2 in a good minute, its copy 24: 29 to 36 for writing, 47 to 60 for "
-        "24 shuffles and 2.7 of Newton's passes, 40 operations each, of which the core starts 2.2 to 2.8 a cycle "
-        "(measured); 8 to 28 were not taken apart",
+        "AMD avx2": "a row takes 92 cycles from L2 in a good minute, 115 in others, its copy 16. Left out one by one: "
+        "writing 21, transposition 7, sorting the largest of eight parts 4, Newton's passes but the first 35, "
+        "1.8 of 40 operations; what is left, 25, is the first pass and reading",
     },
     "steps": {
         "AMD avx512": "hundreds of elements are in the support instead of 4 or 5. Measured before flat rows began "
