@@ -26,13 +26,13 @@ struct Rows {
 #endif
 
 // Whether one stride leads from each row to the next.
-TSE_HOST_DEVICE inline bool has_one_stride(const Rows& rows) {
+inline bool has_one_stride(const Rows& rows) {
   return rows.outer == 1 || rows.stride_outer == rows.inner * rows.stride_inner;
 }
 
 // Offset in elements of row r's first element.
 TSE_HOST_DEVICE inline int64_t row_offset(const Rows& rows, int64_t r) {
-  if (has_one_stride(rows)) return r * rows.stride_inner;
+  if (rows.outer == 1) return r * rows.stride_inner;
   return r / rows.inner * rows.stride_outer + r % rows.inner * rows.stride_inner;
 }
 
