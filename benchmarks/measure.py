@@ -56,7 +56,8 @@ class Clock:
 
 
 def interleaved(calls, threads, rounds, seconds=0.02):
-    """Median seconds and page faults a call of each of `calls`, {name: function}."""
+    """Median seconds and page faults a call of each of `calls`, {name: function}. A round is four turns, in which calls
+    of up to 50 ms are timed each time, longer ones once."""
     timers, numbers, once_of, clock = {}, {}, {}, Clock()
     for name, function in calls.items():
         own = 1 if name.endswith("1 thread") else threads
@@ -66,10 +67,12 @@ def interleaved(calls, threads, rounds, seconds=0.02):
             timers[name].timeit(max(2, min(20, int(0.3 / once))))  # until malloc has settled where this size comes from
             once = timers[name].timeit(1).mean
         once_of[name] = once
-        numbers[name] = max(1, int(seconds / max(once, 1e-7)))
+        numbers[name] = max(1, int(seconds / 4 / max(once, 1e-7)))
     times, faults = {name: [] for name in calls}, {name: [] for name in calls}
-    for _ in range(rounds if max(once_of.values()) < 1 else min(rounds, 3)):
+    for turn in range(4 * (rounds if max(once_of.values()) < 1 else min(rounds, 3))):
         for name, timer in timers.items():
+            if turn % 4 != 0 and once_of[name] > 0.05:
+                continue
             times[name].append(timer.timeit(numbers[name]).mean)
             faults[name].append(clock.page_faults() / numbers[name])
     return [{name: statistics.median(v) for name, v in of.items()} for of in (times, faults)]
