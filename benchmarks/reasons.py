@@ -22,7 +22,6 @@ REASONS = {
         "AMD avx512": "the gradient's memory is fresh: what the kernel takes to supply its pages moves by a factor "
         "of two between runs, while the copy writes to warm memory (with the warm allocator 1.15 to "
         "1.22 × in fp32, 2.6 × in bf16)",
-        "AMD avx2 1024x32000": "with the warm allocator, in its own run, 1.12 ×: the supply of fresh pages differs",
     },
     "in place": {
         "AMD avx512": "the copy itself takes 5.3 to 7.9 ms within the run",
@@ -47,7 +46,6 @@ REASONS = {
         "row again, five times, without its peers and with either allocator: 71 to 94 µs where the "
         "table's took 140; what made the difference was not found. Segmentation, without its peers: "
         "again 10.7 to 13.9 ms, with the warm allocator 7.1 and 7.5: fresh memory is the rest",
-        "AMD avx2 4096x1000": "with the warm allocator, in its own run, 3.6 ×: the supply of fresh pages differs",
     },
     "one row": {
         "AMD avx512": "back to back 17.1 against 11.2 µs, 1.5 ×: waking the second thread costs 2 to 3 µs beside "
@@ -91,7 +89,5 @@ REASONS = {
         "the sum would be 37 to 46 µs at n = 64 and the rows alone, 55 to 61 ticks each from L2, two "
         "to three times their copy; the row took 61 to 88 µs in three more runs. At 512 the row "
         "again: 0.8, 1.5 and 1.35 ×",
-        "AMD avx2 256x8192": "with the warm allocator, in its own run, 1.23 ×: the supply of fresh pages differs",
-        "AMD avx2 16x131072": "with the warm allocator, in its own run, 1.34 ×: the supply of fresh pages differs",
     },
 }
