@@ -3,14 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CUDA_ON_HOST
-from cross_entropy_cases import dtypes, grad, logits_and_target
+from cross_entropy_cases import dtypes, for_cpu, grad, logits_and_target
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import torch_softmax_ext as tse
 from torch_softmax_ext.testing.memory import peak_memory
-
-for_cpu = pytest.mark.skipif(CUDA_ON_HOST, reason="for the CPU kernels")
 
 
 @pytest.mark.parametrize("limit", [1.0, 10.0, 100.0])

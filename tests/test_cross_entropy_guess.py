@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CUDA_ON_HOST
-from cross_entropy_cases import dtypes, grad, logits_and_target
+from cross_entropy_cases import dtypes, for_cpu, grad, logits_and_target
 from torch.utils.checkpoint import checkpoint
 
 import torch_softmax_ext as tse
@@ -46,7 +46,6 @@ def two_threads():
 
 
 # Of rows of up to 262144 the CPU kernels keep the terms of forward's sum, of longer ones they compute them again.
-for_cpu = pytest.mark.skipif(CUDA_ON_HOST, reason="for the CPU kernels")
 KEPT_AND_NOT = [9000, pytest.param(100003, marks=for_cpu), pytest.param(270001, marks=for_cpu)]
 
 
