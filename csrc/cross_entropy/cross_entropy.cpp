@@ -50,10 +50,9 @@ Int stats_size(const Int& rows, bool is_double, bool mass, bool reduce) {
 enum class Gradient { kNone, kNew, kInPlace };
 
 // The tensors of a call in forms that the kernels can walk: of logits and gradient, classes or rows are neighbours in
-// memory in both. Copies where the logits are not dense, and for options that only rows of neighbouring classes have
-// (softcap, metrics, a gradient of lse; smoothing and probabilities, but for few classes on the CPU); without a
-// gradient in the same cases, so that the loss has the same bits with and without (on CUDA the rows' losses have;
-// blocks may add others of them).
+// memory in both. Copies where the logits are not dense, and on CUDA for options that only rows of neighbouring classes
+// have (softcap, metrics, a gradient of lse, smoothing, probabilities); without a gradient in the same cases, so that
+// the loss has the same bits with and without (on CUDA the rows' losses have; blocks may add others of them).
 struct Operands {
   RowTensor input, grad, probabilities;
   at::Tensor grad_input;  // what the caller gets
@@ -77,7 +76,7 @@ struct Operands {
       input = as_rows(classes_inside ? classes_last(logits) : input.tensor.contiguous(), dim);
     if (!target.defined()) {
       probabilities = as_rows(target_, dim);
-      const bool readable =  // rows of more classes are read class by class
+      const bool readable =  // rows of neighbouring classes are read so
           probabilities.rows.stride_n == 1 || (input.rows.stride_n != 1 && probabilities.rows.stride_inner == 1);
       if (!readable) probabilities = as_rows(classes_last(target_), dim);
     }
@@ -145,9 +144,10 @@ struct Operands {
   }
 };
 
-bool needs_classes_inside(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
-  const bool few = !use_cuda(input) && input.size(class_dim(input)) <= kFewClasses;
-  return options.softcap.has_value() || (has_mass(target, options) && !few);
+// Whether the kernels have these options only where classes are neighbours in memory.
+bool needs_classes_inside(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options,
+                          bool metrics) {
+  return use_cuda(input) && (metrics || options.softcap.has_value() || has_mass(target, options));
 }
 
 // The shape of what there is one of for each row.
@@ -174,7 +174,7 @@ CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target
     return run_forward(x, t, options, gradient, grad_output, metrics);
   }
   const c10::OptionalDeviceGuard guard(input.device());
-  const Operands operands(input, target, options, gradient, metrics || needs_classes_inside(input, target, options));
+  const Operands operands(input, target, options, gradient, needs_classes_inside(input, target, options, metrics));
   const int64_t count = row_count(operands.input.rows);
   const auto loss_options = input.options().dtype(accumulate_type(input.scalar_type()));
   const bool is_double = loss_options.dtype() == at::kDouble;
@@ -227,7 +227,7 @@ at::Tensor run_backward(const at::Tensor& grad_output, const OptionalTensor& gra
                         const at::Tensor& written = {}) {
   const c10::OptionalDeviceGuard guard(input.device());
   const Operands operands(input, target, options, Gradient::kNew,
-                          grad_lse.has_value() || needs_classes_inside(input, target, options), written);
+                          needs_classes_inside(input, target, options, grad_lse.has_value()), written);
   CrossEntropyParams p = operands.params(options, stats);
   p.compare_guess = written.defined();
   // A gradient that is one number expanded over the rows, as sum() sends it back, is read as that one number.

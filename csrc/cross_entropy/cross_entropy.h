@@ -37,10 +37,6 @@ struct CrossEntropySums {
 constexpr int64_t kCrossEntropyBlocks = 8192;  // the most of a grid that adds
 constexpr int64_t kCrossEntropySums = kCrossEntropyBlocks + sizeof(CrossEntropyState) / sizeof(CrossEntropySums) + 1;
 
-// CPU: of up to so many classes, several rows are taken at once. Only then are smoothing and probabilities also had
-// where rows are neighbours in memory instead of classes.
-constexpr int64_t kFewClasses = 128;
-
 struct CrossEntropyParams {
   DType dtype;  // of input and grad_input; fp16 and bf16 are computed in fp32
   Rows rows;  // of input; n = classes

@@ -7,7 +7,7 @@
 
 constexpr int64_t kColumns = 2048;
 constexpr int kClassesAtOnce = 4;  // so many share one pass over the columns' sums
-constexpr int64_t kTileElements = 65536;  // of the copy: half of L2 in fp32
+constexpr int64_t kColumnElements = 65536;  // of the copy: half of L2 in fp32
 template <class A>
 constexpr A kLargestSum = A(0x1p32);
 
@@ -71,7 +71,7 @@ struct ColumnTile {
   alignas(64) Index target[kColumns] = {};  // -1: ignored
 
   ColumnTile(int64_t n, bool copied)
-      : width(std::clamp<int64_t>(kTileElements / std::max<int64_t>(n, 1), Accumulate<T>::kLanes, kColumns) /
+      : width(std::clamp<int64_t>(kColumnElements / std::max<int64_t>(n, 1), Accumulate<T>::kLanes, kColumns) /
               Accumulate<T>::kLanes * Accumulate<T>::kLanes),
         logits(copied ? new T[n * width]() : nullptr) {}
 

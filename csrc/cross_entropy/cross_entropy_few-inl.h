@@ -5,6 +5,11 @@
 // logits of a row are at hand before its first term, whose reference is the row's maximum, and the terms of forward are
 // those of backward.
 
+constexpr int64_t kFewClasses = 128;
+inline bool is_few(const CrossEntropyParams& p) {
+  return p.rows.n > 0 && p.rows.n <= kFewClasses && p.transform.softcap == 0;
+}
+
 // z[c]: class c of `count` neighbouring rows, the first of them at x; 0 in the lanes of the others, and of those that
 // are not counted, whose logits may be anything.
 template <class T, class Lanes>

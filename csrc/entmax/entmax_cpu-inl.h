@@ -8,7 +8,7 @@
 // support of 10^5 elements of 10^-5 the rounding of tau alone would show in Σ p. NaN and +inf make the sum NaN, and so
 // tau and the row.
 
-#include "common/cpu/transpose-inl.h"
+#include "common/cpu/tile-inl.h"
 #include "entmax/sparsemax_newton-inl.h"
 #include "entmax/sparsemax_short-inl.h"
 
@@ -155,21 +155,6 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candida
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
 
-// Neighbouring rows whose elements are not: they are gathered into, and scattered from, contiguous scratch, several at
-// a time so that each cache line is used whole.
-constexpr int64_t kTileRows = 16;
-
-template <class T>
-inline void gather(const T* x, int64_t n, const Rows& rows, int64_t count, T* tile) {
-  for (int64_t c = 0; c < n; ++c)
-    for (int64_t i = 0; i < count; ++i) tile[i * n + c] = x[c * rows.stride_n + i * rows.stride_inner];
-}
-template <class T>
-inline void scatter(const T* tile, int64_t n, const Rows& rows, int64_t count, T* y) {
-  for (int64_t c = 0; c < n; ++c)
-    for (int64_t i = 0; i < count; ++i) y[c * rows.stride_n + i * rows.stride_inner] = tile[i * n + c];
-}
-
 template <class T>
 void fwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
   const T* input = static_cast<const T*>(p.input);
@@ -181,14 +166,13 @@ void fwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
     const auto y = [&](int64_t row) { return output + row_offset(p.output_rows, row); };
     return sparsemax_rows<T>(x, y, begin, end, n, candidates);
   }
-  const std::unique_ptr<T[]> from(new T[kTileRows * n]), to(new T[kTileRows * n]);
-  for (int64_t row = begin; row < end;) {
-    const int64_t count = std::min<int64_t>({kTileRows, end - row, p.rows.inner - row % p.rows.inner});
-    gather(input + row_offset(p.rows, row), n, p.rows, count, from.get());
-    sparsemax_rows<T>([&](int64_t i) { return &from[i * n]; }, [&](int64_t i) { return &to[i * n]; }, 0, count, n,
+  const Tile<T> from(n), to(n);
+  for (int64_t row = begin, count; row < end; row += count) {
+    count = std::min<int64_t>({from.rows, end - row, p.rows.inner - row % p.rows.inner});
+    from.gather(input + row_offset(p.rows, row), p.rows, count);
+    sparsemax_rows<T>([&](int64_t i) { return from.row(i); }, [&](int64_t i) { return to.row(i); }, 0, count, n,
                       candidates);
-    scatter(to.get(), n, p.output_rows, count, output + row_offset(p.output_rows, row));
-    row += count;
+    to.scatter(output + row_offset(p.output_rows, row), p.output_rows, count);
   }
 }
 
@@ -205,16 +189,14 @@ void bwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
                         grad_input + row_offset(p.grad_input_rows, row), n, candidates);
     return;
   }
-  const std::unique_ptr<T[]> probabilities(new T[kTileRows * n]), gradients(new T[kTileRows * n]);
-  const std::unique_ptr<T[]> results(new T[kTileRows * n]);
-  for (int64_t row = begin; row < end;) {
-    const int64_t count = std::min<int64_t>({kTileRows, end - row, p.output_rows.inner - row % p.output_rows.inner});
-    gather(output + row_offset(p.output_rows, row), n, p.output_rows, count, probabilities.get());
-    gather(grad_output + row_offset(p.grad_output_rows, row), n, p.grad_output_rows, count, gradients.get());
+  const Tile<T> probabilities(n), gradients(n), results(n);
+  for (int64_t row = begin, count; row < end; row += count) {
+    count = std::min<int64_t>({results.rows, end - row, p.output_rows.inner - row % p.output_rows.inner});
+    probabilities.gather(output + row_offset(p.output_rows, row), p.output_rows, count);
+    gradients.gather(grad_output + row_offset(p.grad_output_rows, row), p.grad_output_rows, count);
     for (int64_t i = 0; i < count; ++i)
-      sparsemax_bwd_row(&probabilities[i * n], &gradients[i * n], &results[i * n], n, candidates);
-    scatter(results.get(), n, p.grad_input_rows, count, grad_input + row_offset(p.grad_input_rows, row));
-    row += count;
+      sparsemax_bwd_row(probabilities.row(i), gradients.row(i), results.row(i), n, candidates);
+    results.scatter(grad_input + row_offset(p.grad_input_rows, row), p.grad_input_rows, count);
   }
 }
 

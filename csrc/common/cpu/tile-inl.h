@@ -1,0 +1,72 @@
+// Rows whose elements are not neighbours in memory, for kernels whose rows are: several at a time are gathered into a
+// tile, where each is contiguous, or scattered from one. [per ISA]
+#include "common/cpu/transpose-inl.h"
+
+constexpr int64_t kTileElements = 32768;  // of a tile: a part of L2
+
+template <class T>
+struct Tile {
+  static constexpr int kLanes = Accumulate<T>::kLanes;
+  int64_t n, stride, rows;
+  std::unique_ptr<Vec<T>[]> memory;
+
+  // Rows begin with a line of cache, an odd number of lines apart: not all in one set. So many that they use whole
+  // lines of the tensor, too.
+  explicit Tile(int64_t n)
+      : n(n),
+        stride(int64_t((n * sizeof(T) + 63) / 64 | 1) * 64 / sizeof(T)),
+        rows(std::max<int64_t>(64 / sizeof(T), kTileElements / stride & -kFloats)),
+        memory(new Vec<T>[rows * stride / kLanes]) {}
+
+  T* row(int64_t i) const { return reinterpret_cast<T*>(memory.get()) + i * stride; }
+
+  // `count` rows, the first of them at x. Neighbours are transposed in squares of a vector's lanes; what is in the tile
+  // behind rows and elements does not matter.
+  void gather(const T* x, const Rows& from, int64_t count) const {
+    if (from.stride_inner != 1 || 2 * count < kLanes) {
+      for (int64_t c = 0; c < n; ++c)
+        for (int64_t i = 0; i < count; ++i) row(i)[c] = x[c * from.stride_n + i * from.stride_inner];
+      return;
+    }
+    for (int64_t c = 0; c < n; c += kLanes) {
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const T* corner = x + c * from.stride_n + i;
+        Vec<T> v[kLanes];
+        if (c + kLanes <= n && i + kLanes <= count) {
+#pragma GCC unroll 16
+          for (int k = 0; k < kLanes; ++k) v[k] = load(corner + k * from.stride_n);
+        } else {
+          const int64_t width = std::min<int64_t>(kLanes, count - i);
+          for (int k = 0; k < kLanes; ++k)
+            v[k] = c + k < n ? load_part(corner + k * from.stride_n, width, Acc<T>(0)) : Vec<T>{};
+        }
+        transpose(v);
+#pragma GCC unroll 16
+        for (int k = 0; k < kLanes; ++k) store(row(i + k) + c, v[k]);
+      }
+    }
+  }
+  void scatter(T* y, const Rows& to, int64_t count) const {
+    if (to.stride_inner != 1 || 2 * count < kLanes) {
+      for (int64_t c = 0; c < n; ++c)
+        for (int64_t i = 0; i < count; ++i) y[c * to.stride_n + i * to.stride_inner] = row(i)[c];
+      return;
+    }
+    for (int64_t c = 0; c < n; c += kLanes) {
+      for (int64_t i = 0; i < count; i += kLanes) {
+        T* corner = y + c * to.stride_n + i;
+        Vec<T> v[kLanes];
+#pragma GCC unroll 16
+        for (int k = 0; k < kLanes; ++k) v[k] = load(row(i + k) + c);
+        transpose(v);
+        if (c + kLanes <= n && i + kLanes <= count) {
+#pragma GCC unroll 16
+          for (int k = 0; k < kLanes; ++k) store(corner + k * to.stride_n, v[k]);
+        } else {
+          const int64_t width = std::min<int64_t>(kLanes, count - i);
+          for (int k = 0; k < std::min<int64_t>(kLanes, n - c); ++k) store_part(corner + k * to.stride_n, width, v[k]);
+        }
+      }
+    }
+  }
+};
