@@ -329,8 +329,10 @@ template <class T, bool kForward, bool kBackward>
 void rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   if (p.rows.stride_n == 1 && (!kBackward || p.grad_rows.stride_n == 1))
     return rows_of_neighbours<T, kForward, kBackward>(p, begin, end);
-  if (p.predictions == nullptr && !p.is_general()) return rows_of_columns<T, kForward, kBackward>(p, begin, end);
-  if (p.predictions == nullptr && is_few(p)) return rows_of_few_classes<T, kForward, kBackward, true>(p, begin, end);
+  if (p.predictions != nullptr) return rows_by_tiles<T, kForward, kBackward>(p, begin, end);
+  if (is_few(p) && p.is_general()) return rows_of_few_classes<T, kForward, kBackward, true>(p, begin, end);
+  if (is_few(p) && p.rows.inner < kShortRun) return rows_of_few_classes<T, kForward, kBackward, false>(p, begin, end);
+  if (!p.is_general()) return rows_of_columns<T, kForward, kBackward>(p, begin, end);
   return rows_by_tiles<T, kForward, kBackward>(p, begin, end);
 }
 

@@ -6,6 +6,7 @@
 // those of backward.
 
 constexpr int64_t kFewClasses = 128;
+constexpr int64_t kShortRun = 64;  // of so many neighbouring rows columns are not worth their beginning
 inline bool is_few(const CrossEntropyParams& p) {
   return p.rows.n > 0 && p.rows.n <= kFewClasses && p.transform.softcap == 0;
 }
@@ -70,39 +71,57 @@ template <class T, bool kForward, bool kBackward, bool kGeneral>
   const V low = splat<V>(-std::numeric_limits<A>::infinity());
   const Logits<T, false> logits(p.transform);
   const Coefficients<T> coefficients(p, 0);
-  const A* weights = coefficients.weight;
   V z[kFewClasses], u[kGeneral ? kFewClasses : 1];  // u: the coefficients
   for (int64_t c = 0; kGeneral && c < n; ++c) u[c] = splat<V>(coefficients.at(c));
   const bool one_stride = has_one_stride(p.rows) && (!kBackward || has_one_stride(p.grad_rows)) &&
                           (p.probabilities == nullptr || has_one_stride(p.probabilities_rows));
   const int64_t run = one_stride ? row_count(p.rows) : p.rows.inner;  // so many rows have one stride
-  int64_t target[kLanes];
-  alignas(64) A counts[kLanes], weight[kLanes], at_target[kLanes], its_coefficient[kLanes];
-  alignas(64) A m[kLanes] = {}, sum[kLanes] = {}, mass[kLanes] = {}, scale[kLanes], shift[kLanes], of_target[kLanes];
-  for (int64_t row = begin, count; row < end; row += count) {
-    count = std::min<int64_t>({kLanes, end - row, run - row % run});
-    const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
-    for (int64_t i = 0; i < kLanes; ++i) {
-      target[i] = i < count ? target_of(p, row + i) : p.ignore_index;
-      counts[i] = i < count && is_counted(p, target[i]);
-      const bool has_target = counts[i] != 0 && p.target != nullptr;
-      if (!has_target) target[i] = 0;
-      weight[i] = has_target ? weight_of<A>(p, target[i]) : A(0);
-      at_target[i] = has_target ? load_one(x + i * p.rows.stride_inner + target[i] * p.rows.stride_n) : A(0);
-      its_coefficient[i] = coefficients.at(target[i]);
+  const T *x = nullptr, *probabilities = nullptr;
+  T* g = nullptr;
+  int64_t target[kLanes] = {};
+  alignas(64) A counts[kLanes] = {}, at_target[kLanes] = {}, of_class[kLanes] = {}, its_coefficient[kLanes] = {};
+  alignas(64) A m[kLanes] = {}, sum[kLanes] = {}, weight[kLanes] = {}, mass[kLanes] = {};
+  alignas(64) A scale[kLanes], shift[kLanes], of_target[kLanes];
+  for (int64_t row = begin, left = 0, count; row < end; row += count, left -= count) {
+    if (left == 0) {
+      left = std::min(end - row, run - row % run);
+      x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
+      if (p.probabilities != nullptr)
+        probabilities = static_cast<const T*>(p.probabilities) + row_offset(p.probabilities_rows, row);
+      if (kBackward) g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
     }
-    const auto counted = load(counts) > V{};
-    if (kGeneral && p.probabilities != nullptr) {
-      load_lanes(static_cast<const T*>(p.probabilities) + row_offset(p.probabilities_rows, row), p.probabilities_rows,
-                 count, counted, u);
-      for (int64_t c = 0; c < n; ++c)
-        u[c] = (u[c] * coefficients.keep + coefficients.even) * (weights != nullptr ? weights[c] : A(1));
+    count = std::min<int64_t>(kLanes, left);
+    auto counted = lanes_before<V>(count);
+    if (p.target != nullptr) {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t t = target_of(p, row + i);
+        counts[i] = t != p.ignore_index;
+        target[i] = t != p.ignore_index ? t : 0;
+      }
+      counted &= load(counts) > V{};
+      for (int64_t i = 0; p.weight != nullptr && i < kLanes; ++i) {
+        of_class[i] = weight_of<A>(p, target[i]);
+        its_coefficient[i] = coefficients.at(target[i]);
+      }
+      const V w = p.weight != nullptr ? load(of_class) : splat<V>(coefficients.keep);
+      store(weight, counted ? w : V{});
     }
     load_lanes(x, p.rows, count, counted, z);
+    if (p.target != nullptr) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) at_target[i] = z[target[i]][i];
+    }
+    if (kGeneral && p.probabilities != nullptr) {
+      load_lanes(probabilities, p.probabilities_rows, count, counted, u);
+      for (int64_t c = 0; c < n; ++c) {
+        u[c] = u[c] * coefficients.keep + coefficients.even;
+        if (p.weight != nullptr) u[c] *= coefficients.weight[c];
+      }
+    }
     if constexpr (kForward) {
       V max = low;
       for (int64_t c = 0; c < n; ++c) max = vmax(z[c], max);  // NaN aside
-      for (int i = 0; i < kLanes; ++i) m[i] = logits.reference(max[i]);
+      store(m, logits.references(max));
     } else {
       std::memcpy(m, static_cast<const A*>(p.row_m) + row, count * sizeof(A));
       std::memcpy(sum, static_cast<const A*>(p.row_sum) + row, count * sizeof(A));
@@ -125,7 +144,11 @@ template <class T, bool kForward, bool kBackward, bool kGeneral>
       store(mass, load(weight) + of_all);
       V loss = losses_of<T>(p, load(m), s, t, load(weight));
       if constexpr (kGeneral) loss += (of_all * log2(s) - linear) * kLn2<A>;
-      const auto put = [&](void* to, V v) { store_part(static_cast<A*>(to) + row, count, v); };
+      const auto put = [&](void* array, V v) {
+        A* to = static_cast<A*>(array) + row;
+        if (count == kLanes) store(to, v);
+        else store_part(to, count, v);
+      };
       put(p.row_m, counted ? load(m) : low);
       put(p.row_sum, counted ? s : V{});
       put(p.row_loss, counted ? loss : V{});
@@ -133,11 +156,10 @@ template <class T, bool kForward, bool kBackward, bool kGeneral>
       if (p.predictions != nullptr) {  // classes are neighbours then
         for (int64_t i = 0; i < count; ++i)
           p.predictions[row + i] =
-              counts[i] != 0 ? row_argmax(x + i * p.rows.stride_inner, n, sum[i] != sum[i]) : p.ignore_index;
+              counted[i] ? row_argmax(x + i * p.rows.stride_inner, n, sum[i] != sum[i]) : p.ignore_index;
       }
     }
     if constexpr (kBackward) {
-      T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
       grad_scales<T>(p, row, count, m, sum, weight, mass, scale, shift, of_target);
       const V by = load(scale), less = load(of_target);
       const auto grad = [&](V excess, V coefficient) {
@@ -145,11 +167,16 @@ template <class T, bool kForward, bool kBackward, bool kGeneral>
       };
       for (int64_t c = 0; c < n; ++c) z[c] = counted ? grad(z[c], kGeneral ? u[c] : V{}) : V{};
       store_lanes(z, p.grad_rows, count, g);
-      if (p.target == nullptr) continue;
-      const V at_its_target = grad(exp2<T>(t) - load(shift), load(its_coefficient));
-      for (int64_t i = 0; i < count; ++i)
-        if (counts[i] != 0)
-          store_one(g + i * p.grad_rows.stride_inner + target[i] * p.grad_rows.stride_n, at_its_target[i]);
+      if (p.target != nullptr) {
+        const V own = p.weight != nullptr ? load(its_coefficient) : splat<V>(coefficients.even);
+        const V at_its_target = grad(exp2<T>(t) - load(shift), own);
+        for (int64_t i = 0; i < count; ++i)
+          if (counted[i])
+            store_one(g + i * p.grad_rows.stride_inner + target[i] * p.grad_rows.stride_n, at_its_target[i]);
+      }
+      g += count * p.grad_rows.stride_inner;
     }
+    x += count * p.rows.stride_inner;
+    probabilities += count * p.probabilities_rows.stride_inner;
   }
 }

@@ -43,6 +43,7 @@ struct Logits {
     if constexpr (!kMayCap) return std::ceil(max * scale[0]);
     return std::ceil(exponent(cap(splat<Vec<T>>(max)), Vec<T>{})[0]);
   }
+  Vec<T> references(Vec<T> max) const { return ceil(max * scale); }  // of logits without softcap
 };
 
 template <class T, class L>

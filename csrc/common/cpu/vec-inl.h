@@ -269,6 +269,20 @@ inline VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
 inline VecD vmax(VecD a, VecD b) { return a > b ? a : b; }
 #endif
 
+#if TSE_ISA == 2
+inline VecF ceil(VecF x) { return (VecF)_mm512_ceil_ps((__m512)x); }
+inline VecD ceil(VecD x) { return (VecD)_mm512_ceil_pd((__m512d)x); }
+#elif TSE_ISA == 1
+inline VecF ceil(VecF x) { return (VecF)_mm256_ceil_ps((__m256)x); }
+inline VecD ceil(VecD x) { return (VecD)_mm256_ceil_pd((__m256d)x); }
+#else
+template <class V>
+inline V ceil(V x) {
+  for (unsigned i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = std::ceil(x[i]);
+  return x;
+}
+#endif
+
 // log2(x) of a positive x: exponent apart, then 2 / ln 2 · atanh(r / (2 + r)) of the mantissa 1 + r in [2/3, 4/3).
 // Relative error 1e-7, next to 1, too. 0 gives -inf; infinity and NaN give no number.
 inline VecF log2(VecF x) {
