@@ -1,4 +1,4 @@
-"""Devices, and what the environment says of them."""
+"""Devices and dtypes, and what the environment says of them."""
 
 import os
 
@@ -9,6 +9,8 @@ import torch_softmax_ext  # noqa: F401  (registers the operators)
 
 # Set by tests/test_cuda_on_host.py, which runs the suite once more on the CUDA kernels executed on the host.
 CUDA_ON_HOST = "TORCH_SOFTMAX_EXT_LIBRARY" in os.environ
+for_cpu = pytest.mark.skipif(CUDA_ON_HOST, reason="for the CPU kernels")
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 
 
 @pytest.fixture(

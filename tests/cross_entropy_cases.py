@@ -1,11 +1,6 @@
 """What the tests of cross_entropy share."""
 
-import pytest
 import torch
-from conftest import CUDA_ON_HOST
-
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-for_cpu = pytest.mark.skipif(CUDA_ON_HOST, reason="for the CPU kernels")
 
 
 def logits_and_target(device, rows=40, classes=3000, dtype=torch.float32, scale=3.0):

@@ -1,9 +1,12 @@
 """What only cross_entropy has: accuracy, what its target and weights may be, in place of torch's own."""
 
+from decimal import Decimal, localcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
-from cross_entropy_cases import dtypes, for_cpu, grad, logits_and_target
+from conftest import dtypes, for_cpu
+from cross_entropy_cases import grad, logits_and_target
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import torch_softmax_ext as tse
@@ -20,6 +23,21 @@ def test_accuracy_of_float32(device, limit):
     unit = 2.0**-23 * torch.logsumexp(x.double(), 1).abs().clamp_min(1)
     assert ((loss.double() - want).abs() <= 4 * unit).all()
     assert ((g.double() - want_g).norm(dim=1) <= 1e-6 * want_g.norm(dim=1)).all()
+
+
+@for_cpu
+@pytest.mark.parametrize("scale", [0.1, 1, 10])
+@pytest.mark.parametrize("columns", [False, True])
+def test_accuracy_of_float64(scale, columns):
+    """Against 40 digits, within the same 4 units."""
+    x = torch.randn(100, 10, dtype=torch.float64) * scale
+    x = x.t().contiguous().t() if columns else x
+    target = x.argmax(1)
+    loss = tse.cross_entropy(x, target, reduction="none").tolist()
+    with localcontext(prec=40):
+        for row, t, got in zip(x.tolist(), target.tolist(), loss, strict=True):
+            want = sum((Decimal(v) - Decimal(row[t])).exp() for v in row).ln()
+            assert abs(Decimal(got) - want) <= 4 * Decimal(2) ** -52 * max(abs(want + Decimal(row[t])), 1)
 
 
 @pytest.mark.parametrize("classes", [10, 300])
@@ -68,16 +86,44 @@ def test_nan_of_any_bits_stays_nan(device, dtype):
 
 
 @for_cpu
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"probabilities": True}], ids=str)
-def test_images_are_read_where_they_lie(options):
-    x, target = torch.randn(2, 100, 32, 32, requires_grad=True), torch.randint(100, (2, 32, 32))
+@pytest.mark.parametrize("classes", [100, 300])
+@pytest.mark.parametrize(
+    "options", [{}, {"label_smoothing": 0.1}, {"softcap": 5.0}, {"probabilities": True}, {"metrics": True}], ids=str
+)
+def test_images_are_read_where_they_lie(classes, options):
+    options = dict(options)
+    x, target = torch.randn(2, classes, 32, 32, requires_grad=True), torch.randint(classes, (2, 32, 32))
     if options.pop("probabilities", False):
         target = torch.rand_like(x)
+    metrics = options.pop("metrics", False)
+
+    def loss(reduction):
+        if metrics:
+            return tse.cross_entropy_with_metrics(x, target, reduction=reduction, **options).loss.sum()
+        return tse.cross_entropy(x, target, reduction=reduction, **options).sum()
+
     with torch.no_grad():
-        assert peak_memory(lambda: tse.cross_entropy(x, target, **options)) < 0.1 * x.nbytes
+        assert peak_memory(lambda: loss("sum")) < 0.15 * x.nbytes
     for reduction in ("sum", "none"):  # the gradient in forward, and in backward
-        loss = lambda r=reduction: tse.cross_entropy(x, target, reduction=r, **options).sum()  # noqa: E731
-        assert peak_memory(lambda f=loss: torch.autograd.grad(f(), x)) < 1.1 * x.nbytes
+        assert peak_memory(lambda r=reduction: torch.autograd.grad(loss(r), x)) < 1.15 * x.nbytes
+
+
+@for_cpu
+@dtypes
+@pytest.mark.parametrize("inner", [3, 7, 131])
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"softcap": 5.0, "z_loss_weight": 0.1}], ids=str)
+@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+def test_images_have_the_bits_of_rows(dtype, inner, options, probabilities):
+    """Of more classes than the kernels of few take, with options that are computed row by row."""
+    x = torch.randn(2, 300, inner, dtype=torch.float64).to(dtype)
+    target = x.flip(1).softmax(1) if probabilities else torch.randint(300, (2, inner))
+    rows = x.movedim(1, -1).reshape(-1, 300)
+    target_of_rows = target.movedim(1, -1).reshape(-1, 300) if probabilities else target.reshape(-1)
+    for reduction in ("none", "sum"):
+        loss, g = grad(tse.cross_entropy, x, target, reduction=reduction, **options)
+        want, want_g = grad(tse.cross_entropy, rows, target_of_rows, reduction=reduction, **options)
+        assert torch.equal(loss.reshape(-1), want.reshape(-1))
+        assert torch.equal(g.movedim(1, -1).reshape(-1, 300), want_g)
 
 
 @for_cpu

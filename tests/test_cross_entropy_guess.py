@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CUDA_ON_HOST
-from cross_entropy_cases import dtypes, for_cpu, grad, logits_and_target
+from conftest import CUDA_ON_HOST, dtypes, for_cpu
+from cross_entropy_cases import grad, logits_and_target
 from torch.utils.checkpoint import checkpoint
 
 import torch_softmax_ext as tse

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import CUDA_ON_HOST
-from cross_entropy_cases import dtypes, grad, logits_and_target
+from conftest import CUDA_ON_HOST, dtypes
+from cross_entropy_cases import grad, logits_and_target
 
 import torch_softmax_ext as tse
 from torch_softmax_ext.testing.memory import peak_memory

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import dtypes, for_cpu
 
 import torch_softmax_ext as tse
 
@@ -32,3 +33,21 @@ def test_probabilities_add_up_to_one_wherever_the_threshold_lies(device, n, offs
     y = tse.sparsemax((x + offset).to(device, torch.float32))
     assert ((y > 0).sum(1) >= n // 2).all()
     assert ((y.double().sum(1) - 1).abs() <= 1e-6).all()
+
+
+@for_cpu
+@dtypes
+@pytest.mark.parametrize("n", [3, 64, 300, 5000])
+@pytest.mark.parametrize("inner", [2, 7, 131])
+def test_the_same_bits_along_any_dimension(dtype, n, inner):
+    x = torch.randn(2, n, inner, dtype=torch.float64).to(dtype).requires_grad_()
+    g = torch.randn_like(x)
+    rows = x.movedim(1, -1).contiguous()
+    y, want = tse.sparsemax(x, 1), tse.sparsemax(rows, -1)
+    assert torch.equal(y.movedim(1, -1), want)
+    (got,) = torch.autograd.grad(y, x, g)
+    (want,) = torch.autograd.grad(want, rows, g.movedim(1, -1).contiguous())
+    assert torch.equal(got.movedim(1, -1), want)
+    (got,) = torch.autograd.grad(tse.sparsemax(x, 1), x, g[..., :1].expand_as(x))  # which is read as it is
+    (want,) = torch.autograd.grad(tse.sparsemax(rows, -1), rows, g[..., :1].expand_as(x).movedim(1, -1).contiguous())
+    assert torch.equal(got.movedim(1, -1), want)
