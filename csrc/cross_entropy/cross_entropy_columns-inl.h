@@ -90,14 +90,16 @@ inline void set_targets(const CrossEntropyParams& p, int64_t row, int64_t count,
   for (int64_t i = 0; i < count; ++i) {
     const int64_t target = target_of(p, row + i);
     tile.target[i] = target == p.ignore_index ? -1 : target;
-    tile.weight[i] = target == p.ignore_index ? Acc<T>(0) : weight_of<Acc<T>>(p, target);
+    if (p.weight != nullptr) tile.weight[i] = target == p.ignore_index ? Acc<T>(0) : weight_of<Acc<T>>(p, target);
   }
+  for (int64_t j = 0; p.weight == nullptr && j < count; j += Accumulate<T>::kLanes)
+    store(tile.weight + j, tile.is_counted(j) ? splat<Vec<T>>(1) : Vec<T>{});
 }
 
 // Adds classes [c, c + kClasses) to the columns' sums, and leaves a copy of their logits for backward.
 template <int kClasses, class T>
 [[gnu::flatten]] inline void add_classes(const T* x, int64_t c, int64_t n, int64_t stride, int64_t count,
-                                         const Logits<T>& logits, ColumnTile<T>& tile) {
+                                         const Logits<T, false>& logits, ColumnTile<T>& tile) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   T* copy = tile.logits.get();
   const int64_t ahead = c + 2 * kClasses <= n ? kClasses * stride : 0;  // farther than the hardware's prefetcher sees
@@ -120,7 +122,7 @@ template <int kClasses, class T>
 
 // Σ exp2(x · L - m) of each column; false where a sum is out of range.
 template <class T>
-inline bool add_columns(const T* x, int64_t n, int64_t stride, int64_t count, const Logits<T>& logits,
+inline bool add_columns(const T* x, int64_t n, int64_t stride, int64_t count, const Logits<T, false>& logits,
                         ColumnTile<T>& tile) {
   using A = Acc<T>;
   std::fill_n(tile.sum, tile.width, A(0));
@@ -137,12 +139,15 @@ inline bool add_columns(const T* x, int64_t n, int64_t stride, int64_t count, co
 // The reference is the first class' logit: terms need not be below 1, only far from overflow, for the precision of
 // floating point is the same everywhere. Columns where that does not hold get their maximum.
 template <class T>
-inline void fwd_columns(const T* x, int64_t n, int64_t stride, int64_t count, const Logits<T>& logits,
+inline void fwd_columns(const T* x, int64_t n, int64_t stride, int64_t count, const Logits<T, false>& logits,
                         ColumnTile<T>& tile) {
   using A = Acc<T>;
   const A low = -std::numeric_limits<A>::infinity();
-  std::fill_n(tile.m, tile.width, A(0));
-  for (int64_t j = 0; j < count && n > 0; ++j) tile.m[j] = logits.reference(load_one(x + j));
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const Vec<T> first = n == 0 ? Vec<T>{} : j + kLanes <= count ? load(x + j) : load_part(x + j, count - j, A(0));
+    store(tile.m + j, logits.references(first));
+  }
   if (add_columns(x, n, stride, count, logits, tile)) return;
   for (int64_t j = 0; j < count; ++j) {
     if (tile.sum[j] <= kLargestSum<A> || tile.target[j] < 0) continue;
@@ -156,7 +161,7 @@ inline void fwd_columns(const T* x, int64_t n, int64_t stride, int64_t count, co
 // The gradient of `count` columns; x may be the tile's own copy.
 template <class T>
 [[gnu::flatten]] inline void bwd_columns(const T* x, int64_t stride, T* g, int64_t grad_stride, int64_t n,
-                                         int64_t count, const Logits<T>& logits, const ColumnTile<T>& tile) {
+                                         int64_t count, const Logits<T, false>& logits, const ColumnTile<T>& tile) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   for (int64_t c = 0; c < n; ++c) {
     const auto value = [&](Vec<T> v, int64_t j) {
@@ -174,7 +179,7 @@ template <class T>
 
 // What is per row is done for all rows of the tile at once, too: with few classes it is most of the work.
 template <class T>
-inline void fwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t count, const Logits<T>& logits,
+inline void fwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t count, const Logits<T, false>& logits,
                             ColumnTile<T>& tile) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
@@ -195,7 +200,7 @@ inline void fwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t co
 }
 
 template <class T>
-inline void bwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t count, const Logits<T>& logits,
+inline void bwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t count, const Logits<T, false>& logits,
                             ColumnTile<T>& tile) {
   using A = Acc<T>;
   const bool copied = tile.logits != nullptr;

@@ -278,7 +278,7 @@ void rows_of_neighbours(const CrossEntropyParams& p, int64_t begin, int64_t end)
 // Rows that are neighbours themselves.
 template <class T, bool kForward, bool kBackward>
 void rows_of_columns(const CrossEntropyParams& p, int64_t begin, int64_t end) {
-  const Logits<T> logits(p.transform);
+  const Logits<T, false> logits(p.transform);
   ColumnTile<T> tile(p.rows.n, kForward && kBackward);
   for (int64_t row = begin, count; row < end; row += count) {
     count = std::min<int64_t>({tile.width, end - row, p.rows.inner - row % p.rows.inner});
