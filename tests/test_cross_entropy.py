@@ -34,7 +34,8 @@ def test_accuracy_of_float64(scale, columns):
     x = x.t().contiguous().t() if columns else x
     target = x.argmax(1)
     loss = tse.cross_entropy(x, target, reduction="none").tolist()
-    with localcontext(prec=40):
+    with localcontext() as context:
+        context.prec = 40
         for row, t, got in zip(x.tolist(), target.tolist(), loss, strict=True):
             want = sum((Decimal(v) - Decimal(row[t])).exp() for v in row).ln()
             assert abs(Decimal(got) - want) <= 4 * Decimal(2) ** -52 * max(abs(want + Decimal(row[t])), 1)
@@ -112,13 +113,17 @@ def test_images_are_read_where_they_lie(classes, options):
 @dtypes
 @pytest.mark.parametrize("inner", [3, 7, 131])
 @pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"softcap": 5.0, "z_loss_weight": 0.1}], ids=str)
-@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("probabilities", [None, "of images", "of rows"])
 def test_images_have_the_bits_of_rows(dtype, inner, options, probabilities):
     """Of more classes than the kernels of few take, with options that are computed row by row."""
     x = torch.randn(2, 300, inner, dtype=torch.float64).to(dtype)
-    target = x.flip(1).softmax(1) if probabilities else torch.randint(300, (2, inner))
+    target = torch.randint(300, (2, inner))
     rows = x.movedim(1, -1).reshape(-1, 300)
-    target_of_rows = target.movedim(1, -1).reshape(-1, 300) if probabilities else target.reshape(-1)
+    target_of_rows = target.reshape(-1)
+    if probabilities:
+        target_of_rows = rows.flip(1).softmax(1)
+        target = target_of_rows.view(2, inner, 300).movedim(-1, 1)
+        target = target.contiguous() if probabilities == "of images" else target
     for reduction in ("none", "sum"):
         loss, g = grad(tse.cross_entropy, x, target, reduction=reduction, **options)
         want, want_g = grad(tse.cross_entropy, rows, target_of_rows, reduction=reduction, **options)
@@ -147,6 +152,24 @@ def test_same_gradient_bits_however_the_gradient_comes_in(dtype, classes, column
     assert torch.equal(grad(tse.cross_entropy, x, target, weight, reduction="sum", **options)[1], want)  # in forward
     for i in () if columns else range(1, 4):  # alone, rows have no columns
         assert torch.equal(grad(tse.cross_entropy, x[i], target[i], weight, reduction="none", **options)[1], want[i])
+
+
+@for_cpu
+@dtypes
+@pytest.mark.parametrize("classes", [10, 300])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=str)
+@pytest.mark.parametrize("shape", [(), (7,), (65,)], ids=str)
+def test_same_bits_in_any_batch_of_columns(dtype, classes, options, shape):
+    x = torch.randn(70, *shape, classes, dtype=torch.float64).to(dtype)
+    target = torch.randint(classes, x.shape[:-1])
+
+    def first(n):  # as rows that are neighbours in memory
+        columns = x[:n].t().contiguous().t() if shape == () else x[:n].movedim(-1, 1).contiguous()
+        return grad(tse.cross_entropy, columns, target[:n], reduction="none", **options)
+
+    loss, g = first(70)
+    for n in (2, 63, 64):
+        assert all(torch.equal(a, b[:n]) for a, b in zip(first(n), (loss, g), strict=True))
 
 
 @for_cpu
@@ -247,12 +270,14 @@ def test_class_probabilities_of_another_dtype(device):
             assert torch.equal(tse.cross_entropy(a, b), got)
 
 
-def test_no_classes(device):
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=str)
+def test_no_classes(device, options):
     """Of class probabilities over nothing: as torch, NaN for the mean, and nothing divides by zero."""
     x, q = torch.empty(2, 0, device=device, requires_grad=True), torch.empty(2, 0, device=device, requires_grad=True)
     for reduction in ("mean", "sum", "none"):
-        loss = tse.cross_entropy(x, q, reduction=reduction)
-        torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(x, q, reduction=reduction), equal_nan=True)
+        loss = tse.cross_entropy(x, q, reduction=reduction, **options)
+        want = torch.nn.functional.cross_entropy(x, q, reduction=reduction, **options)
+        torch.testing.assert_close(loss, want, equal_nan=True)
         loss.sum().backward()
     with pytest.raises(RuntimeError, match="cross_entropy: input: expected at least one class"):
         tse.cross_entropy_with_metrics(x, q)

@@ -42,7 +42,7 @@ def make(device, dtype, shape=(8, 30), probabilities=False):
 @options
 @reductions
 @pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
-@pytest.mark.parametrize("shape", [(8, 30), (3, 7, 5), (2, 9000), (8, 64)[::-1]], ids=str)
+@pytest.mark.parametrize("shape", [(8, 30), (3, 7, 5), (2, 9000), (8, 64)[::-1], (2, 200, 9)], ids=str)
 def test_values_and_gradients(device, options, reduction, probabilities, shape):
     x, target, weight = make(device, torch.float64, shape, probabilities)
     x32, target32 = x.float().requires_grad_(), target.float() if probabilities else target

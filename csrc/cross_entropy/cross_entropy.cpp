@@ -76,7 +76,7 @@ struct Operands {
       input = as_rows(classes_inside ? classes_last(logits) : input.tensor.contiguous(), dim);
     if (!target.defined()) {
       probabilities = as_rows(target_, dim);
-      const bool readable =  // rows of neighbouring classes are read so
+      const bool readable =  // beside rows that are neighbours, either layout is
           probabilities.rows.stride_n == 1 || (input.rows.stride_n != 1 && probabilities.rows.stride_inner == 1);
       if (!readable) probabilities = as_rows(classes_last(target_), dim);
     }
@@ -104,6 +104,7 @@ struct Operands {
     CrossEntropyParams p{};
     p.dtype = dtype_of(input.tensor);
     p.rows = input.rows;
+    p.image = c10::multiply_integers(input.tensor.sizes().slice(class_dim(input.tensor) + 1));
     p.input = input.tensor.const_data_ptr();
     if (target.defined()) {
       p.target = target.const_data_ptr();
@@ -146,8 +147,8 @@ struct Operands {
 
 // Whether the kernels have these options only where classes are neighbours in memory.
 bool needs_classes_inside(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options,
-                          bool metrics) {
-  return use_cuda(input) && (metrics || options.softcap.has_value() || has_mass(target, options));
+                          bool metrics_or_their_gradient) {
+  return use_cuda(input) && (metrics_or_their_gradient || options.softcap.has_value() || has_mass(target, options));
 }
 
 // The shape of what there is one of for each row.

@@ -40,6 +40,7 @@ constexpr int64_t kCrossEntropySums = kCrossEntropyBlocks + sizeof(CrossEntropyS
 struct CrossEntropyParams {
   DType dtype;  // of input and grad_input; fp16 and bf16 are computed in fp32
   Rows rows;  // of input; n = classes
+  int64_t image;  // rows of one sample: what lies behind the dimension of the classes
   const void* input;  // (rows, n)  logits
   const void* target;  // (rows)     class indices, contiguous
   bool target_is_int32;  //            else int64

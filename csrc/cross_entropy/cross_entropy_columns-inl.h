@@ -213,3 +213,15 @@ inline void bwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t co
   bwd_columns(x, copied ? tile.width : p.rows.stride_n, static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row),
               p.grad_rows.stride_n, p.rows.n, count, logits, tile);
 }
+
+template <class T, bool kForward, bool kBackward>
+void rows_of_columns(const CrossEntropyParams& p, int64_t begin, int64_t end) {
+  const Logits<T, false> logits(p.transform);
+  ColumnTile<T> tile(p.rows.n, kForward && kBackward);
+  for (int64_t row = begin, count; row < end; row += count) {
+    count = std::min<int64_t>({tile.width, end - row, p.rows.inner - row % p.rows.inner});
+    set_targets(p, row, count, tile);
+    if (kForward) fwd_column_rows(p, row, count, logits, tile);
+    if (kBackward) bwd_column_rows(p, row, count, logits, tile);
+  }
+}

@@ -122,7 +122,7 @@ inline void finish_row_general(const CrossEntropyParams& p, int64_t row, const B
   const A m = A(s.m);
   const int64_t target = target_of(p, row);
   double loss = 0, mass = 0;
-  if (is_counted(p, target)) {
+  if (is_counted(p, target) && p.rows.n > 0) {
     const double log2_sum = std::log2(s.sum), w = weight_of<A>(p, target);
     mass = w + s.mass;
     if (p.target != nullptr) {
@@ -275,55 +275,7 @@ void rows_of_neighbours(const CrossEntropyParams& p, int64_t begin, int64_t end)
                         : contiguous_rows<T, kForward, kBackward, false>(p, begin, end);
 }
 
-// Rows that are neighbours themselves.
-template <class T, bool kForward, bool kBackward>
-void rows_of_columns(const CrossEntropyParams& p, int64_t begin, int64_t end) {
-  const Logits<T, false> logits(p.transform);
-  ColumnTile<T> tile(p.rows.n, kForward && kBackward);
-  for (int64_t row = begin, count; row < end; row += count) {
-    count = std::min<int64_t>({tile.width, end - row, p.rows.inner - row % p.rows.inner});
-    set_targets(p, row, count, tile);
-    if (kForward) fwd_column_rows(p, row, count, logits, tile);
-    if (kBackward) bwd_column_rows(p, row, count, logits, tile);
-  }
-}
-
-// The parameters of rows from `row` on, but for where their elements are.
-template <class A>
-inline CrossEntropyParams from_row(CrossEntropyParams p, int64_t row) {
-  const auto from = [row](const void* array, int64_t size) {
-    return array == nullptr ? nullptr : static_cast<char*>(const_cast<void*>(array)) + row * size;
-  };
-  p.target = from(p.target, p.target_is_int32 ? sizeof(int32_t) : sizeof(int64_t));
-  p.row_loss = from(p.row_loss, sizeof(A));
-  p.row_m = from(p.row_m, sizeof(A));
-  p.row_sum = from(p.row_sum, sizeof(A));
-  p.row_mass = from(p.row_mass, sizeof(A));
-  p.grad_output = from(p.grad_output, p.grad_output_stride * sizeof(A));
-  p.grad_lse = from(p.grad_lse, sizeof(A));
-  if (p.predictions != nullptr) p.predictions += row;
-  return p;
-}
-
-// The same with options that only rows of neighbouring classes have: by tiles, whose gradient takes the logits' place.
-template <class T, bool kForward, bool kBackward>
-void rows_by_tiles(const CrossEntropyParams& p, int64_t begin, int64_t end) {
-  const Tile<T> logits(p.rows.n), probabilities(p.probabilities != nullptr ? p.rows.n : 0);
-  for (int64_t row = begin, count; row < end; row += count) {
-    count = std::min<int64_t>({logits.rows, end - row, p.rows.inner - row % p.rows.inner});
-    CrossEntropyParams q = from_row<Acc<T>>(p, row);
-    q.rows = q.grad_rows = q.probabilities_rows = {1, p.rows.n, count, 0, 1, logits.stride};
-    q.input = q.grad_input = logits.row(0);
-    logits.gather(static_cast<const T*>(p.input) + row_offset(p.rows, row), p.rows, count);
-    if (p.probabilities != nullptr) {
-      q.probabilities = probabilities.row(0);
-      probabilities.gather(static_cast<const T*>(p.probabilities) + row_offset(p.probabilities_rows, row),
-                           p.probabilities_rows, count);
-    }
-    rows_of_neighbours<T, kForward, kBackward>(q, 0, count);
-    if (kBackward) logits.scatter(static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row), p.grad_rows, count);
-  }
-}
+#include "cross_entropy/cross_entropy_tiles-inl.h"
 
 template <class T, bool kForward, bool kBackward>
 void rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
@@ -331,7 +283,8 @@ void rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
     return rows_of_neighbours<T, kForward, kBackward>(p, begin, end);
   if (p.predictions != nullptr) return rows_by_tiles<T, kForward, kBackward>(p, begin, end);
   if (is_few(p) && p.is_general()) return rows_of_few_classes<T, kForward, kBackward, true>(p, begin, end);
-  if (is_few(p) && p.rows.inner < kShortRun) return rows_of_few_classes<T, kForward, kBackward, false>(p, begin, end);
+  if (is_few(p) && p.image > 1 && p.image < kShortRun)
+    return rows_of_few_classes<T, kForward, kBackward, false>(p, begin, end);
   if (!p.is_general()) return rows_of_columns<T, kForward, kBackward>(p, begin, end);
   return rows_by_tiles<T, kForward, kBackward>(p, begin, end);
 }

@@ -6,7 +6,7 @@
 // those of backward.
 
 constexpr int64_t kFewClasses = 128;
-constexpr int64_t kShortRun = 64;  // of so many neighbouring rows columns are not worth their beginning
+constexpr int64_t kShortRun = 64;  // for fewer neighbouring rows columns are not worth their beginning
 inline bool is_few(const CrossEntropyParams& p) {
   return p.rows.n > 0 && p.rows.n <= kFewClasses && p.transform.softcap == 0;
 }
@@ -89,6 +89,10 @@ template <class T, bool kForward, bool kBackward, bool kGeneral>
       if (p.probabilities != nullptr)
         probabilities = static_cast<const T*>(p.probabilities) + row_offset(p.probabilities_rows, row);
       if (kBackward) g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
+    } else {
+      x += kLanes * p.rows.stride_inner;
+      if (p.probabilities != nullptr) probabilities += kLanes * p.probabilities_rows.stride_inner;
+      if (kBackward) g += kLanes * p.grad_rows.stride_inner;
     }
     count = std::min<int64_t>(kLanes, left);
     auto counted = lanes_before<V>(count);
@@ -174,9 +178,6 @@ template <class T, bool kForward, bool kBackward, bool kGeneral>
           if (counted[i])
             store_one(g + i * p.grad_rows.stride_inner + target[i] * p.grad_rows.stride_n, at_its_target[i]);
       }
-      g += count * p.grad_rows.stride_inner;
     }
-    x += count * p.rows.stride_inner;
-    probabilities += count * p.probabilities_rows.stride_inner;
   }
 }

@@ -166,7 +166,8 @@ void fwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
     const auto y = [&](int64_t row) { return output + row_offset(p.output_rows, row); };
     return sparsemax_rows<T>(x, y, begin, end, n, candidates);
   }
-  const Tile<T> from(n), to(n);
+  const int64_t most = std::min(p.rows.inner, end - begin);
+  const Tile<T> from(n, most), to(n, most);
   for (int64_t row = begin, count; row < end; row += count) {
     count = std::min<int64_t>({from.rows, end - row, p.rows.inner - row % p.rows.inner});
     from.gather(input + row_offset(p.rows, row), p.rows, count);
@@ -189,7 +190,8 @@ void bwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
                         grad_input + row_offset(p.grad_input_rows, row), n, candidates);
     return;
   }
-  const Tile<T> probabilities(n), gradients(n), results(n);
+  const int64_t most = std::min(p.output_rows.inner, end - begin);
+  const Tile<T> probabilities(n, most), gradients(n, most), results(n, most);
   for (int64_t row = begin, count; row < end; row += count) {
     count = std::min<int64_t>({results.rows, end - row, p.output_rows.inner - row % p.output_rows.inner});
     probabilities.gather(output + row_offset(p.output_rows, row), p.output_rows, count);

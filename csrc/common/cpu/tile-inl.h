@@ -6,17 +6,22 @@ constexpr int64_t kTileElements = 32768;  // of a tile: a part of L2
 
 template <class T>
 struct Tile {
+  struct alignas(64) Line {  // of cache
+    char bytes[64];
+  };
   static constexpr int kLanes = Accumulate<T>::kLanes;
+  static constexpr int64_t kInLine = sizeof(Line) / sizeof(T);
   int64_t n, stride, rows;
-  std::unique_ptr<Vec<T>[]> memory;
+  std::unique_ptr<Line[]> memory;
 
-  // Rows begin with a line of cache, an odd number of lines apart: not all in one set. So many that they use whole
-  // lines of the tensor, too.
-  explicit Tile(int64_t n)
+  // Room for so many rows at once that they use whole lines of the tensor, too, but for no more than `most`. Rows lie
+  // an odd number of lines apart: not all in one set of the cache.
+  Tile(int64_t n, int64_t most)
       : n(n),
-        stride(int64_t((n * sizeof(T) + 63) / 64 | 1) * 64 / sizeof(T)),
-        rows(std::max<int64_t>(64 / sizeof(T), kTileElements / stride & -kFloats)),
-        memory(new Vec<T>[rows * stride / kLanes]) {}
+        stride(((n + kInLine - 1) / kInLine | 1) * kInLine),
+        rows(std::min(std::max(kInLine, kTileElements / stride / kInLine * kInLine),
+                      (most + kLanes - 1) / kLanes * kLanes)),
+        memory(new Line[rows * stride / kInLine]) {}
 
   T* row(int64_t i) const { return reinterpret_cast<T*>(memory.get()) + i * stride; }
 

@@ -283,8 +283,8 @@ inline V ceil(V x) {
 }
 #endif
 
-// log2(x) of a positive x: exponent apart, then 2 / ln 2 · atanh(r / (2 + r)) of the mantissa 1 + r in [2/3, 4/3).
-// Relative error 1e-7, next to 1, too. 0 gives -inf; infinity and NaN give no number.
+// log2(x) of a positive normal x: exponent apart, then 2 / ln 2 · atanh(r / (2 + r)) of the mantissa 1 + r in [2/3,
+// 4/3). Relative error 1e-7, next to 1, too. 0 gives -inf; infinity and NaN give no number.
 inline VecF log2(VecF x) {
   VecI bits;
   std::memcpy(&bits, &x, sizeof bits);
