@@ -117,20 +117,17 @@ void run_rows(const CrossEntropyParams& p, bool forward, bool backward) {
       else cross_entropy_bwd_rows(p, begin, end);
     });
   }
-  // Whoever is free takes the next blocks: the first thread has done some when the others are awake.
-  const auto over_blocks = [blocks](const auto& f) {
-    std::atomic<int64_t> next = 0;
-    at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
-      for (int64_t b; (b = next++) < blocks;) f(b, b + 1);
-    });
-  };
   std::vector<BlockSum> sums(blocks);
   for (int64_t row = 0; row < rows; ++row) {
     if (forward) {
-      over_blocks([&](int64_t begin, int64_t end) { cross_entropy_block_sums(p, row, begin, end, sums.data()); });
+      at::parallel_for(0, blocks, kBlocksPerTask,
+                       [&](int64_t begin, int64_t end) { cross_entropy_block_sums(p, row, begin, end, sums.data()); });
       cross_entropy_finish_row(p, row, sums.data());
     }
-    if (backward) over_blocks([&](int64_t begin, int64_t end) { cross_entropy_bwd_blocks(p, row, begin, end); });
+    if (backward) {
+      at::parallel_for(0, blocks, kBlocksPerTask,
+                       [&](int64_t begin, int64_t end) { cross_entropy_bwd_blocks(p, row, begin, end); });
+    }
   }
 }
 
