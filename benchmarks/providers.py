@@ -28,8 +28,9 @@ def providers(spec, options, functions=None):
             import entmax
         except ImportError:
             return result
-        result["entmax"] = lambda x: entmax.sparsemax(x, dim=-1)
-        result["entmax k=64"] = lambda x: entmax.sparsemax(x, dim=-1, k=64)
+        dim = options.get("dim", -1)
+        result["entmax"] = lambda x: entmax.sparsemax(x, dim=dim)
+        result["entmax k=64"] = lambda x: entmax.sparsemax(x, dim=dim, k=64)
     return result
 
 

@@ -373,6 +373,7 @@ SPEC = OpSpec(
             (1024, 32000), label="metrics", modes=("forward",), functions=(tse.cross_entropy_with_metrics, _metrics)
         ),
         BenchShape((1024, 32000), label="smoothing", options={"label_smoothing": 0.1}, modes=_TRAINING),
+        BenchShape((8, 150, 64, 64), label="smoothing", options={"label_smoothing": 0.1}, modes=_TRAINING),
         BenchShape(
             (1024, 32000), label="softcap, z-loss", options={"softcap": 30.0, "z_loss_weight": 1e-4}, modes=_TRAINING
         ),

@@ -160,10 +160,13 @@ SPEC = OpSpec(
     torch_op=_reference,
     samples=_samples,
     errors=_ERRORS,
-    bench_shapes=tuple(
-        BenchShape(shape, scale=scale)  # at 0.01 hundreds of elements are in the support
-        for scale in (1.0, 0.01)
-        for shape in ((4096, 64), (1024, 512), (256, 8192), (64, 32000), (16, 131072))
+    bench_shapes=(
+        *(
+            BenchShape(shape, scale=scale)  # at 0.01 hundreds of elements are in the support
+            for scale in (1.0, 0.01)
+            for shape in ((4096, 64), (1024, 512), (256, 8192), (64, 32000), (16, 131072))
+        ),
+        BenchShape((16, 512, 128), label="dim 1", options={"dim": 1}),
     ),
     bench_args=lambda x: (),
     bench_modes={"forward": "copy", "backward": "add"},
