@@ -78,8 +78,9 @@ template <class T, bool kForward, bool kBackward, bool kGeneral>
   const int64_t run = one_stride ? row_count(p.rows) : p.rows.inner;  // so many rows have one stride
   const T *x = nullptr, *probabilities = nullptr;
   T* g = nullptr;
+  // Of the rows at hand; class_*: of the class of their targets. What the lanes behind `count` hold is of rows before.
   int64_t target[kLanes] = {};
-  alignas(64) A counts[kLanes] = {}, at_target[kLanes] = {}, of_class[kLanes] = {}, its_coefficient[kLanes] = {};
+  alignas(64) A counts[kLanes] = {}, at_target[kLanes] = {}, class_weight[kLanes] = {}, class_coefficient[kLanes] = {};
   alignas(64) A m[kLanes] = {}, sum[kLanes] = {}, weight[kLanes] = {}, mass[kLanes] = {};
   alignas(64) A scale[kLanes], shift[kLanes], of_target[kLanes];
   for (int64_t row = begin, left = 0, count; row < end; row += count, left -= count) {
@@ -104,10 +105,10 @@ template <class T, bool kForward, bool kBackward, bool kGeneral>
       }
       counted &= load(counts) > V{};
       for (int64_t i = 0; p.weight != nullptr && i < kLanes; ++i) {
-        of_class[i] = weight_of<A>(p, target[i]);
-        its_coefficient[i] = coefficients.at(target[i]);
+        class_weight[i] = weight_of<A>(p, target[i]);
+        class_coefficient[i] = coefficients.at(target[i]);
       }
-      const V w = p.weight != nullptr ? load(of_class) : splat<V>(coefficients.keep);
+      const V w = p.weight != nullptr ? load(class_weight) : splat<V>(coefficients.keep);
       store(weight, counted ? w : V{});
     }
     load_lanes(x, p.rows, count, counted, z);
@@ -172,7 +173,7 @@ template <class T, bool kForward, bool kBackward, bool kGeneral>
       for (int64_t c = 0; c < n; ++c) z[c] = counted ? grad(z[c], kGeneral ? u[c] : V{}) : V{};
       store_lanes(z, p.grad_rows, count, g);
       if (p.target != nullptr) {
-        const V own = p.weight != nullptr ? load(its_coefficient) : splat<V>(coefficients.even);
+        const V own = p.weight != nullptr ? load(class_coefficient) : splat<V>(coefficients.even);
         const V at_its_target = grad(exp2<T>(t) - load(shift), own);
         for (int64_t i = 0; i < count; ++i)
           if (counted[i])
