@@ -125,7 +125,7 @@ struct Operands {
     p.row_m = p.total_weight + kStatsOfAll;
     p.row_sum = static_cast<char*>(p.row_m) + array;
     p.row_loss = static_cast<char*>(p.row_sum) + array;
-    if (options.label_smoothing != 0 || p.probabilities != nullptr) {
+    if ((options.label_smoothing != 0 || p.probabilities != nullptr) && p.rows.n > 0) {  // of no classes lse is -inf
       p.row_mass = p.row_loss;
       p.row_loss = static_cast<char*>(p.row_mass) + array;
     }

@@ -122,7 +122,7 @@ inline void finish_row_general(const CrossEntropyParams& p, int64_t row, const B
   const A m = A(s.m);
   const int64_t target = target_of(p, row);
   double loss = 0, mass = 0;
-  if (is_counted(p, target) && p.rows.n > 0) {
+  if (is_counted(p, target)) {
     const double log2_sum = std::log2(s.sum), w = weight_of<A>(p, target);
     mass = w + s.mass;
     if (p.target != nullptr) {
