@@ -4,6 +4,7 @@
 // only the difference, and sums with different references are joined by powers of two, without rounding. The reference
 // is ≥ the maximum of the row's first elements, and all blocks keep it without looking for their own maximum: terms may
 // well be above 1, and a block whose sum shows that it is not near the reference is added up again with its own.
+#include "common/cpu/math-inl.h"
 
 constexpr int64_t kBlock = kExpSumBlock;
 constexpr int64_t kReference = 512;  // elements whose maximum is the row's reference; terms of a short sum
