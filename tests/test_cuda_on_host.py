@@ -7,15 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CUDA_ON_HOST
 from cuda_on_host import build
 
-pytestmark = [
-    pytest.mark.skipif(CUDA_ON_HOST, reason="this is the run on the host executor"),
-    pytest.mark.skipif(build.cuda_include() is None, reason="no CUDA headers (toolkit or nvidia-cuda-runtime package)"),
-]
-
-ORDERS = ("ascending", "descending")  # a race inside a barrier interval goes wrong in one of them
+pytestmark = pytest.mark.skipif(
+    build.cuda_include() is None, reason="no CUDA headers (toolkit or nvidia-cuda-runtime package)"
+)
+full = pytest.mark.full
+orders = pytest.mark.parametrize("order", ["ascending", "descending"])  # a race between barriers goes wrong in one
 
 
 @pytest.fixture(scope="module")
@@ -23,40 +21,36 @@ def library():
     return build.library()
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_all_value_tests_pass_on_the_cuda_kernels(library, order):
-    # linear_cross_entropy has no kernels of its own. The second order needs only the values: what is above the kernels
-    # does not depend on it.
-    if order == "ascending":
-        # What calls the kernels again and again sees no more of them than the values do.
-        chosen = "not linear and not opcheck and not gradcheck and not func_transforms"
-        files = [
-            *Path(__file__).parent.glob("test_cross_entropy*.py"),
-            "tests/test_all_ops.py",
-            "tests/test_sparsemax.py",
-        ]
-        tests = [*map(str, files), "-k", f"{chosen} and not drop_in and not class_probabilities"]
-    else:
-        tests = ["tests/test_all_ops.py", "-k", "(values or same_bits) and not linear"]
+# What sees nothing but the kernels runs in the other order, too.
+RUNS = [
+    pytest.param("ascending", "not full and not full_on_host", id="ascending", marks=pytest.mark.long),
+    pytest.param("ascending", "full or full_on_host", id="ascending-full", marks=full),
+    pytest.param("descending", "values", id="descending", marks=full),
+]
+
+
+@pytest.mark.parametrize(("order", "tests"), RUNS)
+def test_all_value_tests_pass_on_the_cuda_kernels(library, order, tests):
     env = {**os.environ, "TORCH_SOFTMAX_EXT_LIBRARY": str(library), "TSE_CUDA_ORDER": order}
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "tests", "-m", tests]
     run = subprocess.run(command, cwd=build.ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-6000:]
     passed = int(re.search(r"(\d+) passed", run.stdout)[1])
-    assert passed > (300 if order == "ascending" else 200), run.stdout[-500:]
+    assert passed > (10 if "or" in tests else 200), run.stdout[-500:]
 
 
-def run_program(mode, order, plant=None):
+def run_program(program, mode, order="ascending"):
     env = {**os.environ, "TSE_CUDA_ORDER": order, "TSAN_OPTIONS": "history_size=0 halt_on_error=1"}
-    command = [str(build.program(mode, plant)), *(["small"] if mode in ("tsan", "banks") else [])]
+    command = [str(program), *(["small"] if mode in ("tsan", "banks") else [])]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     return run.returncode, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@full
+@orders
 @pytest.mark.parametrize("mode", ["asan", "tsan"])
 def test_sanitizers_find_nothing(mode, order):
-    code, output = run_program(mode, order)
+    code, output = run_program(build.program(mode), mode, order)
     assert (code, output) == (0, "ok\n"), output[-3000:]
 
 
@@ -190,33 +184,37 @@ PLANTS = {
 
 def bank_conflicts(plant=None):
     """{line of the source: ways} of what needs more than one turn for its bytes."""
-    code, output = run_program("banks", "ascending", plant)
+    program = build.program("banks", plant)
+    code, output = run_program(program, "banks")
     assert code == 0, output[-3000:]
     assert int(re.search(r"(\d+) places access shared memory", output)[1]) > 30
     found = dict(re.findall(r"(0x[0-9a-f]+) (\d+)-way bank conflict", output))
-    command = ["addr2line", "-e", str(build.program("banks", plant)), *found]
+    command = ["addr2line", "-e", str(program), *found]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines() if found else []
     return {Path(line.split()[0]).name: int(ways) for line, ways in zip(lines, found.values(), strict=True)}
 
 
+@full
 def test_no_bank_conflicts():
     assert bank_conflicts() == {}
 
 
+@full
 def test_a_planted_bank_conflict_is_found():
     """Neighbouring vectors 32 bytes apart, written and read alike: right, and slow."""
     apart = "(v < kept / 2 * 2 ? v % (kept / 2) * 2 + v / (kept / 2) : v)"
     pattern, replacement = r"cache\[v\]( = batch[\s\S]*?\? cache)\[v\]", rf"cache[{apart}]\1[{apart}]"
-    found = bank_conflicts(("vectors-apart", SPARSEMAX_FWD, pattern, replacement))
+    found = bank_conflicts((SPARSEMAX_FWD, pattern, replacement))
     assert found
     assert set(found.values()) == {2}
     assert all(line.startswith("entmax_fwd.cu:") for line in found)
 
 
+@full
 @pytest.mark.parametrize("name", PLANTS)
 def test_planted_bug_is_found(name):
-    (file, pattern, replacement), (mode, words) = PLANTS[name]
-    code, output = run_program(mode, "ascending", (name, file, pattern, replacement))
+    plant, (mode, words) = PLANTS[name]
+    code, output = run_program(build.program(mode, plant), mode)
     assert code != 0
     assert re.search(words, output), output[-3000:]
 

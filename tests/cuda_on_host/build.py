@@ -1,19 +1,36 @@
 """Compiles the CUDA kernels as C++ for the host: the whole library (with torch), or the program of kernels_main.cpp
-under a sanitizer, from a copy of the sources into which a bug was planted where wanted."""
+under a sanitizer, with a bug planted in one file where wanted.
 
+What was made stays in build/cuda_on_host, named by the hash of all that went into it: compiler, flags, versions of
+torch and CUDA, a file and the project's files that it includes. So nothing is compiled twice, by whichever process or
+run, and a planted bug shares every object that does not see its file.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
 import importlib.util
+import os
 import re
 import runpy
-import shutil
+import shlex
 import subprocess
 import sysconfig
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
 BUILD = ROOT / "build" / "cuda_on_host"
+DAYS_KEPT = 14  # after its last use
+JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count())
 
 
+@functools.cache
 def cuda_include():
     """NVIDIA's headers: of the toolkit, or of the pip package that torch's CUDA build brings; None where neither is."""
     home = runpy.run_path(str(ROOT / "setup.py"), run_name="setup_functions")["find_cuda_home"]()
@@ -27,35 +44,75 @@ def cuda_include():
     return None
 
 
-def object_name(source):
-    return f"{Path(source).parent.name}_{Path(source).name}.o"
+@functools.cache
+def environment():
+    """What objects depend on beside the project's files and the flags."""
+    compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+    return f"{compiler} {cuda_include()} {(cuda_include() / 'cuda_fp16.hpp').read_text()}"
 
 
-def ninja(folder, objects, link, output):
-    """Builds `output` from (source, flags) pairs; what is up to date stays."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        "rule cxx\n  command = g++ $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = g++ $in -o $out {link}",
-    ]
-    names = []
-    for source, flags in objects:
-        names.append(object_name(source))
-        language = "-x c++ " if Path(source).suffix == ".cu" else ""
-        lines.append(f"build {names[-1]}: cxx {source}\n  flags = {flags} {language}")
-    lines.append(f"build {output}: link {' '.join(names)}")
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    run = subprocess.run(["ninja", "-C", str(folder)], capture_output=True, text=True)
+def with_includes(name, planted):
+    """{name: text} of a file and of the project's files that it includes, by name or through a macro."""
+    found, names = {}, [name]
+    while names:
+        name = names.pop()
+        path = next((folder / name for folder in (CSRC, HERE) if (folder / name).is_file()), None)
+        if path is not None and name not in found:
+            found[name] = planted.get(name) or path.read_text()
+            names += re.findall(r'"([\w./-]+)"', found[name])
+    return found
+
+
+def made(suffix, what, make):
+    """The path of what `make(path)` makes from all that `what` names: made once, by whoever comes first."""
+    path = BUILD / (hashlib.sha256(what.encode()).hexdigest()[:24] + suffix)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        with open(path.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                make(path.with_suffix(".new"))
+                path.with_suffix(".new").rename(path)
+    os.utime(path)
+    return path
+
+
+def run_compiler(command):
+    run = subprocess.run(["g++", *shlex.split(command)], capture_output=True, text=True)
     if run.returncode != 0:
-        raise RuntimeError(f"build in {folder} failed:\n{run.stdout[-3000:]}{run.stderr[-1000:]}")
-    return folder / output
+        raise RuntimeError(f"g++ {command} failed:\n{run.stderr[:3000]}")
 
 
-def kernel_flags(sources=ROOT / "csrc"):
-    return (
-        f"-fno-strict-aliasing -ffp-contract=off -Wno-unknown-pragmas -DTSE_CUDA_ON_HOST "
-        f"-I{sources} -I{HERE} -isystem {cuda_include()}"
-    )
+def compiled(name, flags, planted):
+    """The object of a file of csrc or of this folder."""
+    flags += " -fno-strict-aliasing -ffp-contract=off -Wno-unknown-pragmas -DTSE_CUDA_ON_HOST"
+    flags += " -x c++" if name.endswith(".cu") else ""
+    texts = with_includes(name, planted)
+
+    def compile(output):
+        with tempfile.TemporaryDirectory() as folder:  # found first
+            for file in planted.keys() & texts.keys():
+                (Path(folder) / file).parent.mkdir(parents=True, exist_ok=True)
+                (Path(folder) / file).write_text(planted[file])
+            source = next(f / name for f in (Path(folder), CSRC, HERE) if (f / name).exists())
+            run_compiler(f"{flags} -I{folder} -I{CSRC} -I{HERE} -isystem {cuda_include()} -c {source} -o {output}")
+
+    return made(".o", f"{environment()} {flags} {sorted(texts.items())}", compile)
+
+
+def linked(suffix, objects, link, planted=None):
+    """A program or library of (file, flags) pairs."""
+    with ThreadPoolExecutor(JOBS) as pool:
+        paths = list(pool.map(lambda o: compiled(*o, planted or {}), objects))
+    files = " ".join(map(str, paths))
+    return made(suffix, f"{environment()} {files} {link}", lambda output: run_compiler(f"{files} -o {output} {link}"))
+
+
+def forget_the_unused():
+    for path in BUILD.glob("*"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > DAYS_KEPT * 86400:
+                path.unlink()
 
 
 def library():
@@ -63,23 +120,18 @@ def library():
     import torch
     from torch.utils.cpp_extension import include_paths, library_paths
 
-    torch_flags = (
-        f"-std=c++20 -O1 -g0 -fPIC -fopenmp -D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())} "
+    forget_the_unused()
+    host = (
+        f"-std=c++20 -O0 -g0 -fPIC -fopenmp -D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())} "
+        f"-DTSE_TORCH={torch.__version__} "  # so that another version's objects are others
         + " ".join(f"-isystem {p}" for p in [*include_paths(), sysconfig.get_path("include")])
     )
-    objects = [(HERE / "executor.cpp", f"-std=c++20 -O2 -fPIC {kernel_flags()}")]
-    for source in sorted((ROOT / "csrc").rglob("*")):
-        if source.suffix == ".cu":
-            objects.append((source, f"-std=c++20 -O1 -fPIC {kernel_flags()}"))
-        elif source.suffix == ".cpp":
-            objects.append((source, f"{torch_flags} {kernel_flags()}"))
-    paths = library_paths()
-    link = (
-        "-shared -fopenmp "
-        + " ".join(f"-L{p} -Wl,-rpath,{p}" for p in paths)
-        + " -lc10 -ltorch -ltorch_cpu -ltorch_python"
-    )
-    return ninja(BUILD / "library", objects, link, "_C.so")
+    flags = {".cu": "-std=c++20 -O1 -fPIC", ".cpp": host}  # the CPU's kernels, which take longest, are never called
+    files = sorted(p for p in CSRC.rglob("*") if p.suffix in flags)
+    objects = [(str(p.relative_to(CSRC)), flags[p.suffix]) for p in files]
+    paths = " ".join(f"-L{p} -Wl,-rpath,{p}" for p in library_paths())
+    link = f"-shared -fopenmp {paths} -lc10 -ltorch -ltorch_cpu -ltorch_python"
+    return linked(".so", [*objects, ("executor.cpp", "-std=c++20 -O2 -fPIC")], link)
 
 
 SANITIZERS = {  # flags of the kernels, of the executor, of the linker
@@ -95,41 +147,18 @@ SANITIZERS = {  # flags of the kernels, of the executor, of the linker
 }
 
 
-def sources_of(folder):
-    """What each object of a finished build was made from, resolved."""
-    output = subprocess.run(["ninja", "-C", folder, "-t", "deps"], capture_output=True, text=True, check=True).stdout
-    made_of, files = {}, set()
-    for line in output.splitlines():
-        if line.startswith(" "):
-            files.add((folder / line.strip()).resolve())
-        elif line:
-            files = made_of.setdefault(line.split(":")[0], set())
-    return made_of
-
-
 def program(mode, plant=None):
-    """kernels_main under a sanitizer. `plant` is (name, file below csrc, regular expression, replacement): a bug that
-    goes into a copy of the sources; the expression must match exactly once. What does not see it is not built again."""
+    """kernels_main under a sanitizer. `plant` is (file below csrc, regular expression, replacement): a bug; the
+    expression must match exactly once."""
     kernels, executor, link = SANITIZERS[mode]
-    sources, folder, untouched = ROOT / "csrc", BUILD / mode, []
+    planted = {}
     if plant is not None:
-        name, file, pattern, replacement = plant
-        made_of = sources_of(program(mode).parent)
-        untouched = [n for n in made_of if sources / file not in made_of[n]]
-        folder = BUILD / f"{mode}-{name}"
-        sources = folder / "csrc"
-        shutil.rmtree(sources, ignore_errors=True)
-        shutil.copytree(ROOT / "csrc", sources)
-        text, count = re.subn(pattern, replacement, (sources / file).read_text(), flags=re.M)
-        assert count == 1, f"the planted bug {name} matches {count} places of {file}"
-        (sources / file).write_text(text)
+        file, pattern, replacement = plant
+        planted[file], count = re.subn(pattern, replacement, (CSRC / file).read_text(), flags=re.M)
+        assert count == 1, f"the planted bug {plant} matches {count} places"
     # The executor itself is never instrumented: it tells the sanitizers what its fibres do.
-    own = [HERE / "executor.cpp", *([HERE / "banks.cpp"] if mode == "banks" else [])]
-    objects = [(source, f"-std=c++17 -O1 -g {executor} {kernel_flags(sources)}") for source in own]
-    objects += [
-        (source, f"-std=c++17 -g {kernels} {kernel_flags(sources)}")
-        for source in [*sorted(sources.rglob("*.cu")), HERE / "kernels_main.cpp"]
-    ]
-    built = [str(BUILD / mode / n) for n in untouched]
-    objects = [o for o in objects if object_name(o[0]) not in untouched]
-    return ninja(folder, objects, " ".join([*built, link]), "kernels_main")
+    own = ["executor.cpp", *(["banks.cpp"] if mode == "banks" else [])]
+    files = ["kernels_main.cpp", *(str(p.relative_to(CSRC)) for p in sorted(CSRC.rglob("*.cu")))]
+    objects = [(name, f"-std=c++17 -g {kernels}") for name in files]
+    objects += [(name, f"-std=c++17 -O1 -g {executor}") for name in own]
+    return linked("", objects, link, planted)
