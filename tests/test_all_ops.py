@@ -13,7 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from torch_softmax_ext.testing import SPECS
 from torch_softmax_ext.testing.spec import FLOATING
 
-specs = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+
+def specs_where(condition):
+    return pytest.mark.parametrize("spec", [s for s in SPECS if condition(s)], ids=lambda s: s.name)
+
+
+specs = specs_where(lambda s: True)
 dtypes = pytest.mark.parametrize("dtype", FLOATING, ids=lambda d: str(d).removeprefix("torch."))
 
 SAMPLES = [(spec, sample.name) for spec in SPECS for sample in spec.samples("cpu", torch.float32)]
@@ -63,6 +68,7 @@ def assert_close(ours, reference, torchs, what):
             assert error <= rounding * norm + subnormal, (what, error, norm)
 
 
+@pytest.mark.values
 @samples
 @dtypes
 def test_values_and_gradients(spec, sample, device, dtype):
@@ -82,6 +88,8 @@ def test_values_and_gradients(spec, sample, device, dtype):
         assert torch.equal(s.call(spec.op).nan_to_num(), y.nan_to_num())
 
 
+@pytest.mark.values
+@pytest.mark.not_on_host
 @small_samples
 def test_gradcheck(spec, sample, device):
     s = get(spec, sample, device, torch.float64)
@@ -90,6 +98,7 @@ def test_gradcheck(spec, sample, device):
     assert torch.autograd.gradgradcheck(lambda x: s.call(spec.op, x), (x,))
 
 
+@pytest.mark.not_on_host
 @small_samples
 def test_opcheck(spec, sample, device):
     pytest.importorskip("expecttest", reason="torch's opcheck needs expecttest")
@@ -151,12 +160,10 @@ def test_errors(spec, case, device):
             case.call(device)
 
 
-@specs
+@specs_where(lambda s: not s.autocasts)  # which has a test of its own
 @dtypes
 def test_autocast_keeps_the_logits(spec, device, dtype):
     s = first(spec, device, dtype)
-    if spec.autocasts:
-        pytest.skip("has a test of its own")
     with torch.autocast(device.type, torch.bfloat16):
         y = s.call(spec.op)
     assert y.dtype == s.call(spec.op).dtype
@@ -197,10 +204,8 @@ def test_retain_graph_gives_the_same_gradient_twice(spec, device):
     assert torch.equal(a * 0.5, b)
 
 
-@specs
+@specs_where(lambda s: s.module is not None)
 def test_module(spec, device):
-    if spec.module is None:
-        pytest.skip("a function alone")
     s = first(spec, device, torch.float32)
     module = spec.module()
     for m in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
@@ -212,12 +217,11 @@ def test_module(spec, device):
 # ---- the same bits ------------------------------------------------------------------------------------------------
 
 
-@specs
+@pytest.mark.values
+@specs_where(lambda s: s.batch_invariant)
 @dtypes
 @pytest.mark.parametrize("shape", [(67, 10), (9, 300), (5, 9000), (3, 50257)], ids=str)
 def test_same_bits_alone_in_a_batch_and_with_any_threads(spec, device, dtype, shape):
-    if not spec.batch_invariant:
-        pytest.skip("promised by none")
     x = torch.randn(shape, device=device).to(dtype)
     args = tuple(a.to(device) for a in spec.bench_args(x))
     kwargs = {"reduction": "none"} if spec.name == "cross_entropy" else {}
@@ -267,6 +271,7 @@ def test_many_python_threads(spec, device):
 # ---- torch.func and forward mode ----------------------------------------------------------------------------------
 
 
+@pytest.mark.not_on_host
 @small_samples
 def test_func_transforms(spec, sample, device):
     s = get(spec, sample, device, torch.float64)

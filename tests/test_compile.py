@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CUDA_ON_HOST
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config as inductor_config
 
 from torch_softmax_ext.testing import SPECS
 
-pytestmark = pytest.mark.skipif(CUDA_ON_HOST, reason="nothing here depends on the kernels")
+pytestmark = pytest.mark.not_on_host  # nothing here depends on the kernels
 specs = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 
 

@@ -224,6 +224,7 @@ def train(device, loss_module, steps=15):
     return losses
 
 
+@pytest.mark.not_on_host
 @pytest.mark.parametrize("replaced", ["function", "module", "both"])
 def test_drop_in(device, monkeypatch, replaced):
     want = train(device, torch.nn.CrossEntropyLoss)
@@ -235,6 +236,7 @@ def test_drop_in(device, monkeypatch, replaced):
     assert want[-1] < want[0]
 
 
+@pytest.mark.not_on_host
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.2, "softcap": 4.0, "temperature": 0.7}], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 5, 4)], ids=str)
@@ -256,6 +258,7 @@ def test_gradient_of_class_probabilities(device, options, reduction, shape):
     torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.not_on_host
 def test_class_probabilities_of_another_dtype(device):
     """In the wider of the two, as torch."""
     x, q = torch.randn(4, 9, device=device), torch.randn(4, 9, device=device).softmax(1)

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CUDA_ON_HOST, dtypes, for_cpu
+from conftest import dtypes, for_cpu
 from cross_entropy_cases import grad, logits_and_target
 from torch.utils.checkpoint import checkpoint
 
@@ -13,6 +13,7 @@ import torch_softmax_ext as tse
 from torch_softmax_ext.testing.memory import peak_memory
 
 
+@pytest.mark.full_on_host
 @dtypes
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_guess_never_changes_a_bit(device, dtype, reduction):
@@ -101,7 +102,7 @@ def test_the_guess_under_checkpointing(device, scale):
     torch.testing.assert_close(z.grad, 2 * want)
 
 
-@pytest.mark.skipif(CUDA_ON_HOST, reason="allocations are the CPU kernels'")
+@for_cpu
 def test_checkpointing_keeps_no_gradient():
     x = torch.randn(512, 4096, requires_grad=True)
     target = torch.randint(0, 4096, (512,))
@@ -136,6 +137,7 @@ def test_every_call_keeps_its_own_guess(device):
             assert torch.equal(got, want)
 
 
+@pytest.mark.full_on_host
 def test_threads_do_not_mix_their_sums(device):
     """Calls of several threads are under way at a time, each with the losses of many blocks to add."""
     x, target = logits_and_target(device, rows=256, classes=3)
@@ -148,6 +150,7 @@ def test_threads_do_not_mix_their_sums(device):
         assert all(pool.map(is_right, range(4)))
 
 
+@pytest.mark.full_on_host
 @dtypes
 def test_the_guess_over_many_rows_with_weights(device, dtype):
     """So many rows that a CUDA kernel of its own adds their weights; loss and gradient keep their bits."""
@@ -163,7 +166,7 @@ def test_the_guess_over_many_rows_with_weights(device, dtype):
     assert (results[0][1].double() - g64).norm() <= max(1e-6, torch.finfo(dtype).eps) * g64.norm()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_cuda_graphs_beside_eager_calls(scale, in_place):

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from conftest import CUDA_ON_HOST, dtypes
+from conftest import dtypes, for_cpu
 from cross_entropy_cases import grad, logits_and_target
 
 import torch_softmax_ext as tse
 from torch_softmax_ext.testing.memory import peak_memory
 
 
+@pytest.mark.full_on_host
 @dtypes
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("scale", [1.0, 0.25, 0.3])
@@ -47,7 +48,7 @@ def test_inplace_backward_writes_into_the_logits(device, shape, layout):
     loss.backward()
 
 
-@pytest.mark.skipif(CUDA_ON_HOST, reason="allocations are the CPU kernels'")
+@for_cpu
 def test_inplace_backward_needs_no_second_buffer():
     x = torch.randn(512, 4096, requires_grad=True)
     target = torch.randint(0, 4096, (512,))

@@ -58,6 +58,7 @@ def test_values_and_gradients(device, options, reduction, probabilities, shape):
     assert (got_grad - want_grad).norm() <= 3e-6 * want_grad.norm()
 
 
+@pytest.mark.full_on_host
 @pytest.mark.parametrize("output", ["loss", "z_loss", "lse"])
 def test_each_output_alone_has_its_gradient(device, output):
     x, target, _ = make(device, torch.float64)
@@ -123,6 +124,7 @@ def test_compile_and_vmap(device):
     torch.testing.assert_close(loss, torch.stack([tse.cross_entropy(v, target) for v in xs]))
 
 
+@pytest.mark.not_on_host
 def test_opcheck(device):
     x, target, weight = make(device, torch.float32, (4, 6))
     op = torch.ops.torch_softmax_ext.cross_entropy_with_metrics.default

@@ -9,10 +9,10 @@ import torch
 import torch_softmax_ext as tse
 from torch_softmax_ext.testing import SPECS
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+pytestmark = pytest.mark.gpu
 specs = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
-# linear_cross_entropy has no kernels of its own, and asks the device how many rows count.
-KERNELS = [s for s in SPECS if s.name != "linear_cross_entropy"]
+# What has no kernels of its own asks the device how many rows count.
+KERNELS = [s for s in SPECS if s.has_kernels]
 kernels = pytest.mark.parametrize("spec", KERNELS, ids=lambda s: s.name)
 dtypes = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:]
@@ -161,6 +161,7 @@ def test_more_than_two_to_the_31_elements():
     check_more_than_two_to_the_31(33000)
 
 
+@pytest.mark.full
 def test_one_row_of_more_than_two_to_the_31_elements():
     """One thread walks through it: minutes, which `make gpu` does not have."""
     check_more_than_two_to_the_31(1)

@@ -5,12 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
-from conftest import CUDA_ON_HOST
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.skipif(CUDA_ON_HOST, reason="nothing here depends on the kernels")
 
 
 def python(code, **env):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import CUDA_ON_HOST
+from conftest import for_cpu
 
 import torch_softmax_ext as tse
 from torch_softmax_ext.testing.memory import peak_memory
@@ -66,6 +66,7 @@ def test_one_result_alone_is_differentiated(device, which):
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.not_on_host
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shape", [(4,), (4, 3)], ids=str)
 def test_gradcheck_of_both_results(device, options, shape):
@@ -75,6 +76,7 @@ def test_gradcheck_of_both_results(device, options, shape):
     assert torch.autograd.gradgradcheck(lambda x: both(x, index, **options), (x,))
 
 
+@pytest.mark.not_on_host
 def test_opcheck_of_both_results(device):
     op = torch.ops.torch_softmax_ext.selective_log_softmax_with_entropy.default
     x = torch.randn(4, 7, device=device, requires_grad=True)
@@ -109,6 +111,7 @@ def test_entropy_of_certain_and_of_uniform_rows(device, dtype, n):
         assert (entropy - math.log(n)).abs().max() <= tolerance * math.log(n)
 
 
+@pytest.mark.full_on_host
 @dtypes
 def test_nothing_is_positive_and_entropy_is_not_negative(device, dtype):
     for scale in (1.0, 10.0, 30.0):
@@ -149,7 +152,7 @@ def test_rows_that_are_not_finite_are_nan_and_leave_the_others_alone(device):
         assert got[4] == clean[4]
 
 
-@pytest.mark.skipif(CUDA_ON_HOST, reason="the check is the CPU's; there it is an assertion of the kernel")
+@for_cpu  # on CUDA it is an assertion of the kernel
 @pytest.mark.parametrize("shape", [(3,), (3, 2)], ids=str)
 def test_no_index_is_read_outside(shape):
     index = torch.zeros(shape, dtype=torch.int64)
@@ -179,7 +182,7 @@ def test_same_bits_alone_and_with_any_threads(device, dtype, shape):
         assert all(torch.equal(a, b[:1]) for a, b in zip(alone, want, strict=True))
 
 
-@pytest.mark.skipif(CUDA_ON_HOST, reason="nothing here depends on the kernels")
+@pytest.mark.not_on_host  # nothing here depends on the kernels
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile_of_both_results(device, dynamic):
     torch._dynamo.reset()
@@ -191,7 +194,7 @@ def test_compile_of_both_results(device, dynamic):
             torch.testing.assert_close(got, want)
 
 
-@pytest.mark.skipif(CUDA_ON_HOST, reason="allocations are the CPU kernels'")
+@for_cpu
 @pytest.mark.parametrize("return_entropy", [False, True])
 def test_memory(return_entropy):
     """Nothing of the logits' size in forward, and one gradient in backward."""

@@ -163,4 +163,5 @@ SPEC = OpSpec(
     rows=lambda x, linear_weight, target: (x[:1], linear_weight, target[:1]),
     batch_invariant=False,
     autocasts=True,
+    has_kernels=False,
 )

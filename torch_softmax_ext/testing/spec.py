@@ -66,6 +66,7 @@ class OpSpec:
     bench_bytes: Callable = lambda x, *args: x.nbytes  # of the logits
     batch_invariant: bool = True  # False: of matrix products, whose sums depend on shape and threads
     autocasts: bool = False  # True: computes in the dtype of autocast
+    has_kernels: bool = True  # False: computes with those of other operators
 
     @property
     def overload(self):
