@@ -20,7 +20,7 @@ PYTHON = sys.executable
 # What compute-sanitizer watches, which makes kernels many times slower: each of them, in two dtypes.
 WATCHED = "every_kernel and (float32 or bfloat16) and not 70001"
 SANITIZED = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py", "-k", WATCHED]
-TESTED = "cuda and not cuda_on_host and not cuda_report and not cuda_limits and not one_row_of_more"
+TESTED = "gpu and not full"
 FAILED, SKIPPED, OK = "failed", "skipped", "ok"
 
 
@@ -61,7 +61,7 @@ def steps(capability, seconds):
     # Without torch's cache every tensor is an allocation of its own, and an access behind its end is seen.
     sanitized = {**in_place, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    tests = ["-k", TESTED, "tests", "--ignore=tests/test_properties.py"]  # which asks for hypothesis, and for the CPU
+    tests = ["-m", TESTED, "tests", "--ignore=tests/test_properties.py"]  # which asks for hypothesis, and for the CPU
     setup = [PYTHON, "setup.py", "build_ext", "--inplace", "--force"]  # what was built may lack the CUDA kernels
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
     return [
