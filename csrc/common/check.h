@@ -31,6 +31,18 @@ inline void check_same_device(const char* op, const char* arg, const at::Tensor&
   TSE_CHECK(t.device() == input.device(), op, arg, "expected device ", input.device(), " as input, got ", t.device());
 }
 
+// What a private operator is handed beside the input, as its forward made it: dtype, size, and where it lies.
+inline void check_handed(const char* op, const char* arg, const at::Tensor& t, const at::Tensor& input,
+                         at::ScalarType type, c10::SymIntArrayRef sizes) {
+  check_same_device(op, arg, t, input);
+  TSE_CHECK(t.scalar_type() == type && t.layout() == at::kStrided, op, arg, "expected a strided tensor of ", type,
+            ", got ", t.scalar_type(), " in layout ", t.layout());
+  const auto got = t.sym_sizes();
+  bool same = got.size() == sizes.size();
+  for (size_t d = 0; same && d < sizes.size(); ++d) same = got[d].sym_eq(sizes[d]).expect_true(__FILE__, __LINE__);
+  TSE_CHECK(same, op, arg, "expected shape ", sizes, ", got ", got);
+}
+
 inline Reduction parse_reduction(const char* op, std::string_view name) {
   if (name == "mean") return Reduction::kMean;
   if (name == "sum") return Reduction::kSum;

@@ -4,7 +4,6 @@
 // (cross_entropy_checks.cpp).
 #include "cross_entropy/cross_entropy.h"
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -248,10 +247,27 @@ at::Tensor run_backward(const at::Tensor& grad_output, const OptionalTensor& gra
   return operands.finished_grad();
 }
 
+void check_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse, const at::Tensor& input,
+                    const at::Tensor& target, const at::Tensor& stats, const CrossEntropyOptions& options) {
+  check_cross_entropy(input, target, options);
+  if (target.is_floating_point()) check_handed(kOp, "target", target, input, input.scalar_type(), input.sym_sizes());
+  const auto type = accumulate_type(input.scalar_type());
+  const auto sizes = row_sizes(input, target);
+  const bool reduce = parse_reduction(kOp, options.reduction) != Reduction::kNone;
+  check_handed(kOp, "grad_output", grad_output, input, type, reduce ? c10::SymIntArrayRef() : sizes);
+  if (grad_lse.has_value()) check_handed(kOp, "grad_lse", *grad_lse, input, type, sizes);
+  const c10::SymInt size =
+      stats_size<c10::SymInt>(c10::multiply_integers(sizes), type == at::kDouble, has_mass(target, options), reduce);
+  check_handed(kOp, "stats", stats, input, at::kDouble, {&size, 1});
+}
+
 at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
                                   const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
                                   TSE_OPTIONS) {
-  return run_backward(grad_output, grad_lse, input, target, stats, TSE_PACKED);
+  const CrossEntropyOptions options = TSE_PACKED;
+  check_backward(grad_output, grad_lse, input, target, stats, options);
+  if (!use_cuda(input)) check_target_range(input, target, ignore_index);
+  return run_backward(grad_output, grad_lse, input, target, stats.contiguous(), options);
 }
 
 at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
@@ -311,8 +327,10 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_forward_meta(const at::Tensor& 
   return {at::empty_symint(sizes, loss_options), stats};
 }
 
-at::Tensor cross_entropy_backward_meta(const at::Tensor&, const OptionalTensor&, const at::Tensor& input,
-                                       const at::Tensor&, const at::Tensor&, TSE_OPTIONS) {
+at::Tensor cross_entropy_backward_meta(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
+                                       const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
+                                       TSE_OPTIONS) {
+  check_backward(grad_output, grad_lse, input, target, stats, TSE_PACKED);
   return at::empty_like(input);
 }
 
@@ -346,11 +364,16 @@ at::Tensor cross_entropy_loss(const at::Tensor& input, const at::Tensor& target,
   return run_forward(input, target, options).loss;
 }
 
+at::Tensor cross_entropy_gradient(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
+                                  const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
+                                  const CrossEntropyOptions& options) {
+  return run_backward(grad_output, grad_lse, input, target, stats, options);
+}
+
 CrossEntropyResult cross_entropy_forward_backward(const at::Tensor& input, const at::Tensor& target,
                                                   const CrossEntropyOptions& options, std::optional<double> grad_output,
                                                   bool in_place) {
-  TSE_CHECK(!in_place || at::has_internal_overlap(input) != at::MemOverlap::Yes, kOp, "inplace_backward",
-            "expected logits whose elements do not share memory, got an expanded tensor of shape ", input.sizes());
+  if (in_place) check_writable(input, target, options);
   return run_forward(input, target, options, in_place ? Gradient::kInPlace : Gradient::kNew, grad_output);
 }
 

@@ -3,8 +3,10 @@
 #include <c10/core/GradMode.h>
 #include <c10/core/ScalarType.h>
 
+#include <algorithm>
 #include <cmath>
 #include <utility>
+#include <vector>
 
 #include "common/host.h"
 #include "cross_entropy/cross_entropy_host.h"
@@ -70,6 +72,24 @@ void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, cons
     for (size_t d = 2; d < x.size(); ++d) same = same && equal(x[d], t[d - 1]);
   }
   TSE_CHECK(same, kOp, "target", "expected the shape of input without its class dimension, input ", x, ", got ", t);
+}
+
+void check_writable(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < input.dim(); ++d)
+    if (input.size(d) > 1) dims.emplace_back(input.stride(d), input.size(d));
+  std::sort(dims.begin(), dims.end());
+  bool apart = true;  // each dimension steps over all that the ones inside it span
+  int64_t span = 1;
+  for (const auto& [stride, size] : dims) {
+    apart = apart && stride >= span;
+    span += stride * (size - 1);
+  }
+  TSE_CHECK(apart || input.numel() == 0, kOp, "inplace_backward",
+            "expected logits whose elements do not share memory, got an expanded or overlapping tensor of shape ",
+            input.sizes(), " and strides ", input.strides());
+  const bool shared = input.is_alias_of(target) || (options.weight.has_value() && input.is_alias_of(*options.weight));
+  TSE_CHECK(!shared, kOp, "inplace_backward", "expected logits in memory of their own, got a target or weight in it");
 }
 
 std::pair<at::Tensor, at::Tensor> promoted(const at::Tensor& input, const at::Tensor& target) {

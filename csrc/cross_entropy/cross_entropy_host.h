@@ -42,6 +42,13 @@ void check_weight_gradient(const char* op, const OptionalTensor& weight);
 // Raises what torch.nn.functional.cross_entropy would. Reads no memory; sizes may be symbolic.
 void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options);
 
+// Raises where the gradient cannot take the memory of the logits: elements that may share it, or another argument in
+// it.
+void check_writable(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options);
+
+// CPU: raises IndexError for a target that is neither a class nor ignore_index. Class probabilities are let through.
+void check_target_range(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index);
+
 // Logits and class probabilities of two dtypes are computed in the wider one, as torch does.
 inline bool needs_promotion(const at::Tensor& input, const at::Tensor& target) {
   return target.is_floating_point() && input.is_floating_point() && target.scalar_type() != input.scalar_type();
@@ -62,6 +69,11 @@ struct CrossEntropyResult {
 
 // The loss alone.
 at::Tensor cross_entropy_loss(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options);
+
+// The gradient from what forward made and checked; nothing is checked again.
+at::Tensor cross_entropy_gradient(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
+                                  const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
+                                  const CrossEntropyOptions& options);
 
 // Loss and gradient in one go, for an incoming gradient that is known beforehand (of every row for "none"); in_place:
 // the gradient takes the memory of the logits. On CUDA nullopt leaves it to the device to guess, for mean and sum; then

@@ -21,6 +21,12 @@ int64_t check(const at::Tensor& input, int64_t dim) {
   return at::maybe_wrap_dim(dim, rank);
 }
 
+int64_t check_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim) {
+  dim = check(output, dim);
+  check_handed(kOp, "grad_output", grad_output, output, output.scalar_type(), output.sym_sizes());
+  return dim;
+}
+
 at::Tensor sparsemax(const at::Tensor& input, int64_t dim) {
   dim = check(input, dim);
   const c10::OptionalDeviceGuard guard(input.device());
@@ -43,7 +49,7 @@ at::Tensor sparsemax(const at::Tensor& input, int64_t dim) {
 }
 
 at::Tensor sparsemax_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim) {
-  dim = check(output, dim);
+  dim = check_backward(grad_output, output, dim);
   const c10::OptionalDeviceGuard guard(output.device());
   const at::Tensor grad_input = with_huge_pages(at::empty_like(output));
   if (output.numel() == 0) return grad_input;
@@ -74,7 +80,8 @@ at::Tensor sparsemax_meta(const at::Tensor& input, int64_t dim) {
   return at::empty_like(input);
 }
 
-at::Tensor sparsemax_backward_meta(const at::Tensor&, const at::Tensor& output, int64_t) {
+at::Tensor sparsemax_backward_meta(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim) {
+  check_backward(grad_output, output, dim);
   return at::empty_like(output);
 }
 

@@ -256,12 +256,18 @@ FourTensors linear_cross_entropy_forward(const at::Tensor& input, const at::Tens
 
 using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
+void check_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& linear_weight,
+                    const at::Tensor& target, const LinearCrossEntropyOptions& options) {
+  check_linear_cross_entropy(input, linear_weight, target, options);
+  TSE_CHECK(options.loss.reduction == "none", kOp, "reduction", "expected 'none', got '", options.loss.reduction, "'");
+  check_handed(kOp, "grad_output", grad_output, input, accumulate_type(input.scalar_type()), target.sym_sizes());
+}
+
 ThreeTensors linear_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input,
                                            const at::Tensor& linear_weight, const at::Tensor& target,
                                            TSE_LINEAR_OPTIONS, bool grad_input, bool grad_weight, bool grad_bias) {
-  LinearCrossEntropyOptions options = TSE_LINEAR_PACKED;
-  TSE_CHECK(reduction == "none" && grad_output.sizes() == target.sizes(), kOp, "grad_output",
-            "expected one for each row of reduction 'none', got shape ", grad_output.sizes());
+  const LinearCrossEntropyOptions options = TSE_LINEAR_PACKED;
+  check_backward(grad_output, input, linear_weight, target, options);
   auto [loss, of_input, of_weight, of_bias] =
       run(input, linear_weight, target, options, {grad_input, grad_weight, grad_bias}, grad_output);
   return {of_input, of_weight, of_bias};
@@ -291,9 +297,10 @@ FourTensors linear_cross_entropy_forward_meta(const at::Tensor& input, const at:
           gradient(grad_bias, {&classes, 1})};
 }
 
-ThreeTensors linear_cross_entropy_backward_meta(const at::Tensor&, const at::Tensor& input,
+ThreeTensors linear_cross_entropy_backward_meta(const at::Tensor& grad_output, const at::Tensor& input,
                                                 const at::Tensor& linear_weight, const at::Tensor& target,
                                                 TSE_LINEAR_OPTIONS, bool grad_input, bool grad_weight, bool grad_bias) {
+  check_backward(grad_output, input, linear_weight, target, TSE_LINEAR_PACKED);
   auto [loss, of_input, of_weight, of_bias] = linear_cross_entropy_forward_meta(
       input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing, z_loss_weight,
       softcap, temperature, chunk_size, grad_input, grad_weight, grad_bias);

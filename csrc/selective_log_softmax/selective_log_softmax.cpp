@@ -32,6 +32,22 @@ void check(const at::Tensor& input, const at::Tensor& index, double temperature,
   check_transform(kOp, softcap, temperature);
 }
 
+// What backward is handed.
+void check_backward(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy, const at::Tensor& input,
+                    const at::Tensor& index, const at::Tensor& stats, double temperature,
+                    std::optional<double> softcap) {
+  check(input, index, temperature, softcap);
+  const auto type = accumulate_type(input.scalar_type());
+  const auto rows = input.sym_sizes().slice(0, input.dim() - 1);
+  if (grad_logp.has_value()) check_handed(kOp, "grad_logp", *grad_logp, input, type, index.sym_sizes());
+  if (grad_entropy.has_value()) check_handed(kOp, "grad_entropy", *grad_entropy, input, type, rows);
+  const bool entropy = stats.dim() == 2 && stats.sym_size(0) == 3;
+  TSE_CHECK(entropy || !grad_entropy.has_value(), kOp, "stats", "expected those of a forward with entropy, got shape ",
+            stats.sym_sizes());
+  const c10::SymInt sizes[] = {entropy ? 3 : 2, c10::multiply_integers(rows)};
+  check_handed(kOp, "stats", stats, input, type, sizes);
+}
+
 // An index that is no class raises before anything is written.
 template <class Index>
 void check_indices(const Index* index, int64_t rows, int64_t k, int64_t classes) {
@@ -40,6 +56,12 @@ void check_indices(const Index* index, int64_t rows, int64_t k, int64_t classes)
   if (bad == end) return;
   TSE_CHECK_INDEX(false, kOp, "index", "expected a class in [0, ", classes, "), got ", int64_t(*bad), " at row ",
                   (bad - index) / k);
+}
+
+void check_indices(const SelectiveLogSoftmaxParams& p) {
+  const int64_t rows = row_count(p.rows);
+  if (p.index_is_int32) check_indices(static_cast<const int32_t*>(p.index), rows, p.k, p.rows.n);
+  else check_indices(static_cast<const int64_t*>(p.index), rows, p.k, p.rows.n);
 }
 
 // The tensors of a call in forms that the kernels can walk; the CPU's rows have their classes next to each other.
@@ -79,10 +101,7 @@ ThreeTensors selective_log_softmax_forward(const at::Tensor& input, const at::Te
   const auto options = input.options().dtype(accumulate_type(input.scalar_type()));
   const at::Tensor stats = at::empty({entropy ? 3 : 2, rows}, options);
   SelectiveLogSoftmaxParams p = operands.params(stats, temperature, softcap);
-  if (!use_cuda(input)) {
-    if (p.index_is_int32) check_indices(static_cast<const int32_t*>(p.index), rows, p.k, p.rows.n);
-    else check_indices(static_cast<const int64_t*>(p.index), rows, p.k, p.rows.n);
-  }
+  if (!use_cuda(input)) check_indices(p);
   const at::Tensor logp = at::empty(index.sizes(), options);
   const at::Tensor h = entropy ? at::empty(input.sizes().slice(0, input.dim() - 1), options) : at::empty({0}, options);
   p.logp = logp.mutable_data_ptr();
@@ -98,6 +117,7 @@ ThreeTensors selective_log_softmax_forward(const at::Tensor& input, const at::Te
 at::Tensor selective_log_softmax_backward(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy,
                                           const at::Tensor& input, const at::Tensor& index, const at::Tensor& stats,
                                           double temperature, std::optional<double> softcap) {
+  check_backward(grad_logp, grad_entropy, input, index, stats, temperature, softcap);
   const c10::OptionalDeviceGuard guard(input.device());
   const Operands operands(input, index);
   const at::Tensor grad_input = with_huge_pages(at::empty_like(input));
@@ -105,7 +125,9 @@ at::Tensor selective_log_softmax_backward(const OptionalTensor& grad_logp, const
   RowTensor grad = as_rows(grad_input, input.dim() - 1);
   if (grad.rows.stride_n != 1 && !use_cuda(input))
     grad = as_rows(at::empty(input.sizes(), input.options()), input.dim() - 1);
-  SelectiveLogSoftmaxParams p = operands.params(stats, temperature, softcap);
+  const at::Tensor dense_stats = stats.contiguous();
+  SelectiveLogSoftmaxParams p = operands.params(dense_stats, temperature, softcap);
+  if (!use_cuda(input)) check_indices(p);
   p.grad_rows = grad.rows;
   p.grad_input = grad.tensor.mutable_data_ptr();
   const at::Tensor g = grad_logp.has_value() ? grad_logp->contiguous() : at::Tensor();
@@ -133,8 +155,11 @@ ThreeTensors selective_log_softmax_forward_meta(const at::Tensor& input, const a
           at::empty_symint({entropy ? 3 : 2, c10::multiply_integers(sizes)}, options)};
 }
 
-at::Tensor selective_log_softmax_backward_meta(const OptionalTensor&, const OptionalTensor&, const at::Tensor& input,
-                                               const at::Tensor&, const at::Tensor&, double, std::optional<double>) {
+at::Tensor selective_log_softmax_backward_meta(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy,
+                                               const at::Tensor& input, const at::Tensor& index,
+                                               const at::Tensor& stats, double temperature,
+                                               std::optional<double> softcap) {
+  check_backward(grad_logp, grad_entropy, input, index, stats, temperature, softcap);
   return at::empty_like(input);
 }
 

@@ -1,0 +1,177 @@
+"""Private operators check what they are handed: shape, dtype and device of every tensor, the range of every index."""
+
+import pytest
+import torch
+
+ops = torch.ops.torch_softmax_ext
+OPTIONS = {
+    "plain": (None, -100, "mean", 0.0, 0.0, None, 1.0),
+    "none": (None, -100, "none", 0.0, 0.0, None, 1.0),
+    "smoothing": (None, -100, "sum", 0.1, 0.1, 5.0, 0.5),
+}
+CROSS_ENTROPY = ("grad_output", "grad_lse", "input", "target", "stats")
+SELECTIVE = ("grad_logp", "grad_entropy", "input", "index", "stats")
+LINEAR = ("grad_output", "input", "linear_weight", "target", "linear_bias", "weight")
+
+
+def cross_entropy(device, options, dtype=torch.float32, probabilities=False, lse=True):
+    x = torch.randn(6, 5, device=device, dtype=dtype)
+    target = torch.randint(0, 5, (6,), device=device)
+    if probabilities:
+        target = torch.rand(6, 5, device=device, dtype=dtype)
+    loss, stats = ops._cross_entropy_forward(x, target, *options)
+    return [torch.ones_like(loss), torch.randn(6, device=device).to(loss.dtype) if lse else None, x, target, stats]
+
+
+def selective(device, k, entropy):
+    x = torch.randn(6, 5, device=device)
+    index = torch.randint(0, 5, (6, *k), device=device)
+    logp, h, stats = ops._selective_log_softmax_forward(x, index, 1.0, None, entropy)
+    return [torch.ones_like(logp), torch.ones_like(h) if entropy else None, x, index, stats]
+
+
+def linear(device):
+    def normal(*shape):
+        return torch.randn(shape, device=device)
+
+    return [normal(6), normal(6, 4), normal(5, 4), torch.randint(0, 5, (6,), device=device), normal(5), normal(5)]
+
+
+def calls(device):
+    """name, argument names, tensors, call(*tensors)."""
+    for name, options in OPTIONS.items():
+        for probabilities in (False, True):
+            for dtype in (torch.float32, torch.float64, torch.bfloat16):
+                yield (
+                    f"cross_entropy-{name}-{'probabilities' if probabilities else 'indices'}-{dtype}",
+                    CROSS_ENTROPY,
+                    cross_entropy(device, options, dtype, probabilities),
+                    lambda *t, options=options: ops._cross_entropy_backward(*t, *options),
+                )
+    for forward in (ops._cross_entropy_forward, ops._cross_entropy_metrics_forward):
+        yield (
+            forward.__name__,
+            ("input", "target"),
+            cross_entropy(device, OPTIONS["none"])[2:4],
+            lambda *t, forward=forward: forward(*t, *OPTIONS["none"]),
+        )
+    for k, entropy in (((), False), ((3,), True)):
+        yield (
+            "selective-entropy" if entropy else "selective",
+            SELECTIVE,
+            selective(device, k, entropy),
+            lambda *t: ops._selective_log_softmax_backward(*t, 1.0, None),
+        )
+    yield (
+        "sparsemax",
+        ("grad_output", "output"),
+        [torch.ones(6, 5, device=device), torch.randn(6, 5, device=device).softmax(1)],
+        lambda *t: ops._sparsemax_backward(*t, 1),
+    )
+    yield (
+        "linear",
+        LINEAR,
+        linear(device),
+        lambda g, x, w, t, b, c: ops._linear_cross_entropy_backward(
+            g, x, w, t, b, c, -100, "none", 0.0, 0.0, None, 1.0, None, True, True, True
+        ),
+    )
+
+
+def changes(t):
+    """Other tensors in the place of `t`."""
+    flat = t.flatten()
+    yield "short", flat[: t.numel() // 2].clone()
+    yield "long", torch.cat([flat, flat])
+    yield "unsqueezed", t[None]
+    yield "empty", flat[:0]
+    yield "dtype", t.to(torch.float16 if t.dtype != torch.float16 else torch.float32)
+    yield "complex", t.to(torch.complex64)
+    yield "meta", t.to("meta")
+    if not t.is_floating_point():
+        for value in (5, -1, 10**12, -(10**12)):
+            yield f"class {value}", torch.full_like(t, value)
+
+
+def refused():
+    return pytest.raises((RuntimeError, IndexError, NotImplementedError, ValueError), match=r"\w+: \w+: expected")
+
+
+def fits_in_another_dtype(call, argument):
+    """Class weights are of any floating type; of logits another half type or float32 has the same statistics."""
+    return argument == "weight" or (argument == "input" and "probabilities" not in call and "linear" not in call)
+
+
+CALLS = [name for name, *_ in calls("cpu")]
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_does_not_fit_is_refused(name, device):
+    names, tensors, call = next(c[1:] for c in calls(device) if c[0] == name)
+    call(*tensors)
+    for i, tensor in enumerate(tensors):
+        if tensor is None:
+            continue
+        for change, other in changes(tensor):
+            if change == "dtype" and fits_in_another_dtype(name, names[i]):
+                continue
+            if change.startswith("class") and device.type == "cuda":  # a device-side assertion
+                continue
+            with pytest.raises(
+                (RuntimeError, IndexError, NotImplementedError, ValueError), match=r"\w+: \w+: expected"
+            ):
+                pytest.fail(f"{names[i]}: {change}: {call(*tensors[:i], other, *tensors[i + 1 :])}")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_shapes_alone_have_the_same_checks(name):
+    """Meta tensors: what fits gives the shapes of the gradients, what does not is refused."""
+    names, tensors, call = next(c[1:] for c in calls("cpu") if c[0] == name)
+    want = call(*tensors)
+    meta = [t if t is None else t.to("meta") for t in tensors]
+    got = call(*meta)
+    for a, b in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (got, want)), strict=True):
+        assert (a.shape, a.dtype, a.device.type) == (b.shape, b.dtype, "meta")
+    for i, tensor in enumerate(meta):
+        if tensor is None:
+            continue
+        for change, other in changes(tensor):
+            if change == "dtype" and fits_in_another_dtype(name, names[i]):
+                continue
+            if change == "meta" or change.startswith("class"):
+                continue
+            with pytest.raises(
+                (RuntimeError, IndexError, NotImplementedError, ValueError), match=r"\w+: \w+: expected"
+            ):
+                pytest.fail(f"{names[i]}: {change}: {call(*meta[:i], other, *meta[i + 1 :])}")
+
+
+def test_strided_statistics(device):
+    grad, lse, x, target, stats = cross_entropy(device, OPTIONS["none"])
+    want = ops._cross_entropy_backward(grad, lse, x, target, stats, *OPTIONS["none"])
+    strided = stats.repeat_interleave(2)[::2]
+    assert torch.equal(ops._cross_entropy_backward(grad, lse, x, target, strided, *OPTIONS["none"]), want)
+    grad, lse, x, index, stats = selective(device, (3,), True)
+    want = ops._selective_log_softmax_backward(grad, lse, x, index, stats, 1.0, None)
+    strided = stats.t().contiguous().t()
+    assert torch.equal(ops._selective_log_softmax_backward(grad, lse, x, index, strided, 1.0, None), want)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({4: float("nan")}, "z_loss_weight"),
+        ({5: -1.0}, "softcap"),
+        ({6: 0.0}, "temperature"),
+        ({2: "avg"}, "reduction"),
+        ({0: torch.ones(3)}, "weight"),
+    ],
+    ids=str,
+)
+def test_options_of_backward(device, options, match):
+    tensors = cross_entropy(device, OPTIONS["none"])
+    o = list(OPTIONS["none"])
+    for i, value in options.items():
+        o[i] = value.to(device) if isinstance(value, torch.Tensor) else value
+    with pytest.raises((RuntimeError, ValueError), match=f"cross_entropy: {match}: expected"):
+        ops._cross_entropy_backward(*tensors, *o)
