@@ -94,8 +94,8 @@ def test_values_and_gradients(spec, sample, device, dtype):
 def test_gradcheck(spec, sample, device):
     s = get(spec, sample, device, torch.float64)
     x = s.input.clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: s.call(spec.op, x), (x,))
-    assert torch.autograd.gradgradcheck(lambda x: s.call(spec.op, x), (x,))
+    assert torch.autograd.gradcheck(lambda x: s.call(spec.op, x), (x,), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: s.call(spec.op, x), (x,), check_batched_grad=True)
 
 
 @pytest.mark.not_on_host

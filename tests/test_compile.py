@@ -1,5 +1,6 @@
 """torch.compile, torch.export, AOTInductor and compiled autograd: static and dynamic, without graph breaks."""
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config as inductor_config
 
+import torch_softmax_ext as tse
 from torch_softmax_ext.testing import SPECS
 
 pytestmark = pytest.mark.not_on_host  # nothing here depends on the kernels
@@ -27,9 +29,9 @@ def batch(spec, rows, device="cpu", dtype=torch.float32):
     return x, tuple(a.to(device) for a in spec.bench_args(x))
 
 
-def value_and_grad(function, x, *args):
+def value_and_grad(function, x, *args, **options):
     x = x.detach().requires_grad_()
-    y = function(x * 1.5, *args)
+    y = function(x * 1.5, *args, **options)
     return y.detach(), torch.autograd.grad(y.square().sum(), x)[0]
 
 
@@ -70,13 +72,69 @@ def test_the_graph_holds_the_operator(spec, device):
     assert [n.target for n in graphs[0].graph.nodes if n.op == "call_function"] == [spec.overload]
 
 
-@specs
-def test_compiled_autograd(spec, device):
-    x, args = batch(spec, 7, device)
-    want = value_and_grad(spec.op, x, *args)
+def with_compiled_autograd(function):
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
-        got = value_and_grad(spec.op, x, *args)
-    torch.testing.assert_close(got, want)
+        return function()
+
+
+NUMBERS = ("label_smoothing", "z_loss_weight", "softcap", "temperature", "chunk_size")
+VALUES = dict(zip(NUMBERS, (0.1, 0.2, 5.0, 0.7, 3), strict=True))
+
+
+def options_of(function):
+    """Each option alone, each reduction, all together."""
+    names = inspect.signature(function).parameters
+    numbers = {name: value for name, value in VALUES.items() if name in names}
+    yield {}
+    for name, value in numbers.items():
+        yield {name: value}
+    for reduction in ("none", "mean", "sum") if "reduction" in names else ():
+        yield {"reduction": reduction}
+        yield {"reduction": reduction, **numbers}
+    if "inplace_backward" in names:
+        yield {"inplace_backward": True}
+        yield {"inplace_backward": True, "reduction": "none", **numbers}
+
+
+OPTIONS = [(spec, options) for spec in SPECS for options in options_of(spec.op)]
+
+
+@pytest.mark.parametrize(("spec", "options"), OPTIONS, ids=lambda v: getattr(v, "name", None) or str(v))
+def test_compiled_autograd(spec, options, device):
+    x, args = batch(spec, 7, device)
+
+    def run():
+        return value_and_grad(spec.op, x, *args, **options)
+
+    torch.testing.assert_close(with_compiled_autograd(run), run())
+
+
+@pytest.mark.parametrize("options", list(options_of(tse.cross_entropy_with_metrics)), ids=str)
+@pytest.mark.parametrize("outputs", [(0,), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+def test_compiled_autograd_with_metrics(device, options, outputs, probabilities):
+    x = torch.randn(7, 30, device=device)
+    target = torch.randint(0, 30, (7,), device=device) if not probabilities else x.flip(1).softmax(1)
+
+    def run():
+        leaf = x.clone().requires_grad_()
+        metrics = tse.cross_entropy_with_metrics(leaf * 1.5, target, **options)
+        loss = sum(metrics[i].square().sum() for i in outputs)
+        return *(m.detach() for m in metrics), torch.autograd.grad(loss, leaf)[0]
+
+    torch.testing.assert_close(with_compiled_autograd(run), run())
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"softcap": 5.0}], ids=str)
+def test_compiled_autograd_with_entropy(device, options):
+    x, index = torch.randn(7, 30, device=device), torch.randint(0, 30, (7,), device=device)
+
+    def run():
+        leaf = x.clone().requires_grad_()
+        logp, entropy = tse.selective_log_softmax(leaf * 1.5, index, return_entropy=True, **options)
+        return logp.detach(), entropy.detach(), torch.autograd.grad(logp.sum() + entropy.square().sum(), leaf)[0]
+
+    torch.testing.assert_close(with_compiled_autograd(run), run())
 
 
 class Wrapper(torch.nn.Module):

@@ -152,6 +152,111 @@ def test_bad_options_in_place_or_not(device, options, error, text):
             tse.cross_entropy(x.detach().requires_grad_() * 1, target, inplace_backward=in_place, **options)
 
 
+def shared_elsewhere(device, how):
+    """Logits whose elements share memory; torch calls the last three "too hard" to tell."""
+    base = torch.randn(40, device=device, requires_grad=True) * 1
+    return {
+        "expanded": lambda: base[:4].expand(3, 4),
+        "unfold": lambda: base.unfold(0, 7, 1),
+        "as_strided": lambda: base.as_strided((5, 4), (3, 1)),
+        "transposed": lambda: base.as_strided((5, 4), (1, 3)),
+    }[how]()
+
+
+@pytest.mark.parametrize("how", ["expanded", "unfold", "as_strided", "transposed"])
+def test_overlapping_logits_in_place(device, how):
+    logits = shared_elsewhere(device, how)
+    target = torch.zeros(len(logits), dtype=torch.long, device=device)
+    before = logits.detach().clone()
+    with pytest.raises(RuntimeError, match="cross_entropy: inplace_backward: expected logits whose elements do not"):
+        tse.cross_entropy(logits, target, inplace_backward=True)
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("how", ["every-other", "permuted", "rows", "one-row", "padded", "no-rows"])
+def test_sliced_logits_do_not_overlap(device, how):
+    x = torch.randn(4, 6, 8, device=device, requires_grad=True)
+
+    def logits():
+        y = x * 1
+        return {
+            "every-other": lambda: y.flatten(0, 1)[:, ::2],
+            "permuted": lambda: y.permute(1, 2, 0),
+            "rows": lambda: y[:, 1],
+            "one-row": lambda: y[:1, 0].as_strided((1, 8), (1, 1)),
+            "padded": lambda: y[..., :5].flatten(0, 1),
+            "no-rows": lambda: y[:0, 0].expand(0, 8),
+        }[how]()
+
+    shape = logits().shape
+    target = torch.zeros(shape[0], *shape[2:], dtype=torch.long, device=device)
+    (want,) = torch.autograd.grad(tse.cross_entropy(logits(), target, reduction="sum"), x)
+    (got,) = torch.autograd.grad(tse.cross_entropy(logits(), target, reduction="sum", inplace_backward=True), x)
+    torch.testing.assert_close(got, want)
+
+
+def test_target_or_weight_in_the_memory_of_the_logits(device):
+    x = torch.randn(3, 4, device=device, requires_grad=True) * 1
+    with pytest.raises(RuntimeError, match="inplace_backward: expected logits in memory of their own"):
+        tse.cross_entropy(x, x.detach(), inplace_backward=True)
+    with pytest.raises(RuntimeError, match="inplace_backward: expected logits in memory of their own"):
+        tse.cross_entropy(x, torch.zeros(3, dtype=torch.long, device=device), x[0].detach(), inplace_backward=True)
+
+
+def later_use(logits, passed, use):
+    """What is computed with overwritten logits: `logits`, the tensor that was `passed`, or another view."""
+    return {"logits": logits, "passed": passed, "slice": logits.flatten()[1:], "alias": passed.view_as(passed)}[use]
+
+
+@pytest.mark.parametrize("view", [None, "flatten", "slice", "transpose", "split"])
+@pytest.mark.parametrize("use", ["logits", "passed", "slice", "alias"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_later_use_of_overwritten_logits_raises_in_backward(device, view, use, reduction):
+    leaf = torch.randn(2, 5, 7, device=device, requires_grad=True)
+    logits = (leaf * 1) if view is not None else leaf.flatten(0, 1) * 1
+    passed = {
+        None: lambda: logits,
+        "flatten": lambda: logits.view(-1, 7),
+        "slice": lambda: logits[:, :-1].select(0, 0),
+        "transpose": lambda: logits.transpose(1, 2),
+        "split": lambda: logits.split(3, 1)[0].select(0, 0),
+    }[view]()
+    shape = (passed.shape[0], *passed.shape[2:])
+    loss = tse.cross_entropy(
+        passed, torch.ones(shape, dtype=torch.long, device=device), inplace_backward=True, reduction=reduction
+    ).sum()
+    with pytest.raises(RuntimeError, match=r"that are not used afterwards|view and is being modified inplace"):
+        (loss + later_use(logits, passed, use).sin().sum()).backward()
+    assert leaf.grad is None
+
+
+def test_use_before_and_values_afterwards(device):
+    """An earlier use that saved nothing is right, and so is looking at the memory without gradients."""
+    leaf = torch.randn(6, 7, device=device, requires_grad=True)
+    target = torch.arange(6, device=device)
+    (want,) = torch.autograd.grad(tse.cross_entropy(leaf * 2, target) + (leaf * 2).sum(), leaf)
+    logits = leaf * 2
+    earlier = logits.sum()
+    loss = tse.cross_entropy(logits, target, inplace_backward=True)
+    assert logits.requires_grad
+    assert logits.detach().sum().isfinite()
+    (got,) = torch.autograd.grad(loss + earlier, leaf)
+    torch.testing.assert_close(got, want)
+
+
+def test_the_base_may_be_written_into_again(device):
+    """A buffer that each step fills anew."""
+    leaf = torch.randn(6, 7, device=device, requires_grad=True)
+    target = torch.arange(6, device=device)
+    (want,) = torch.autograd.grad(tse.cross_entropy(leaf * 2, target), leaf)
+    buffer = torch.empty(6, 7, device=device)
+    for _ in range(2):
+        buffer = buffer.detach()
+        buffer.copy_(leaf * 2)
+        (got,) = torch.autograd.grad(tse.cross_entropy(buffer, target, inplace_backward=True), leaf)
+        torch.testing.assert_close(got, want)
+
+
 def test_expanded_logits_in_place(device):
     x = torch.randn(1, 4, device=device, requires_grad=True) * 1
     with pytest.raises(RuntimeError, match="cross_entropy: inplace_backward: expected logits whose elements do not"):

@@ -67,8 +67,8 @@ def test_each_output_alone_has_its_gradient(device, output):
         return getattr(tse.cross_entropy_with_metrics(x, target, z_loss_weight=0.1), output)
 
     x.requires_grad_()
-    assert torch.autograd.gradcheck(ours, (x,))
-    assert torch.autograd.gradgradcheck(ours, (x,))
+    assert torch.autograd.gradcheck(ours, (x,), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(ours, (x,), check_batched_grad=True)
 
 
 def test_the_loss_has_the_bits_of_cross_entropy(device):

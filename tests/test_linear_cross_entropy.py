@@ -143,8 +143,8 @@ def test_gradcheck(device, with_bias):
         def function(x, w, b=None, reduction=reduction):
             return tse.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction, chunk_size=2, **options)
 
-        assert torch.autograd.gradcheck(function, leaves)
-        assert torch.autograd.gradgradcheck(function, leaves)
+        assert torch.autograd.gradcheck(function, leaves, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(function, leaves, check_batched_grad=True)
         assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
 
 

@@ -38,8 +38,8 @@ inline bool is_plain(const at::Tensor& t) {
   constexpr c10::DispatchKeySet kWatchers(
       {c10::DispatchKey::Python, c10::DispatchKey::PythonTLSSnapshot, c10::DispatchKey::PythonDispatcher,
        c10::DispatchKey::Functionalize, c10::DispatchKey::PreDispatch, c10::DispatchKey::FuncTorchDynamicLayerFrontMode,
-       c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Negative,
-       c10::DispatchKey::ZeroTensor});
+       c10::DispatchKey::FuncTorchGradWrapper, c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::Batched,
+       c10::DispatchKey::Negative, c10::DispatchKey::ZeroTensor});
   return (t.is_cpu() || t.is_cuda()) && !keys.has_any(kWatchers);
 }
 

@@ -65,10 +65,13 @@ Metrics call_metrics_forward(const at::Tensor& input, const at::Tensor& target, 
 
 at::Tensor call_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse, const at::Tensor& input,
                          const at::Tensor& target, const at::Tensor& stats, const CrossEntropyOptions& options) {
+  const bool direct =
+      all_plain_cpu(input, target, options) && is_plain(grad_output) && (!grad_lse.has_value() || is_plain(*grad_lse));
   static const auto op =
       find_op<at::Tensor(const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&,
                          const at::Tensor&, TSE_OPTIONS)>("torch_softmax_ext::_cross_entropy_backward");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  if (direct) return cross_entropy_gradient(grad_output, grad_lse, input, target, stats, options);
   return op.call(grad_output, grad_lse, input, target, stats, TSE_UNPACKED(options));
 }
 
@@ -146,12 +149,11 @@ void save(AutogradContext* ctx, const CrossEntropyOptions& o, variable_list tens
   ctx->save_for_backward(std::move(tensors));
   const auto reduction = static_cast<int64_t>(parse_reduction("cross_entropy", o.reduction));
   const bool is_plain = o.label_smoothing == 0 && o.z_loss_weight == 0 && !o.softcap.has_value() && o.temperature == 1;
-  if (is_plain) {  // in small calls a longer tuple shows
+  if (is_plain) {  // in small calls a longer tuple is measurable
     ctx->saved_data["options"] = std::make_tuple(o.ignore_index, reduction);
-  } else {
-    ctx->saved_data["options"] =
-        std::make_tuple(o.ignore_index, reduction,
-                        std::vector<double>{o.label_smoothing, o.z_loss_weight, o.temperature, o.softcap.value_or(0)});
+  } else {  // no list among them: compiled autograd hashes what is saved
+    ctx->saved_data["options"] = std::make_tuple(o.ignore_index, reduction, o.label_smoothing, o.z_loss_weight,
+                                                 o.temperature, o.softcap.value_or(0));
   }
 }
 
@@ -164,11 +166,10 @@ CrossEntropyOptions saved_options(AutogradContext* ctx, const variable_list& ten
   options.ignore_index = o[0].toInt();
   options.reduction = kReductions[o[1].toInt()];
   if (o.size() == 2) return options;
-  const auto numbers = o[2].toDoubleVector();
-  options.label_smoothing = numbers[0];
-  options.z_loss_weight = numbers[1];
-  options.temperature = numbers[2];
-  if (numbers[3] != 0) options.softcap = numbers[3];
+  options.label_smoothing = o[2].toDouble();
+  options.z_loss_weight = o[3].toDouble();
+  options.temperature = o[4].toDouble();
+  if (o[5].toDouble() != 0) options.softcap = o[5].toDouble();
   return options;
 }
 
@@ -286,21 +287,30 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
 struct CrossEntropyMetrics : torch::autograd::Function<CrossEntropyMetrics> {
   static constexpr bool is_traceable = true;
 
+  // What has no gradient goes around the function: compiled autograd knows no outputs that are marked so.
+  struct Others {
+    at::Tensor accuracy, predictions;
+  };
+
   static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
-                               const CrossEntropyOptions& options) {
-    auto [loss, stats, z_loss, lse, accuracy, predictions] = call_metrics_forward(input, target, options);
+                               const CrossEntropyOptions& options, Others* others) {
+    const auto [loss, stats, z_loss, lse, accuracy, predictions] = call_metrics_forward(input, target, options);
+    *others = {accuracy, predictions};
     save(ctx, options, {input, target, stats, lse});
-    ctx->mark_non_differentiable({accuracy, predictions});
     ctx->set_materialize_grads(false);
-    return {loss, z_loss, lse, accuracy, predictions};
+    return {loss, z_loss, lse};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     const CrossEntropyOptions options = saved_options(ctx, saved, 4);
     const at::Tensor &input = saved[0], &target = saved[1], &lse = saved[3];
-    if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return {{}, {}, {}};
-    if (at::GradMode::is_enabled()) return differentiable_gradients(ctx, input, target, options, grads);
+    if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return {{}, {}, {}, {}};
+    if (at::GradMode::is_enabled()) {
+      variable_list gradients = differentiable_gradients(ctx, input, target, options, grads);
+      gradients.resize(4);
+      return gradients;
+    }
     const at::Tensor g = grads[0].defined()            ? grads[0]
                          : options.reduction == "none" ? at::zeros_like(lse)
                                                        : at::zeros({}, lse.options());
@@ -314,13 +324,32 @@ struct CrossEntropyMetrics : torch::autograd::Function<CrossEntropyMetrics> {
     at::Tensor grad_input, grad_target;
     if (ctx->needs_input_grad(1)) grad_target = target_gradient(g, input, target, saved[2], options);
     if (ctx->needs_input_grad(0)) grad_input = call_backward(g, grad_lse, input, target, saved[2], options);
-    return {grad_input, grad_target, {}};
+    return {grad_input, grad_target, {}, {}};
   }
 };
 
-// The gradient takes the memory of the logits in the forward pass. Their version is bumped: whoever saved them before
-// finds out. What the incoming gradient differs from the guess is made up for by a multiplication in backward.
+// The gradient edge of logits that were overwritten: whoever computes with them afterwards learns it in backward.
+struct OverwrittenLogits : torch::autograd::Function<OverwrittenLogits> {
+  static at::Tensor forward(AutogradContext*, const at::Tensor& logits) { return logits.detach(); }
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TSE_CHECK(false, "cross_entropy", "inplace_backward",
+              "expected logits that are not used afterwards, got a gradient for such a use: their memory holds the "
+              "gradient of the loss; use them before, or a copy of them");
+  }
+};
+
+// Of a view it is the base's edge, to which those of all its views lead since the version has changed.
+void refuse_later_use(const at::Tensor& input) {
+  const at::Tensor owner(input.is_view() && input._base().requires_grad() ? input._base() : input);
+  namespace impl = torch::autograd::impl;
+  impl::set_gradient_edge(owner, impl::gradient_edge(OverwrittenLogits::apply(owner)));
+}
+
+// The gradient takes the memory of the logits in the forward pass. By what grad_output differs from the guess it is
+// multiplied in backward.
 struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
+  static constexpr bool is_traceable = true;
+
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             const CrossEntropyOptions& options) {
     const std::string_view reduction = options.reduction;
@@ -333,7 +362,7 @@ struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
       r = cross_entropy_forward_backward(input, target, options, on_device ? std::nullopt : std::optional(guess),
                                          /*in_place=*/true);
     }
-    input.unsafeGetTensorImpl()->bump_version();
+    input.unsafeGetTensorImpl()->bump_version();  // whoever saved the logits before finds out
     ctx->save_for_backward({input.detach()});  // shares the version, so that a later change is noticed, too
     if (on_device) ctx->saved_data["stats"] = r.stats;
     else ctx->saved_data["guess"] = guess;
@@ -347,24 +376,25 @@ struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
     const at::Tensor gradient = ctx->get_saved_variables()[0];
     const auto reduction = ctx->saved_data["reduction"].toStringView();
     const at::Tensor g = grad_outputs[0].resolve_neg();
-    if (const auto stats = ctx->saved_data.find("stats"); stats != ctx->saved_data.end()) {
-      const at::Tensor of_rows = stats->second.toTensor();
-      if (is_plain_cuda(g)) cross_entropy_rescale(gradient, g, of_rows, reduction);
-      else gradient.mul_(g / of_rows.select(0, 2));
+    const auto stats = ctx->saved_data.find("stats");
+    const bool on_device = stats != ctx->saved_data.end();
+    if (on_device && is_plain_cuda(g)) {
+      cross_entropy_rescale(gradient, g, stats->second.toTensor(), reduction);
       gradient.unsafeGetTensorImpl()->bump_version();  // scaled or not: only the device knows
       return {gradient, {}, {}};
     }
-    const double guess = ctx->saved_data["guess"].toDouble();
-    if (reduction == "none") {
-      gradient.mul_(gradient.dim() == 1 ? g.reshape({}) : g.unsqueeze(1));
-    } else if (is_plain_cpu(g)) {
-      const double value = number_in(g);
+    if (reduction != "none" && !on_device && is_plain_cpu(g)) {
+      const double value = number_in(g), guess = ctx->saved_data["guess"].toDouble();
       guess_for(reduction).observe(value);
       if (value != guess) gradient.mul_(value / guess);
-    } else {
-      gradient.mul_(g / guess);
+      return {gradient, {}, {}};
     }
-    return {gradient, {}, {}};
+    at::Tensor factor = on_device             ? g / stats->second.toTensor().select(0, 2)
+                        : reduction != "none" ? g / ctx->saved_data["guess"].toDouble()
+                        : gradient.dim() == 1 ? g.reshape({})
+                                              : g.unsqueeze(1);
+    // A batch of gradients has no room in the memory of one.
+    return {is_plain(g) ? gradient.mul_(factor) : (gradient * factor).to(gradient.scalar_type()), {}, {}};
   }
 };
 
@@ -406,7 +436,9 @@ at::Tensor cross_entropy_inplace_autograd(const at::Tensor& input, const at::Ten
   TSE_CHECK(!is_leaf, "cross_entropy", "inplace_backward",
             "expected logits that were computed, got a leaf that requires grad, or a view of one, whose values would "
             "be lost");
-  return CrossEntropyInPlace::apply(input, target, options);
+  const at::Tensor loss = CrossEntropyInPlace::apply(input, target, options);
+  refuse_later_use(input);
+  return loss;
 }
 
 using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -420,8 +452,9 @@ FiveTensors cross_entropy_metrics_autograd(const at::Tensor& input, const at::Te
   }
   const GradientPath path = path_of(input, target);
   if (path == GradientPath::kFused) {
-    const variable_list r = CrossEntropyMetrics::apply(input, target, options);
-    return {r[0], r[1], r[2], r[3], r[4]};
+    CrossEntropyMetrics::Others others;
+    const variable_list r = CrossEntropyMetrics::apply(input, target, options, &others);
+    return {r[0], r[1], r[2], others.accuracy, others.predictions};
   }
   const auto [loss, stats, z_loss, lse, accuracy, predictions] =
       call_metrics_forward(input.detach(), target.detach(), options);

@@ -73,7 +73,7 @@ at::Tensor composed(const at::Tensor& input, const at::Tensor& linear_weight, co
 
 // The gradient of a loss whose incoming gradient is `g`, from that for 1, whose memory it may take if that is owned.
 at::Tensor scaled(const at::Tensor& gradient, const at::Tensor& g, at::ScalarType type, bool is_owned) {
-  if (!is_owned) return (gradient * g).to(type);
+  if (!is_owned || !is_plain(g)) return (gradient * g).to(type);
   if (!is_plain_cpu(g)) return gradient.mul_(g).to(type);  // without waiting for the device
   const double factor = g.item<double>();
   return (factor == 1 ? gradient : gradient.mul_(factor)).to(type);
