@@ -38,8 +38,9 @@ struct FromPython<int64_t> {
 };
 template <>
 struct FromPython<double> {
-  static bool check(PyObject* o) { return PyFloat_CheckExact(o); }
-  static double convert(PyObject* o) { return PyFloat_AS_DOUBLE(o); }
+  // Ints, too, where they are exact, and classes derived from float, as NumPy's float64.
+  static bool check(PyObject* o) { return PyFloat_Check(o) || FromPython<int64_t>::check(o); }
+  static double convert(PyObject* o) { return PyFloat_Check(o) ? PyFloat_AS_DOUBLE(o) : PyLong_AsDouble(o); }
 };
 template <class T>
 struct FromPython<std::optional<T>> {

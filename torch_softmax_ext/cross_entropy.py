@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_softmax_ext import _C
-from torch_softmax_ext._check import check_types
+from torch_softmax_ext._check import check_reduction, check_types, numbers
+from torch_softmax_ext._vmap import one_by_one
 
 _op = torch.ops.torch_softmax_ext.cross_entropy.default
 _inplace_op = torch.ops.torch_softmax_ext._cross_entropy_inplace_backward.default
@@ -14,13 +15,13 @@ _metrics_op = torch.ops.torch_softmax_ext.cross_entropy_with_metrics.default
 _fast = _C.cross_entropy  # plain tensors only, else NotImplemented
 
 
-def _check(op, input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature):
+def _options(op, input, target, weight, reduction, **options):
+    """The options as keywords, their types checked, their numbers Python's."""
     check_types(op, input=(input, Tensor), target=(target, Tensor), weight=(weight, Tensor | None))
-    check_types(op, ignore_index=(ignore_index, int), label_smoothing=(label_smoothing, float))
-    check_types(op, z_loss_weight=(z_loss_weight, float), softcap=(softcap, float | None))
-    check_types(op, temperature=(temperature, float))
-    if not isinstance(reduction, str):
-        raise ValueError(f"{op}: reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
+    check_reduction(op, reduction)
+    kinds = {"ignore_index": int, "softcap": float | None}
+    values = numbers(op, **{name: (value, kinds.get(name, float)) for name, value in options.items()})
+    return {"reduction": reduction, **dict(zip(options, values, strict=True))}
 
 
 def cross_entropy(
@@ -55,10 +56,11 @@ def cross_entropy(
     Args:
         input: logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, …, dk)``; float32, float64, float16 or bfloat16; any
             strides. Half types are computed in float32. Numbers beyond ±2.3e38 count as infinite.
-        target: class indices of shape ``()``, ``(N)`` or ``(N, d1, …, dk)``; int64 or int32; in ``[0, C)`` or
+        target: class indices of shape ``()``, ``(N)`` or ``(N, d1, …, dk)``; int64, int32 or uint8; in ``[0, C)`` or
             ``ignore_index``. Or class probabilities of ``input``'s shape, floating point, differentiable, too; of
             another dtype than ``input`` both are computed in the wider one.
-        weight: of the classes, shape ``(C)``, floating point, with class probabilities integers, too; None: 1.
+        weight: of the classes, shape ``(C)``, floating point; with class probabilities integers, too, and
+            differentiable, then by a composition of torch's operators; None: 1.
         ignore_index: a target that is not counted: its loss and gradient are 0. Not with class probabilities.
         reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum divided by the weights of the counted targets (by the
             number of rows for class probabilities), the z-loss by their number; NaN where there is none.
@@ -67,11 +69,11 @@ def cross_entropy(
         softcap: bound of the logits (Gemma 2, arXiv:2408.00118); None: none.
         temperature: what the logits, capped, are divided by.
         inplace_backward: the gradient is written into ``input``'s memory, in the forward pass: one buffer of the
-            logits' size in all. ``input`` must be a computed tensor, and must not be used afterwards; autograd raises
-            where it was saved by somebody before. Double backward then raises. Without effect under
-            ``torch.compile``, which plans memory itself, for float16, whose gradients would underflow before a loss
-            scale arrives, for a target that requires grad, and for class probabilities of another dtype than
-            ``input``. Not for ``torch.func.vmap``. An infinite incoming gradient makes ignored rows NaN, too.
+            logits' size in all. ``input`` must be a computed tensor, and must not be used afterwards: autograd raises
+            in backward of such a use, and where it was saved by somebody before. Double backward then raises. Without
+            effect under ``torch.compile``, which plans memory itself, for float16, whose gradients would underflow
+            before a loss scale arrives, for a target that requires grad, and for class probabilities of another dtype
+            than ``input``. Not for ``torch.func.vmap``. An infinite incoming gradient makes ignored rows NaN, too.
 
     Returns:
         The loss in float32 (float64 for float64 logits): a scalar, or one number a row, of the shape of class indices,
@@ -81,35 +83,33 @@ def cross_entropy(
         IndexError: a target that is neither a class nor ``ignore_index`` (CPU; on CUDA a device-side assertion).
         ValueError: batch sizes that differ, an unknown ``reduction``, a ``temperature`` or ``softcap`` that is not
             positive, a ``z_loss_weight`` that is not finite.
-        RuntimeError: other shapes that do not fit, a target that is neither int64 nor int32 nor floating point, tensors
-            on two devices, a ``weight`` of another shape or one that requires grad, ``label_smoothing`` outside [0, 1],
-            a non-negative ``ignore_index`` with class probabilities, a leaf or overlapping memory with
-            ``inplace_backward``.
+        RuntimeError: other shapes that do not fit, a target of another dtype, tensors on two devices, a ``weight`` of
+            another shape or, with class indices, one that requires grad, ``label_smoothing`` outside [0, 1], a
+            non-negative ``ignore_index`` with class probabilities; with ``inplace_backward`` a leaf, or memory that
+            overlaps or holds ``target`` or ``weight``, too.
         NotImplementedError: logits that are not floating point.
         TypeError: an argument of another type.
     """
-    if not torch.compiler.is_compiling():
-        if not inplace_backward:
-            result = _fast(
-                input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature
-            )
-            if result is not NotImplemented:
-                return result
-        options = (weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature)
-        _check("cross_entropy", input, target, *options)
+    is_eager = not torch.compiler.is_compiling()
+    if is_eager and not inplace_backward:
+        result = _fast(
+            input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature
+        )
+        if result is not NotImplemented:
+            return result
+    options = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "z_loss_weight": z_loss_weight,
+        "softcap": softcap,
+        "temperature": temperature,
+    }
+    if is_eager:
+        options = _options("cross_entropy", input, target, weight, **options)
         if inplace_backward:
-            return _inplace_op(input, target, *options)
-    return _op(
-        input,
-        target,
-        weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        z_loss_weight=z_loss_weight,
-        softcap=softcap,
-        temperature=temperature,
-    )
+            return _inplace_op(input, target, weight, **options)
+    return _op(input, target, weight, **options)
 
 
 class CrossEntropyMetrics(NamedTuple):
@@ -161,28 +161,21 @@ def cross_entropy_with_metrics(
         TypeError: an argument of another type.
         Exception: as :func:`cross_entropy`.
     """
+    options = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "z_loss_weight": z_loss_weight,
+        "softcap": softcap,
+        "temperature": temperature,
+    }
     if not torch.compiler.is_compiling():
-        options = (weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature)
-        _check("cross_entropy_with_metrics", input, target, *options)
-    return CrossEntropyMetrics(
-        *_metrics_op(
-            input,
-            target,
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss_weight=z_loss_weight,
-            softcap=softcap,
-            temperature=temperature,
-        )
-    )
+        options = _options("cross_entropy_with_metrics", input, target, weight, **options)
+    return CrossEntropyMetrics(*_metrics_op(input, target, weight, **options))
 
 
-class CrossEntropyLoss(nn.Module):
-    """:func:`cross_entropy` as a module, with the arguments of :class:`torch.nn.CrossEntropyLoss`."""
-
-    weight: Tensor | None
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """:func:`cross_entropy` as a module: a :class:`torch.nn.CrossEntropyLoss`, whose arguments it has."""
 
     def __init__(
         self,
@@ -196,11 +189,7 @@ class CrossEntropyLoss(nn.Module):
         temperature: float = 1.0,
         inplace_backward: bool = False,
     ) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
+        super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
         self.z_loss_weight = z_loss_weight
         self.softcap = softcap
         self.temperature = temperature
@@ -230,18 +219,23 @@ class CrossEntropyLoss(nn.Module):
 
 @torch.library.register_vmap("torch_softmax_ext::cross_entropy")
 def _vmap(info, in_dims, input, target, weight=None, *, ignore_index=-100, reduction="mean", **options):
-    """One call for the whole batch: its elements become rows, which are then reduced apart."""
+    """One call for the whole batch: its elements become rows, which are then reduced apart. Where each element has its
+    own class weights, one call for each."""
     size = info.batch_size
     if size == 0:
         raise ValueError("cross_entropy: input: expected at least one element of the batch under vmap, got none")
-    if len(in_dims) > 2 and in_dims[2] is not None:
-        raise NotImplementedError("cross_entropy: weight: expected one for the whole batch under vmap, got a batch")
+    in_dims = (*in_dims, None)[:3]
+    if in_dims[2] is not None:
+        options |= {"ignore_index": ignore_index, "reduction": reduction}
+        return one_by_one(_op, info, in_dims, (input, target, weight), options)
 
     def batched(t, dim):
         return t.movedim(dim, 0) if dim is not None else t.expand(size, *t.shape)
 
     x, t = batched(input, in_dims[0]), batched(target, in_dims[1])
     indices = not t.is_floating_point()
+    if t.dtype == torch.uint8:  # in which ignore_index has no place
+        t = t.int()
     shape = t.shape if indices else x.select(min(2, x.dim() - 1), 0).shape
     if x.dim() == 2:  # (C) each, whose target may be of shape () or (1)
         x, t = x.unsqueeze(1), t.reshape(size, 1) if indices else t.unsqueeze(1)
@@ -271,16 +265,6 @@ def _vmap(info, in_dims, input, target, weight=None, *, ignore_index=-100, reduc
 @torch.library.register_vmap("torch_softmax_ext::cross_entropy_with_metrics")
 def _vmap_metrics(info, in_dims, input, target, weight=None, **options):
     """One call after the other: each has its own accuracy and divisors."""
-
     if info.batch_size == 0:
         raise ValueError("cross_entropy: input: expected at least one element of the batch under vmap, got none")
-
-    def element(t, dim, i):
-        return t if dim is None else t.select(dim, i)
-
-    dims = (*in_dims, None)[:3]
-    results = [
-        _metrics_op(*(element(t, d, i) for t, d in zip((input, target, weight), dims, strict=True)), **options)
-        for i in range(info.batch_size)
-    ]
-    return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * 5
+    return one_by_one(_metrics_op, info, (*in_dims, None)[:3], (input, target, weight), options)

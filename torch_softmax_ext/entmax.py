@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_softmax_ext import _C
-from torch_softmax_ext._check import check_types
+from torch_softmax_ext._check import check_types, numbers
 
 _sparsemax = torch.ops.torch_softmax_ext.sparsemax.default
 _fast = _C.sparsemax  # plain tensors only, else NotImplemented
@@ -35,7 +35,8 @@ def sparsemax(input: Tensor, dim: int = -1) -> Tensor:
         result = _fast(input, dim)
         if result is not NotImplemented:
             return result
-        check_types("sparsemax", input=(input, Tensor), dim=(dim, int))
+        check_types("sparsemax", input=(input, Tensor))
+        (dim,) = numbers("sparsemax", dim=(dim, int))
     return _sparsemax(input, dim)
 
 

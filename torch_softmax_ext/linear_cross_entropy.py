@@ -4,7 +4,8 @@ torch.func.vmap."""
 import torch
 from torch import Tensor, nn
 
-from torch_softmax_ext._check import check_types
+from torch_softmax_ext._check import check_reduction, check_types, numbers
+from torch_softmax_ext._vmap import one_by_one
 
 _op = torch.ops.torch_softmax_ext.linear_cross_entropy.default
 
@@ -33,8 +34,9 @@ def linear_cross_entropy(
         \text{lse}_i = \log \sum_c \exp s_{ic}, \quad
         \ell_i = \sum_c w_c \, q_{ic} \, (\text{lse}_i - s_{ic}) + \text{z\_loss\_weight} \cdot \text{lse}_i^2
 
-    with :math:`q_i = (1 - \varepsilon) \, \text{onehot}(y_i) + \varepsilon / C` for the class :math:`y_i` and label
-    smoothing :math:`\varepsilon`. Without softcap the fraction is :math:`x_{ic} / \text{temperature}`.
+    with :math:`q_i = (1 - \varepsilon) \, \text{onehot}(y_i) + \varepsilon / C` for a class index :math:`y_i` and
+    label smoothing :math:`\varepsilon`, or :math:`(1 - \varepsilon) \, \text{target}_i + \varepsilon / C`. Without
+    softcap the fraction is :math:`x_{ic} / \text{temperature}`.
 
     The same as ``cross_entropy(linear(input, linear_weight, linear_bias), target)`` in value and gradients, within
     rounding. Where a gradient is asked for, the forward pass computes it, chunk by chunk, for an incoming gradient of
@@ -47,21 +49,24 @@ def linear_cross_entropy(
     copies of a few thousand classes' weights at a time; its gradients are kept in float32 until the incoming gradient,
     a loss scale mostly, is known. Under autocast the inputs are cast to its dtype.
     On CUDA the targets are looked at by the host, which waits for them: not for CUDA graphs.
-    Double backward, ``torch.func`` and forward-mode AD hold all logits: they take torch's linear and
-    :func:`cross_entropy`.
+    Double backward, ``torch.func``, forward-mode AD and gradients of class probabilities or class weights hold all
+    logits: they take torch's linear and :func:`cross_entropy`.
 
     After Cut Your Losses (arXiv:2411.09009) and Liger Kernel (arXiv:2410.10989); arguments as
-    ``torch.nn.functional.linear_cross_entropy`` of torch 2.13.
+    ``torch.nn.functional.linear_cross_entropy`` of torch 2.14.
 
     Args:
         input: hidden states of shape ``(…, H)``; float32, float64, float16 or bfloat16; any strides.
         linear_weight: of the linear layer, shape ``(C, H)``, ``input``'s dtype.
-        target: class indices of shape ``(…)``; int64 or int32; in ``[0, C)`` or ``ignore_index``.
+        target: class indices of shape ``(…)``; int64, int32 or uint8; in ``[0, C)`` or ``ignore_index``. Or class
+            probabilities of shape ``(…, C)``, floating point, differentiable, too; of another dtype than ``input``, the
+            loss is computed in the wider one.
         linear_bias: of the linear layer, shape ``(C)``, ``input``'s dtype; None: none.
-        weight: of the classes, shape ``(C)``, floating point; None: 1.
-        ignore_index: a target that is not counted: its loss and gradient are 0.
-        reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum divided by the weights of all counted targets, the
-            z-loss by their number; NaN where there is none.
+        weight: of the classes, shape ``(C)``, floating point; with class probabilities integers, too, and
+            differentiable; None: 1.
+        ignore_index: a target that is not counted: its loss and gradient are 0. Not with class probabilities.
+        reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum divided by the weights of all counted targets (by the
+            number of rows for class probabilities), the z-loss by their number; NaN where there is none.
         label_smoothing: part of the target that is spread evenly over the classes, in [0, 1].
         z_loss_weight: of the squared log-sum-exp of each counted row, without class weight (PaLM, arXiv:2204.02311).
         softcap: bound of the logits (Gemma 2, arXiv:2408.00118); None: none.
@@ -70,15 +75,15 @@ def linear_cross_entropy(
             ninth of the counted rows, between 256 and 1024.
 
     Returns:
-        The loss in float32 (float64 for float64 input): a scalar, or of the shape of ``target`` for ``"none"``.
+        The loss in float32 (float64 for float64 input): a scalar, or of the shape of class indices for ``"none"``.
 
     Raises:
         IndexError: a target that is neither a class nor ``ignore_index``, on CPU and CUDA.
-        ValueError: a target of another shape, an unknown ``reduction``, a ``chunk_size``, ``temperature`` or
+        ValueError: class indices of another shape, an unknown ``reduction``, a ``chunk_size``, ``temperature`` or
             ``softcap`` that is not positive, a ``z_loss_weight`` that is not finite.
         RuntimeError: other shapes that do not fit, another dtype of ``linear_weight`` or ``linear_bias`` than
-            ``input``'s, a target that is neither int64 nor int32, tensors on two devices, a ``weight`` that requires
-            grad, ``label_smoothing`` outside [0, 1].
+            ``input``'s, a target of another dtype, tensors on two devices, with class indices a ``weight`` that
+            requires grad, ``label_smoothing`` outside [0, 1], a non-negative ``ignore_index`` with class probabilities.
         NotImplementedError: input that is not floating point.
         TypeError: an argument of another type.
     """
@@ -91,6 +96,10 @@ def linear_cross_entropy(
             target=(target, Tensor),
             linear_bias=(linear_bias, Tensor | None),
             weight=(weight, Tensor | None),
+        )
+        check_reduction(op, reduction)
+        ignore_index, label_smoothing, z_loss_weight, softcap, temperature, chunk_size = numbers(
+            op,
             ignore_index=(ignore_index, int),
             label_smoothing=(label_smoothing, float),
             z_loss_weight=(z_loss_weight, float),
@@ -98,8 +107,6 @@ def linear_cross_entropy(
             temperature=(temperature, float),
             chunk_size=(chunk_size, int | None),
         )
-        if not isinstance(reduction, str):
-            raise ValueError(f"{op}: reduction: expected 'none', 'mean' or 'sum', got {reduction!r}")
     return _op(
         input,
         linear_weight,
@@ -174,9 +181,5 @@ class LinearCrossEntropyLoss(nn.Module):
 
 @torch.library.register_vmap("torch_softmax_ext::linear_cross_entropy")
 def _vmap(info, in_dims, *args, **options):
-    """One call for each element of the batch: they may differ in their weights, and each fills a matrix product."""
-    calls = (
-        [arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)]
-        for i in range(info.batch_size)
-    )
-    return torch.stack([_op(*call, **options) for call in calls]), 0
+    """They may differ in their weights, and each fills a matrix product."""
+    return one_by_one(_op, info, in_dims, args, options)

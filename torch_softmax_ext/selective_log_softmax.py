@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from torch_softmax_ext import _C
-from torch_softmax_ext._check import check_types
+from torch_softmax_ext._check import check_types, numbers
 
 _op = torch.ops.torch_softmax_ext.selective_log_softmax.default
 _entropy_op = torch.ops.torch_softmax_ext.selective_log_softmax_with_entropy.default
@@ -56,13 +56,9 @@ def selective_log_softmax(
             result = _fast(input, index, temperature, softcap)
             if result is not NotImplemented:
                 return result
-        check_types(
-            "selective_log_softmax",
-            input=(input, Tensor),
-            index=(index, Tensor),
-            temperature=(temperature, float),
-            softcap=(softcap, float | None),
-        )
+        op = "selective_log_softmax"
+        check_types(op, input=(input, Tensor), index=(index, Tensor))
+        temperature, softcap = numbers(op, temperature=(temperature, float), softcap=(softcap, float | None))
     return (_entropy_op if return_entropy else _op)(input, index, temperature=temperature, softcap=softcap)
 
 

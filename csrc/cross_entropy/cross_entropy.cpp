@@ -66,7 +66,7 @@ struct Operands {
       TSE_CHECK(target_.scalar_type() == logits.scalar_type(), kOp, "target",
                 "expected probabilities in input's dtype ", logits.scalar_type(), ", got ", target_.scalar_type());
     } else {
-      target = target_.contiguous();
+      target = class_indices(target_).contiguous();
     }
     if (options.weight.has_value()) weight = options.weight->to(accumulate_type(logits.scalar_type())).contiguous();
     const bool columns = input.rows.stride_inner == 1 && input.tensor.is_non_overlapping_and_dense() &&
@@ -292,9 +292,9 @@ Metrics cross_entropy_metrics_forward(const at::Tensor& input, const at::Tensor&
   if (target.is_floating_point()) {
     right = r.predictions == target.argmax(class_dim(input));
   } else {
-    const at::Tensor ignored = target == options.ignore_index;
+    const at::Tensor indices = class_indices(target), ignored = indices == options.ignore_index;
     lse.masked_fill_(ignored, 0);
-    right = (r.predictions == target).logical_and_(ignored.logical_not());
+    right = (r.predictions == indices).logical_and_(ignored.logical_not());
   }
   const at::Tensor accuracy = right.sum().to(at::kDouble).div_(r.stats[1]).to(at::kFloat);
   const at::Tensor z_loss = r.z_loss.defined() ? r.z_loss : lse.square().mul_(options.z_loss_weight);

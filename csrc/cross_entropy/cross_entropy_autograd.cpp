@@ -95,15 +95,15 @@ Composed composed(const at::Tensor& input, const at::Tensor& target, const Cross
   check_cross_entropy(input, target, options);
   const auto code = static_cast<int64_t>(parse_reduction("cross_entropy", options.reduction));
   const bool indices = !target.is_floating_point();
-  at::Tensor x = input;
-  if (indices) {  // an ignored row's gradient is 0 even where its logits are not finite
-    const at::Tensor ignored = (input.dim() == 1 ? target.reshape({}) : target).eq(options.ignore_index);
-    x = x.masked_fill(ignored.unsqueeze(class_dim(input)), 0);
+  at::Tensor x = input, t = target;
+  if (indices) {
+    // One row may have its target as () or as (1), which torch's own backward does not know.
+    t = (input.dim() == 1 ? target.reshape({}) : target).to(at::kLong);
+    // An ignored row's gradient is 0 even where its logits are not finite.
+    x = x.masked_fill(t.eq(options.ignore_index).unsqueeze(class_dim(input)), 0);
   }
   const at::Tensor s = transformed(x, options);
-  // One row may have its target as () or as (1), which torch's own backward does not know.
-  const at::Tensor t =
-      !indices ? target.to(s.scalar_type()) : (input.dim() == 1 ? target.reshape({}) : target).to(at::kLong);
+  if (!indices) t = target.to(s.scalar_type());
   const auto weight = options.weight.has_value() ? OptionalTensor(options.weight->to(s.scalar_type())) : std::nullopt;
   Composed c;
   c.loss = at::cross_entropy_loss(s, t, weight, code, options.ignore_index, options.label_smoothing);
@@ -398,7 +398,8 @@ struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
   }
 };
 
-GradientPath path_of(const at::Tensor& input, const at::Tensor& target) {
+GradientPath path_of(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight) {
+  if (wants_weight_gradient("cross_entropy", target, weight)) return GradientPath::kComposed;
   const GradientPath of_input = gradient_path(input);
   if (!target.is_floating_point()) return of_input;
   const GradientPath of_target = gradient_path(target);
@@ -407,12 +408,11 @@ GradientPath path_of(const at::Tensor& input, const at::Tensor& target) {
 
 at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
   const CrossEntropyOptions options = TSE_PACKED;
-  check_weight_gradient("cross_entropy", weight);
   if (needs_promotion(input, target)) {
     const auto [x, t] = promoted(input, target);
     return cross_entropy_autograd(x, t, TSE_UNPACKED(options));
   }
-  switch (path_of(input, target)) {
+  switch (path_of(input, target, weight)) {
     case GradientPath::kFused:
       return CrossEntropy::apply(input, target, options);
     case GradientPath::kComposed:
@@ -425,13 +425,13 @@ at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& tar
 // Where a tracer watches, writing in place is left to its compiler, and torch.func has no memory to write to.
 at::Tensor cross_entropy_inplace_autograd(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
   const CrossEntropyOptions options = TSE_PACKED;
-  // A float16 gradient would underflow, or overflow, before the loss scale of the step arrives; the gradient of a
-  // target needs the logits.
+  // A float16 gradient would underflow, or overflow, before the loss scale of the step arrives; the gradients of target
+  // and weight need the logits.
   if (gradient_path(input) != GradientPath::kFused || gradient_path(target) != GradientPath::kNone ||
-      !all_plain(input, target, options) || input.scalar_type() == at::kHalf || needs_promotion(input, target))
+      wants_weight_gradient("cross_entropy", target, weight) || !all_plain(input, target, options) ||
+      input.scalar_type() == at::kHalf || needs_promotion(input, target))
     return cross_entropy_autograd(input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight,
                                   softcap, temperature);
-  check_weight_gradient("cross_entropy", weight);
   const bool is_leaf = input.is_leaf() || (input.is_view() && input._base().is_leaf() && input._base().requires_grad());
   TSE_CHECK(!is_leaf, "cross_entropy", "inplace_backward",
             "expected logits that were computed, got a leaf that requires grad, or a view of one, whose values would "
@@ -445,12 +445,11 @@ using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, a
 
 FiveTensors cross_entropy_metrics_autograd(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
   const CrossEntropyOptions options = TSE_PACKED;
-  check_weight_gradient("cross_entropy", weight);
   if (needs_promotion(input, target)) {
     const auto [x, t] = promoted(input, target);
     return cross_entropy_metrics_autograd(x, t, TSE_UNPACKED(options));
   }
-  const GradientPath path = path_of(input, target);
+  const GradientPath path = path_of(input, target, weight);
   if (path == GradientPath::kFused) {
     CrossEntropyMetrics::Others others;
     const variable_list r = CrossEntropyMetrics::apply(input, target, options, &others);

@@ -1,6 +1,5 @@
 // What cross-entropy demands of its arguments. [torch]
 #include <ATen/TensorOperators.h>
-#include <c10/core/GradMode.h>
 #include <c10/core/ScalarType.h>
 
 #include <algorithm>
@@ -8,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "common/host.h"
+#include "common/autograd.h"
 #include "cross_entropy/cross_entropy_host.h"
 
 namespace tse {
@@ -17,7 +16,7 @@ constexpr const char* kOp = "cross_entropy";
 }
 
 void check_options(const char* op, const at::Tensor& input, const c10::SymInt& classes, const CrossEntropyOptions& o,
-                   bool integer_weight) {
+                   bool probabilities) {
   parse_reduction(op, o.reduction);
   // Torch's bounds; here nothing outside is let through, NaN neither.
   TSE_CHECK(o.label_smoothing >= 0 && o.label_smoothing <= 1, op, "label_smoothing",
@@ -25,17 +24,30 @@ void check_options(const char* op, const at::Tensor& input, const c10::SymInt& c
   TSE_CHECK_VALUE(std::isfinite(o.z_loss_weight), op, "z_loss_weight", "expected a finite number, got ",
                   o.z_loss_weight);
   check_transform(op, o.softcap, o.temperature);
+  TSE_CHECK(!probabilities || o.ignore_index < 0, op, "ignore_index",
+            "expected none (a negative number) with class probabilities as target, got ", o.ignore_index);
   if (!o.weight.has_value()) return;
   const at::Tensor& w = *o.weight;
   check_same_device(op, "weight", w, input);
-  TSE_CHECK(w.is_floating_point() || integer_weight, op, "weight", "expected floating point, got ", w.scalar_type());
+  const bool integral = at::isIntegralType(w.scalar_type(), /*includeBool=*/true);
+  TSE_CHECK(w.is_floating_point() || (probabilities && integral), op, "weight", "expected floating point, got ",
+            w.scalar_type());
   TSE_CHECK(w.dim() == 1 && w.sym_size(0).sym_eq(classes).expect_true(__FILE__, __LINE__), op, "weight",
             "expected one weight for each of ", classes, " classes, got shape ", w.sym_sizes());
 }
 
-void check_weight_gradient(const char* op, const OptionalTensor& weight) {
-  TSE_CHECK(!(weight.has_value() && weight->requires_grad() && c10::GradMode::is_enabled()), op, "weight",
-            "expected no gradient to be asked for (torch has none, either), got a tensor that requires grad");
+void check_index_dtype(const char* op, const at::Tensor& target) {
+  const auto type = target.scalar_type();
+  TSE_CHECK(type == at::kLong || type == at::kInt || type == at::kByte, op, "target",
+            "expected int64, int32 or uint8 class indices, got ", type);
+}
+
+bool wants_weight_gradient(const char* op, const at::Tensor& target, const OptionalTensor& weight) {
+  const bool wanted = weight.has_value() && gradient_path(*weight) != GradientPath::kNone;
+  TSE_CHECK(!wanted || target.is_floating_point(), op, "weight",
+            "expected no gradient to be asked for with class indices as target (torch has none for them, either), got "
+            "a tensor that requires grad");
+  return wanted;
 }
 
 void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
@@ -47,19 +59,17 @@ void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, cons
     return a.sym_eq(b).expect_true(__FILE__, __LINE__);
   };
   const bool probabilities = target.is_floating_point();
-  check_options(kOp, input, x[x.size() == 1 ? 0 : 1], options, /*integer_weight=*/probabilities);
+  check_options(kOp, input, x[x.size() == 1 ? 0 : 1], options, probabilities);
   if (probabilities) {
-    TSE_CHECK(options.ignore_index < 0, kOp, "ignore_index",
-              "expected none (a negative number) with class probabilities as target, got ", options.ignore_index);
     check_floating(kOp, "target", target);
     bool same = t.size() == x.size();
     for (size_t d = 0; same && d < x.size(); ++d) same = equal(x[d], t[d]);
-    TSE_CHECK(same, kOp, "target", "expected int64 or int32 class indices, or class probabilities of input's shape ", x,
-              ", got ", target.scalar_type(), " of shape ", t);
+    TSE_CHECK(same, kOp, "target",
+              "expected int64, int32 or uint8 class indices, or class probabilities of input's shape ", x, ", got ",
+              target.scalar_type(), " of shape ", t);
     return;
   }
-  TSE_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt, kOp, "target",
-            "expected int64 or int32 class indices, got ", target.scalar_type());
+  check_index_dtype(kOp, target);
   if (x.size() == 1) {
     TSE_CHECK_VALUE(t.empty() || (t.size() == 1 && equal(t[0], 1)), kOp, "target",
                     "expected one class index, shape () or (1), for input of shape (C), got shape ", t);

@@ -34,10 +34,19 @@ struct CrossEntropyOptions {
 
 // Raises in the name of operator `op`. torch takes integer weights with class probabilities alone.
 void check_options(const char* op, const at::Tensor& input, const c10::SymInt& classes,
-                   const CrossEntropyOptions& options, bool integer_weight);
+                   const CrossEntropyOptions& options, bool probabilities);
 
-// For autograd entries: below them gradients are off.
-void check_weight_gradient(const char* op, const OptionalTensor& weight);
+// The dtype of a target that is not class probabilities.
+void check_index_dtype(const char* op, const at::Tensor& target);
+
+// Class indices as the kernels read them: int32 or int64.
+inline at::Tensor class_indices(const at::Tensor& target) {
+  return target.scalar_type() == at::kByte ? target.to(at::kInt) : target;
+}
+
+// For autograd entries (below them gradients are off): whether a gradient of the class weights is asked for, which is
+// computed with class probabilities alone.
+bool wants_weight_gradient(const char* op, const at::Tensor& target, const OptionalTensor& weight);
 
 // Raises what torch.nn.functional.cross_entropy would. Reads no memory; sizes may be symbolic.
 void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options);

@@ -142,7 +142,7 @@ void run_fwd(const CrossEntropyParams& p, bool with_gradient) {
 
 void check_target_range(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index) {
   if (target.is_floating_point()) return;
-  const at::Tensor t = target.contiguous();
+  const at::Tensor t = class_indices(target).contiguous();
   const int64_t classes = input.size(input.dim() == 1 ? 0 : 1);
   if (t.scalar_type() == at::kInt) count_targets(t.const_data_ptr<int32_t>(), t.numel(), classes, ignore_index);
   else count_targets(t.const_data_ptr<int64_t>(), t.numel(), classes, ignore_index);

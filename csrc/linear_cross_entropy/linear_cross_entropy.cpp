@@ -52,16 +52,22 @@ void check_linear_cross_entropy(const at::Tensor& input, const at::Tensor& linea
               " classes, got shape ", options.bias->sym_sizes());
   }
   check_same_device(kOp, "target", target, input);
-  TSE_CHECK(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt, kOp, "target",
-            "expected int64 or int32 class indices, got ", target.scalar_type());
-  bool same = t.size() + 1 == x.size();
-  for (size_t d = 0; same && d < t.size(); ++d) same = equal(x[d], t[d]);
-  TSE_CHECK_VALUE(same, kOp, "target", "expected the shape of input without its last dimension, input ", x, ", got ",
-                  t);
-  TSE_CHECK_VALUE(options.chunk_size.value_or(1) > 0, kOp, "chunk_size",
-                  "expected None or a positive number of rows, got ", *options.chunk_size);
+  const bool probabilities = target.is_floating_point();
+  bool same = t.size() + (probabilities ? 0 : 1) == x.size();
+  for (size_t d = 0; same && d + 1 < x.size(); ++d) same = equal(x[d], t[d]);
+  if (probabilities) {
+    check_floating(kOp, "target", target);
+    TSE_CHECK(same && equal(t.back(), classes), kOp, "target", "expected class indices, or class probabilities (…, ",
+              classes, ") for input of shape ", x, ", got ", target.scalar_type(), " of shape ", t);
+  } else {
+    check_index_dtype(kOp, target);
+    TSE_CHECK_VALUE(same, kOp, "target", "expected the shape of input without its last dimension, input ", x, ", got ",
+                    t);
+  }
+  TSE_CHECK_VALUE(!options.chunk_size.has_value() || options.chunk_size->sym_gt(0).expect_true(__FILE__, __LINE__), kOp,
+                  "chunk_size", "expected None or a positive number of rows, got ", *options.chunk_size);
 
-  check_options(kOp, input, classes, options.loss, /*integer_weight=*/false);
+  check_options(kOp, input, classes, options.loss, probabilities);
 }
 
 namespace {
@@ -80,18 +86,30 @@ at::Tensor call_cross_entropy(const at::Tensor& logits, const at::Tensor& target
 // does not.
 int64_t default_chunk_size(int64_t rows) { return std::clamp<int64_t>((rows + 8) / 9, 256, 1024); }
 
+// Logits and class probabilities of two dtypes meet in the wider one, as in cross_entropy.
+at::ScalarType loss_type(const at::Tensor& input, const at::Tensor& target) {
+  const auto type = input.scalar_type();
+  return accumulate_type(target.is_floating_point() ? c10::promoteTypes(type, target.scalar_type()) : type);
+}
+
 // The gradients of float16 tensors leave in float32: they would underflow before the loss scale arrives in backward.
 at::ScalarType gradient_type(at::ScalarType type) { return type == at::kHalf ? at::kFloat : type; }
 
 // The rows that count, and what the sums over all of them are divided by.
 struct CountedRows {
-  at::Tensor target;  // theirs
+  at::Tensor target;  // theirs; class probabilities all count
   at::Tensor index;  // where they are; undefined where all count
   int64_t count;
   double total_weight;
 
   CountedRows(const at::Tensor& target_, int64_t classes, const CrossEntropyOptions& options) {
-    target = target_.reshape({-1});
+    if (target_.is_floating_point()) {
+      target = target_.dim() == 1 ? target_.unsqueeze(0) : target_.flatten(0, -2);
+      count = target.size(0);
+      total_weight = double(count);
+      return;
+    }
+    target = class_indices(target_).reshape({-1});
     const at::Tensor counted = target.ne(options.ignore_index);
     const at::Tensor outside = target.lt(0).logical_or_(target.ge(classes)).logical_and_(counted);
     if (outside.any().item<bool>()) {
@@ -188,13 +206,15 @@ FourTensors run(const at::Tensor& input, const at::Tensor& linear_weight, const 
                 const LinearCrossEntropyOptions& options, Wanted wanted, const at::Tensor& grad_output = {}) {
   check_linear_cross_entropy(input, linear_weight, target, options);
   const c10::OptionalDeviceGuard guard(input.device());
-  const int64_t classes = linear_weight.size(0), features = linear_weight.size(1), rows = target.numel();
+  const auto row_sizes = input.sizes().slice(0, input.dim() - 1);
+  const int64_t classes = linear_weight.size(0), features = linear_weight.size(1);
+  const int64_t rows = c10::multiply_integers(row_sizes);
   const at::Tensor x = input.reshape({rows, features}), w_t = linear_weight.t();
   const CountedRows counted(target, classes, options.loss);
   const bool is_half = input.scalar_type() == at::kHalf;
   const Reduction reduction = parse_reduction(kOp, options.loss.reduction);
-  const bool mean = reduction == Reduction::kMean;
-  const auto loss_options = input.options().dtype(accumulate_type(input.scalar_type()));
+  const bool mean = reduction == Reduction::kMean, probabilities = target.is_floating_point();
+  const auto loss_options = input.options().dtype(loss_type(input, target));
 
   CrossEntropyOptions o = options.loss;
   if (o.weight.has_value()) o.weight = o.weight->to(loss_options.dtype());  // once, not per chunk
@@ -211,8 +231,11 @@ FourTensors run(const at::Tensor& input, const at::Tensor& linear_weight, const 
     factors = factors.reshape({-1}).to(gradient_type(input.scalar_type()));
     if (counted.index.defined()) factors = factors.index_select(0, counted.index);
   }
-  const int64_t chunk = std::min(options.chunk_size.value_or(default_chunk_size(counted.count)), counted.count);
+  const int64_t chunk_size = options.chunk_size.has_value() ? options.chunk_size->guard_int(__FILE__, __LINE__)
+                                                            : default_chunk_size(counted.count);
+  const int64_t chunk = std::min(chunk_size, counted.count);
   const auto buffer_type = gradient_type(input.scalar_type());
+  const auto type = probabilities ? c10::promoteTypes(buffer_type, target.scalar_type()) : buffer_type;
   const at::Tensor buffer = with_huge_pages(at::empty({chunk, classes}, input.options().dtype(buffer_type)));
 
   for (int64_t begin = 0; begin < counted.count; begin += chunk) {
@@ -229,17 +252,17 @@ FourTensors run(const at::Tensor& input, const at::Tensor& linear_weight, const 
     if (is_half) by_classes(classes, [&](int64_t c, int64_t count) { multiply(logits.narrow(1, c, count), c, count); });
     else multiply(logits, 0, classes);
 
-    const at::Tensor t = part(counted.target);
-    const at::Tensor chunk_loss = wanted.any()
-                                      ? cross_entropy_forward_backward(logits, t, o, factor, /*in_place=*/true).loss
-                                      : call_cross_entropy(logits, t, o);
+    const at::Tensor t = probabilities ? part(counted.target).to(type) : part(counted.target);
+    const at::Tensor z = logits.to(type);  // mostly the logits themselves
+    const at::Tensor chunk_loss = wanted.any() ? cross_entropy_forward_backward(z, t, o, factor, /*in_place=*/true).loss
+                                               : call_cross_entropy(z, t, o);
     if (reduction != Reduction::kNone) loss.add_(chunk_loss);
     else if (counted.index.defined()) loss.index_copy_(0, part(counted.index), chunk_loss);
     else part(loss).copy_(chunk_loss);
-    if (wanted.any()) gradients.add(begin, logits, chunk_rows, factors.defined() ? part(factors) : factors);
+    if (wanted.any()) gradients.add(begin, z.to(buffer_type), chunk_rows, factors.defined() ? part(factors) : factors);
   }
   if (mean) loss.div_(counted.total_weight);  // 0 / 0 is NaN
-  loss = reduction == Reduction::kNone ? loss.reshape(target.sizes()) : loss.to(loss_options.dtype());
+  loss = reduction == Reduction::kNone ? loss.reshape(row_sizes) : loss.to(loss_options.dtype());
   const auto finished = [&](const at::Tensor& sum, at::IntArrayRef sizes) {
     if (!sum.defined()) return at::empty({0}, input.options());
     return sum.to(gradient_type(input.scalar_type())).reshape(sizes);
@@ -260,7 +283,8 @@ void check_backward(const at::Tensor& grad_output, const at::Tensor& input, cons
                     const at::Tensor& target, const LinearCrossEntropyOptions& options) {
   check_linear_cross_entropy(input, linear_weight, target, options);
   TSE_CHECK(options.loss.reduction == "none", kOp, "reduction", "expected 'none', got '", options.loss.reduction, "'");
-  check_handed(kOp, "grad_output", grad_output, input, accumulate_type(input.scalar_type()), target.sym_sizes());
+  check_handed(kOp, "grad_output", grad_output, input, loss_type(input, target),
+               input.sym_sizes().slice(0, input.dim() - 1));
 }
 
 ThreeTensors linear_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input,
@@ -285,13 +309,14 @@ FourTensors linear_cross_entropy_forward_meta(const at::Tensor& input, const at:
                                               bool grad_weight, bool grad_bias) {
   check_linear_cross_entropy(input, linear_weight, target, TSE_LINEAR_PACKED);
   const auto type = input.scalar_type();
-  const auto loss_options = input.options().dtype(accumulate_type(type));
+  const auto loss_options = input.options().dtype(loss_type(input, target));
+  const auto row_sizes = input.sym_sizes().slice(0, input.dim() - 1);
   const auto gradient = [&](bool wanted, c10::SymIntArrayRef sizes) {
     return wanted ? at::empty_symint(sizes, input.options().dtype(gradient_type(type)))
                   : at::empty({0}, input.options());
   };
   const c10::SymInt classes = linear_weight.sym_size(0);
-  return {parse_reduction(kOp, reduction) == Reduction::kNone ? at::empty_symint(target.sym_sizes(), loss_options)
+  return {parse_reduction(kOp, reduction) == Reduction::kNone ? at::empty_symint(row_sizes, loss_options)
                                                               : at::empty({}, loss_options),
           gradient(grad_input, input.sym_sizes()), gradient(grad_weight, linear_weight.sym_sizes()),
           gradient(grad_bias, {&classes, 1})};
@@ -321,11 +346,12 @@ TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
   m.def(
       "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias=None, Tensor? "
       "weight=None, *, int ignore_index=-100, str reduction=\"mean\", float label_smoothing=0.0, float "
-      "z_loss_weight=0.0, float? softcap=None, float temperature=1.0, int? chunk_size=None) -> Tensor",
+      "z_loss_weight=0.0, float? softcap=None, float temperature=1.0, SymInt? chunk_size=None) -> Tensor",
       tags);
   const std::string arguments =
       "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, int ignore_index, str "
-      "reduction, float label_smoothing, float z_loss_weight, float? softcap, float temperature, int? chunk_size, bool "
+      "reduction, float label_smoothing, float z_loss_weight, float? softcap, float temperature, SymInt? chunk_size, "
+      "bool "
       "grad_input, bool grad_weight, bool grad_bias) -> (";
   const std::string gradients = "Tensor grad_input, Tensor grad_weight, Tensor grad_bias)";
   m.def(("_linear_cross_entropy_forward(" + arguments + "Tensor loss, " + gradients).c_str(), tags);

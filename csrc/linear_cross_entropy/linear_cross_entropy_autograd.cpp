@@ -64,11 +64,14 @@ at::Tensor composed(const at::Tensor& input, const at::Tensor& linear_weight, co
                          double, std::optional<double>, double)>("torch_softmax_ext::cross_entropy");
   check_linear_cross_entropy(input, linear_weight, target, options);
   const CrossEntropyOptions& o = options.loss;
-  const c10::SymInt rows = target.sym_numel();
+  const auto sizes = input.sym_sizes().slice(0, input.dim() - 1);
+  const c10::SymInt rows = c10::multiply_integers(sizes);
   const at::Tensor logits = at::linear(input.reshape_symint({rows, input.sym_size(-1)}), linear_weight, options.bias);
-  const at::Tensor loss = op.call(logits, target.reshape_symint({rows}), o.weight, o.ignore_index, o.reduction,
-                                  o.label_smoothing, o.z_loss_weight, o.softcap, o.temperature);
-  return o.reduction == "none" ? loss.reshape_symint(target.sym_sizes()) : loss;
+  const at::Tensor t = target.is_floating_point() ? target.reshape_symint({rows, linear_weight.sym_size(0)})
+                                                  : target.reshape_symint({rows});
+  const at::Tensor loss = op.call(logits, t, o.weight, o.ignore_index, o.reduction, o.label_smoothing, o.z_loss_weight,
+                                  o.softcap, o.temperature);
+  return o.reduction == "none" ? loss.reshape_symint(sizes) : loss;
 }
 
 // The gradient of a loss whose incoming gradient is `g`, from that for 1, whose memory it may take if that is owned.
@@ -163,7 +166,7 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
     options.loss.z_loss_weight = o[2].toDouble();
     options.loss.softcap = o[3].toOptional<double>();
     options.loss.temperature = o[4].toDouble();
-    options.chunk_size = o[5].toOptional<int64_t>();
+    if (!o[5].isNone()) options.chunk_size = o[5].toSymInt();
     return options;
   }
 };
@@ -171,7 +174,9 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
 at::Tensor linear_cross_entropy_autograd(const at::Tensor& input, const at::Tensor& linear_weight,
                                          const at::Tensor& target, TSE_LINEAR_OPTIONS) {
   const Options options = TSE_LINEAR_PACKED;
-  check_weight_gradient("linear_cross_entropy", weight);
+  // The gradients of class probabilities and of class weights need all logits.
+  if (wants_weight_gradient("linear_cross_entropy", target, weight) || gradient_path(target) != GradientPath::kNone)
+    return composed(input, linear_weight, target, options);
   const std::array<GradientPath, 3> paths = {
       gradient_path(input), gradient_path(linear_weight),
       linear_bias.has_value() ? gradient_path(*linear_bias) : GradientPath::kNone};

@@ -13,7 +13,7 @@ namespace tse {
 #define TSE_LINEAR_OPTIONS                                                                                           \
   const OptionalTensor &linear_bias, const OptionalTensor &weight, int64_t ignore_index, std::string_view reduction, \
       double label_smoothing, double z_loss_weight, std::optional<double> softcap, double temperature,               \
-      std::optional<int64_t> chunk_size
+      std::optional<c10::SymInt> chunk_size
 #define TSE_LINEAR_PACKED                                                                                            \
   LinearCrossEntropyOptions {                                                                                        \
     {weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature}, linear_bias, chunk_size \
@@ -25,7 +25,7 @@ namespace tse {
 struct LinearCrossEntropyOptions {
   CrossEntropyOptions loss;
   OptionalTensor bias;
-  std::optional<int64_t> chunk_size;
+  std::optional<c10::SymInt> chunk_size;
 };
 
 // Reads no memory; sizes may be symbolic.

@@ -117,6 +117,7 @@ def _samples(device, dtype):
     yield Sample("1d-target-of-one", logits(5), (target(5, 1),), small=True)
     yield Sample("3d", logits(3, 4, 5), (target(4, 3, 5),), small=True)
     yield Sample("int32", logits(7, 10), (target(10, 7).int(),), small=True)
+    yield Sample("uint8", logits(7, 10), (target(10, 7).to(torch.uint8),), {"ignore_index": 3}, small=True)
     yield Sample("ignore-index-a-class", logits(7, 4), (target(4, 7),), {"ignore_index": 2}, small=True)
     yield Sample("one-class", logits(4, 1), (target(1, 4),), {"reduction": "none"}, small=True)
     yield Sample("no-rows-sum", logits(0, 5), (target(5, 0),), {"reduction": "sum"})
@@ -259,7 +260,7 @@ _ERRORS = (
         "int16-target",
         lambda d: tse.cross_entropy(_x(d, 2, 5), _t(d, 0, 1).short()),
         RuntimeError,
-        r"target: expected int64 or int32.* got Short",
+        r"target: expected int64, int32 or uint8.* got Short",
     ),
     ErrorCase(
         "probabilities-shape",

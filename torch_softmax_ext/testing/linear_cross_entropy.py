@@ -16,8 +16,9 @@ def _logits(input, linear_weight, linear_bias):
 
 
 def _composed(loss, input, linear_weight, target, *, linear_bias=None, chunk_size=None, **kwargs):
-    y = loss(_logits(input, linear_weight, linear_bias), target.reshape(-1), **kwargs)
-    return y.reshape(target.shape) if kwargs.get("reduction") == "none" else y
+    rows = target.reshape(-1, linear_weight.shape[0]) if target.is_floating_point() else target.reshape(-1)
+    y = loss(_logits(input, linear_weight, linear_bias), rows, **kwargs)
+    return y.reshape(input.shape[:-1]) if kwargs.get("reduction") == "none" else y
 
 
 def _reference(*args, **kwargs):
@@ -74,6 +75,16 @@ def _samples(device, dtype):
         )
     yield Sample("1d", normal(4), (normal(9, 4), target(9)), small=True)
     yield Sample("int32", normal(5, 4), (normal(9, 4), target(9, 5).int()), small=True)
+    yield Sample("uint8", normal(5, 4), (normal(9, 4), target(9, 5).to(torch.uint8)), {"ignore_index": 3}, small=True)
+    for reduction in ("none", "mean", "sum"):
+        kwargs = {"reduction": reduction}
+        yield Sample(
+            f"probabilities-{reduction}",
+            normal(7, 4),
+            (normal(9, 4), normal(7, 9).double().softmax(1).to(dtype)),
+            {**kwargs, "linear_bias": normal(9), "weight": weight(9), "z_loss_weight": 0.1, "chunk_size": 3},
+            small=True,
+        )
     yield Sample("one-row-chunks", normal(5, 4), (normal(9, 4), target(9, 5)), {"chunk_size": 1})
     yield Sample("transposed", normal(4, 9).t(), (normal(4, 10).t(), target(10, 9)))
     yield Sample("every-other", normal(6, 10, 8)[:, ::2, ::2], (normal(10, 8)[:, ::2], target(10, 6, 5)))
@@ -107,13 +118,24 @@ _ERRORS = (
     _error("rows", ValueError, r"target: expected the shape of input without", indices=(0, 1)),
     _error("scalar", RuntimeError, r"input: .* scalar", shape=()),
     _error("integer-input", NotImplementedError, r"input: expected float32.* got Long", input=torch.zeros(3, 4).long()),
-    _error("int16-target", RuntimeError, r"target: expected int64 or int32.* got Short", target=torch.zeros(3).short()),
+    _error(
+        "int16-target",
+        RuntimeError,
+        r"target: expected int64, int32 or uint8.* got Short",
+        target=torch.zeros(3).short(),
+    ),
     _error("target-device", RuntimeError, r"target: expected device .* got meta", target=torch.zeros(3, device="meta")),
     _error("features", RuntimeError, r"linear_weight: expected \(C, 4\) .* got \[5, 6\]", features=6),
     _error("dtype", RuntimeError, r"linear_weight: expected Float as input, got Double", dtype=torch.float64),
     _error("bias-dim", RuntimeError, r"linear_bias: expected shape \(C\), got \[5, 1\]", linear_bias=torch.zeros(5, 1)),
     _error("bias-size", RuntimeError, r"linear_bias: expected one for each of 5 .* \[4\]", linear_bias=torch.zeros(4)),
     _error("weight-shape", RuntimeError, r"weight: expected one weight for each of 5 .* \[4\]", weight=torch.ones(4)),
+    _error(
+        "probabilities-shape",
+        RuntimeError,
+        r"target: expected class indices, or class probabilities \(…, 5\).* got Float of shape \[3, 4\]",
+        target=torch.zeros(3, 4),
+    ),
     _error("weight-integer", RuntimeError, r"weight: expected floating point", weight=torch.ones(5).long()),
     _error("smoothing", RuntimeError, r"label_smoothing: expected .* got 1.5", label_smoothing=1.5),
     _error("temperature", ValueError, r"temperature: expected a positive number, got 0", temperature=0.0),

@@ -1,0 +1,33 @@
+"""Registers rules with modules of torch that ``import torch`` leaves out, once somebody imports them."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+
+
+class _Finder:
+    def __init__(self, name: str, register: Callable[[], None]) -> None:
+        self.name, self.register = name, register
+
+    def find_spec(self, name, path=None, target=None):
+        if name != self.name or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module):
+                execute(module)
+                self.register()
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def when_imported(name: str, register: Callable[[], None]) -> None:
+    """Calls ``register`` now where the module is there already, else after its import."""
+    if name in sys.modules:
+        register()
+    else:
+        sys.meta_path.insert(0, _Finder(name, register))
