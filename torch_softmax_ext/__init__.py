@@ -4,7 +4,7 @@ from torch_softmax_ext import _load
 
 _C = _load.load()  # first: registers torch.ops.torch_softmax_ext
 
-from torch_softmax_ext import _flops  # noqa: E402, F401  (rules for tools of torch)
+from torch_softmax_ext import _dtensor, _flops  # noqa: E402, F401  (rules for torch's own tools)
 from torch_softmax_ext.cross_entropy import (  # noqa: E402
     CrossEntropyLoss,
     CrossEntropyMetrics,

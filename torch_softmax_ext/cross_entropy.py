@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_softmax_ext import _C
+from torch_softmax_ext import _dtensor as dtensor
 from torch_softmax_ext._check import check_reduction, check_types, numbers
 from torch_softmax_ext._vmap import one_by_one
 
@@ -107,6 +108,9 @@ def cross_entropy(
     }
     if is_eager:
         options = _options("cross_entropy", input, target, weight, **options)
+        if reduction == "mean" and dtensor.is_sharded(input):
+            rows = input.numel() // input.shape[min(1, input.dim() - 1)]
+            return dtensor.mean(_op, (input, target, weight), target, rows, weight, options)
         if inplace_backward:
             return _inplace_op(input, target, weight, **options)
     return _op(input, target, weight, **options)
@@ -171,6 +175,8 @@ def cross_entropy_with_metrics(
     }
     if not torch.compiler.is_compiling():
         options = _options("cross_entropy_with_metrics", input, target, weight, **options)
+        if dtensor.is_sharded(input):
+            return CrossEntropyMetrics(*dtensor.metrics(_metrics_op, input, target, weight, options))
     return CrossEntropyMetrics(*_metrics_op(input, target, weight, **options))
 
 

@@ -4,6 +4,7 @@ torch.func.vmap."""
 import torch
 from torch import Tensor, nn
 
+from torch_softmax_ext import _dtensor as dtensor
 from torch_softmax_ext._check import check_reduction, check_types, numbers
 from torch_softmax_ext._vmap import one_by_one
 
@@ -107,20 +108,19 @@ def linear_cross_entropy(
             temperature=(temperature, float),
             chunk_size=(chunk_size, int | None),
         )
-    return _op(
-        input,
-        linear_weight,
-        target,
-        linear_bias,
-        weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        z_loss_weight=z_loss_weight,
-        softcap=softcap,
-        temperature=temperature,
-        chunk_size=chunk_size,
-    )
+    options = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "z_loss_weight": z_loss_weight,
+        "softcap": softcap,
+        "temperature": temperature,
+        "chunk_size": chunk_size,
+    }
+    args = (input, linear_weight, target, linear_bias, weight)
+    if not torch.compiler.is_compiling() and reduction == "mean" and dtensor.is_sharded(input):
+        return dtensor.mean(_op, args, target, input.shape[:-1].numel(), weight, options)
+    return _op(*args, **options)
 
 
 class LinearCrossEntropyLoss(nn.Module):

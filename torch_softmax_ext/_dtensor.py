@@ -1,0 +1,227 @@
+"""Rules of DTensor: rows may be sharded along every dimension but that of the classes, and each rank computes its own.
+
+The sums of losses over rows are partial sums. A mean and an accuracy have their divisors from all ranks: sums are
+divided by the weight of the targets that count, or by their number (:func:`mean`, :func:`metrics`); the operators
+themselves, whose divisors are those of the rows they see, are replicated with reduction "mean". A sharded class
+dimension raises.
+"""
+
+import sys
+
+import torch
+
+from torch_softmax_ext._when_imported import when_imported
+
+_ops = torch.ops.torch_softmax_ext
+
+
+def is_sharded(input) -> bool:
+    """Whether a mean takes the way over ranks."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(input, module.DTensor) and any(p.is_shard() for p in input.placements)
+
+
+def _mean_as_sum(target, rows, weight, options):
+    """The options of a sum, and what it is divided by. The z-loss has the number of targets as its divisor, all else
+    their weight: it is scaled by the ratio of the two."""
+    options = {**options, "reduction": "sum"}
+    if target.is_floating_point():
+        return options, rows
+    counted = target.int() != options["ignore_index"]
+    count = counted.sum()
+    if weight is None:
+        return options, count
+    total = (weight[target.int().where(counted, 0)] * counted).sum()
+    if options["z_loss_weight"] != 0:
+        options["z_loss_weight"] *= (total / count).full_tensor().item()
+    return options, total
+
+
+def mean(op, args, target, rows, weight, options):
+    """``op`` with reduction "mean" over the rows of all ranks."""
+    options, total = _mean_as_sum(target, rows, weight, options)
+    return op(*args, **options) / total
+
+
+def metrics(op, input, target, weight, options):
+    """cross_entropy_with_metrics over the rows of all ranks."""
+    rows = input.numel() // input.shape[min(1, input.dim() - 1)]
+    is_mean = options["reduction"] == "mean"
+    if is_mean:
+        options, total = _mean_as_sum(target, rows, weight, options)
+    loss, z_loss, lse, _, predictions = op(input, target, weight, **options)
+    if is_mean:
+        loss, z_loss = loss / total, z_loss / total
+    if target.is_floating_point():
+        right, count = predictions == target.argmax(min(1, input.dim() - 1)), rows
+    else:
+        counted = target.int() != options["ignore_index"]
+        right, count = (predictions == target) & counted, counted.sum()
+    return loss, z_loss, lse, (right.sum() / count).float(), predictions
+
+
+def _register():
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
+    from torch.distributed.tensor.experimental import register_sharding
+
+    propagator = DTensor._op_dispatcher.sharding_propagator
+
+    def rule(overload):
+        """register_sharding, whose cache of placements would forget arguments that are no ints: the reduction."""
+
+        def register(function):
+            register_sharding(overload)(function)
+            info = RuntimeSchemaInfo(static_argnum=1, static_kwargkey=["ignore_index", "reduction"], needs_pytree=True)
+            propagator.register_op_strategy(overload, propagator.op_strategy_funcs[overload], info)
+
+        return register
+
+    def refuse_sharded(op, argument, spec, dim, what="classes"):
+        if spec is not None and any(p.is_shard(dim % max(1, len(spec.shape))) for p in spec.placements):
+            raise NotImplementedError(
+                f"{op}: {argument}: expected a dimension of {what} that is not sharded, got {spec.placements}"
+            )
+
+    def present(specs, shards):
+        """The placements of tensors, by theirs where rows are sharded; None where there is no tensor."""
+        return [None if s is None else p for s, p in zip(specs, shards, strict=True)]
+
+    def is_by_rows(stats):
+        """Each rank's statistics are of its own rows, and are never cut or put together."""
+        return any(p.is_shard() for p in stats.placements)
+
+    def with_rows(dims, results, tensors, shard):
+        """All replicated, and sharded along each of `dims`: shard(dim) gives the placements of results and tensors."""
+        yield [Replicate()] * results, present(tensors, [Replicate()] * len(tensors))
+        for dim in dims:
+            of_results, of_tensors = shard(dim)
+            yield of_results, present(tensors, of_tensors)
+
+    # ---- cross_entropy: a dimension of the logits is one of the rows, without that of the classes ------------------
+
+    def cross_entropy(results, input, target, reduction):
+        dims = [] if reduction == "mean" else [d for d in range(len(input.shape)) if d != 1 and len(input.shape) > 1]
+        refuse_sharded("cross_entropy", "input", input, 0 if len(input.shape) == 1 else 1)
+        has_classes = len(target.shape) == len(input.shape) and len(input.shape) > 1
+
+        def shard(dim):
+            row = Shard(dim if dim == 0 else dim - 1)
+            loss = row if reduction == "none" else Partial()
+            of = {"loss": loss, "stats": Shard(0), "grad_input": Shard(dim), "row": row, "accuracy": Partial("avg")}
+            return [of[r] for r in results], row, Shard(dim) if has_classes else row
+
+        return dims, shard
+
+    for overload, results in (
+        (_ops.cross_entropy.default, ["loss"]),
+        (_ops._cross_entropy_forward.default, ["loss", "stats"]),
+        (_ops.cross_entropy_with_metrics.default, ["loss", "loss", "row", "accuracy", "row"]),
+        (_ops._cross_entropy_metrics_forward.default, ["loss", "stats", "loss", "row", "accuracy", "row"]),
+    ):
+
+        @rule(overload)
+        def _(input, target, weight=None, ignore_index=-100, reduction="mean", *numbers, results=results, **options):
+            dims, shard = cross_entropy(results, input, target, reduction)
+
+            def placed(dim):
+                of_results, _, of_target = shard(dim)
+                return of_results, [Shard(dim), of_target, Replicate()]
+
+            return list(with_rows(dims, len(results), [input, target, weight], placed))
+
+    @rule(_ops._cross_entropy_backward.default)
+    def _(grad_output, grad_lse, input, target, stats, weight, ignore_index, reduction, *numbers):
+        dims, shard = cross_entropy(["grad_input"], input, target, reduction)
+
+        def placed(dim):
+            results, row, of_target = shard(dim)
+            of_grad = row if reduction == "none" else Replicate()
+            return results, [of_grad, row, Shard(dim), of_target, Shard(0), Replicate()]
+
+        tensors = [grad_output, grad_lse, input, target, stats, weight]
+        return list(with_rows(dims if is_by_rows(stats) else [], 1, tensors, placed))
+
+    # ---- linear_cross_entropy: gradients of weight and bias are partial sums ---------------------------------------
+
+    def linear(input, linear_weight, target, linear_bias, weight, reduction, wanted=()):
+        refuse_sharded("linear_cross_entropy", "linear_weight", linear_weight, 0)
+        refuse_sharded("linear_cross_entropy", "linear_bias", linear_bias, 0)
+        tensors = [input, linear_weight, target, linear_bias, weight]
+
+        def shard(dim):
+            loss = Shard(dim) if reduction == "none" else Partial()
+            gradients = [
+                p if w else Replicate() for p, w in zip((Shard(dim), Partial(), Partial()), wanted, strict=False)
+            ]
+            return [loss, *gradients], [Shard(dim), Replicate(), Shard(dim), Replicate(), Replicate()]
+
+        dims = range(len(input.shape) - 1) if reduction != "mean" else ()
+        return dims, tensors, shard
+
+    @rule(_ops.linear_cross_entropy.default)
+    def _(input, linear_weight, target, linear_bias=None, weight=None, *, reduction="mean", **options):
+        dims, tensors, shard = linear(input, linear_weight, target, linear_bias, weight, reduction)
+        return list(with_rows(dims, 1, tensors, shard))
+
+    @rule(_ops._linear_cross_entropy_forward.default)
+    def _(input, linear_weight, target, linear_bias, weight, ignore_index, reduction, *rest):
+        dims, tensors, shard = linear(input, linear_weight, target, linear_bias, weight, reduction, rest[-3:])
+        return list(with_rows(dims, 4, tensors, shard))
+
+    @rule(_ops._linear_cross_entropy_backward.default)
+    def _(grad_output, input, linear_weight, target, linear_bias, weight, ignore_index, reduction, *rest):
+        dims, tensors, shard = linear(input, linear_weight, target, linear_bias, weight, reduction, rest[-3:])
+
+        def placed(dim):
+            (loss, *gradients), of_tensors = shard(dim)
+            return gradients, [loss, *of_tensors]
+
+        return list(with_rows(dims, 3, [grad_output, *tensors], placed))
+
+    # ---- maps of rows ------------------------------------------------------------------------------------------------
+
+    def selective(input):
+        refuse_sharded("selective_log_softmax", "input", input, len(input.shape) - 1)
+        return range(len(input.shape) - 1)
+
+    for overload, results in (
+        (_ops.selective_log_softmax.default, 1),
+        (_ops.selective_log_softmax_with_entropy.default, 2),
+    ):
+
+        @rule(overload)
+        def _(input, index, *, results=results, **options):
+            rows = lambda dim: ([Shard(dim)] * results, [Shard(dim)] * 2)  # noqa: E731
+            return list(with_rows(selective(input), results, [input, index], rows))
+
+    @rule(_ops._selective_log_softmax_forward.default)
+    def _(input, index, temperature, softcap, entropy):
+        def rows(dim):
+            return [Shard(dim), Shard(dim) if entropy else Replicate(), Shard(1)], [Shard(dim)] * 2
+
+        return list(with_rows(selective(input), 3, [input, index], rows))
+
+    @rule(_ops._selective_log_softmax_backward.default)
+    def _(grad_logp, grad_entropy, input, index, stats, *numbers):
+        rows = lambda dim: ([Shard(dim)], [*[Shard(dim)] * 4, Shard(1)])  # noqa: E731
+        dims = selective(input) if is_by_rows(stats) else []
+        return list(with_rows(dims, 1, [grad_logp, grad_entropy, input, index, stats], rows))
+
+    def sparsemax(tensors, dim):
+        rank = len(tensors[0].shape)
+        for tensor in tensors:
+            refuse_sharded("sparsemax", "input", tensor, dim % max(1, rank), what="the result that sums to 1")
+        dims = [d for d in range(rank) if d != dim % rank]
+        return list(with_rows(dims, 1, tensors, lambda d: ([Shard(d)], [Shard(d)] * len(tensors))))
+
+    @rule(_ops.sparsemax.default)
+    def _(input, dim=-1):
+        return sparsemax([input], dim)
+
+    @rule(_ops._sparsemax_backward.default)
+    def _(grad_output, output, dim):
+        return sparsemax([output, output], dim)
+
+
+when_imported("torch.distributed.tensor", _register)
