@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from torch_softmax_ext import _C
+from torch_softmax_ext import _C, _numbers
 from torch_softmax_ext import _dtensor as dtensor
 from torch_softmax_ext._check import check_reduction, check_types, numbers
 from torch_softmax_ext._vmap import one_by_one
@@ -113,6 +113,8 @@ def cross_entropy(
             return dtensor.mean(_op, (input, target, weight), target, rows, weight, options)
         if inplace_backward:
             return _inplace_op(input, target, weight, **options)
+    elif _numbers.are_dynamic(z_loss_weight, softcap, temperature, also_differentiable=(target, weight)):
+        return _numbers.cross_entropy(input, target, weight, **options)
     return _op(input, target, weight, **options)
 
 
@@ -177,6 +179,8 @@ def cross_entropy_with_metrics(
         options = _options("cross_entropy_with_metrics", input, target, weight, **options)
         if dtensor.is_sharded(input):
             return CrossEntropyMetrics(*dtensor.metrics(_metrics_op, input, target, weight, options))
+    elif _numbers.are_dynamic(z_loss_weight, softcap, temperature, also_differentiable=(target, weight)):
+        return CrossEntropyMetrics(*_numbers.cross_entropy(input, target, weight, metrics=True, **options))
     return CrossEntropyMetrics(*_metrics_op(input, target, weight, **options))
 
 

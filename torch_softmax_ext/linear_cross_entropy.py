@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_softmax_ext import _dtensor as dtensor
+from torch_softmax_ext import _numbers
 from torch_softmax_ext._check import check_reduction, check_types, numbers
 from torch_softmax_ext._vmap import one_by_one
 
@@ -118,7 +119,10 @@ def linear_cross_entropy(
         "chunk_size": chunk_size,
     }
     args = (input, linear_weight, target, linear_bias, weight)
-    if not torch.compiler.is_compiling() and reduction == "mean" and dtensor.is_sharded(input):
+    if torch.compiler.is_compiling():
+        if _numbers.are_dynamic(z_loss_weight, softcap, temperature, also_differentiable=(target, weight)):
+            return _numbers.linear_cross_entropy(*args, **options)
+    elif reduction == "mean" and dtensor.is_sharded(input):
         return dtensor.mean(_op, args, target, input.shape[:-1].numel(), weight, options)
     return _op(*args, **options)
 

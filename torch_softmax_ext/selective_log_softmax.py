@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from torch_softmax_ext import _C
+from torch_softmax_ext import _C, _numbers
 from torch_softmax_ext._check import check_types, numbers
 
 _op = torch.ops.torch_softmax_ext.selective_log_softmax.default
@@ -59,6 +59,8 @@ def selective_log_softmax(
         op = "selective_log_softmax"
         check_types(op, input=(input, Tensor), index=(index, Tensor))
         temperature, softcap = numbers(op, temperature=(temperature, float), softcap=(softcap, float | None))
+    elif _numbers.are_dynamic(temperature, softcap):
+        return _numbers.selective_log_softmax(input, index, temperature, softcap, return_entropy)
     return (_entropy_op if return_entropy else _op)(input, index, temperature=temperature, softcap=softcap)
 
 
