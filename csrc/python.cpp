@@ -57,6 +57,11 @@ struct FromPython<const std::optional<at::Tensor>&> {
   }
 };
 template <>
+struct FromPython<c10::SymInt> {
+  static bool check(PyObject* o) { return FromPython<int64_t>::check(o); }
+  static c10::SymInt convert(PyObject* o) { return FromPython<int64_t>::convert(o); }
+};
+template <>
 struct FromPython<std::string_view> {
   static bool check(PyObject* o) { return PyUnicode_CheckExact(o); }
   static std::string_view convert(PyObject* o) {
@@ -67,20 +72,31 @@ struct FromPython<std::string_view> {
   }
 };
 
-// One operator, Tensor(Args...), as a function of positional arguments.
-template <const char* kName, class... Args>
+PyObject* to_python(at::Tensor t) { return THPVariable_Wrap(std::move(t)); }
+
+template <class... T>
+PyObject* to_python(std::tuple<T...> results) {
+  const pybind11::object tuple = pybind11::reinterpret_steal<pybind11::object>(PyTuple_New(sizeof...(T)));
+  if (!tuple) throw python_error();
+  Py_ssize_t i = 0;
+  std::apply([&](auto&... r) { (PyTuple_SET_ITEM(tuple.ptr(), i++, to_python(std::move(r))), ...); }, results);
+  return tuple.inc_ref().ptr();
+}
+
+// One operator, Result(Args...), as a function of positional arguments.
+template <const char* kName, class Result, class... Args>
 struct Function {
   template <size_t... I>
   static PyObject* call(PyObject* const* args, std::index_sequence<I...>) {
     if (!(FromPython<Args>::check(args[I]) && ...)) Py_RETURN_NOTIMPLEMENTED;
-    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kName, "").typed<at::Tensor(Args...)>();
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(kName, "").typed<Result(Args...)>();
     const std::tuple<decltype(FromPython<Args>::convert(nullptr))...> values(FromPython<Args>::convert(args[I])...);
-    at::Tensor result;
+    Result result;
     {
       const pybind11::gil_scoped_release no_gil;
       result = op.call(std::get<I>(values)...);
     }
-    return THPVariable_Wrap(std::move(result));
+    return to_python(std::move(result));
   }
 
   static PyObject* from_python(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -97,7 +113,10 @@ struct Function {
 };
 
 constexpr char kCrossEntropy[] = "torch_softmax_ext::cross_entropy";
+constexpr char kCrossEntropyWithMetrics[] = "torch_softmax_ext::cross_entropy_with_metrics";
+constexpr char kLinearCrossEntropy[] = "torch_softmax_ext::linear_cross_entropy";
 constexpr char kSelectiveLogSoftmax[] = "torch_softmax_ext::selective_log_softmax";
+constexpr char kSelectiveLogSoftmaxWithEntropy[] = "torch_softmax_ext::selective_log_softmax_with_entropy";
 constexpr char kSparsemax[] = "torch_softmax_ext::sparsemax";
 
 }  // namespace
@@ -105,11 +124,22 @@ constexpr char kSparsemax[] = "torch_softmax_ext::sparsemax";
 
 PyMODINIT_FUNC PyInit__C() {
   using at::Tensor;
+  using Two = std::tuple<Tensor, Tensor>;
+  using Five = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+  using OptionalTensor = std::optional<Tensor>;
+  using OptionalDouble = std::optional<double>;
   static PyMethodDef methods[] = {
-      tse::Function<tse::kCrossEntropy, const Tensor&, const Tensor&, const std::optional<Tensor>&, int64_t,
-                    std::string_view, double, double, std::optional<double>, double>::method(),
-      tse::Function<tse::kSelectiveLogSoftmax, const Tensor&, const Tensor&, double, std::optional<double>>::method(),
-      tse::Function<tse::kSparsemax, const Tensor&, int64_t>::method(),
+      tse::Function<tse::kCrossEntropy, Tensor, const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
+                    std::string_view, double, double, OptionalDouble, double>::method(),
+      tse::Function<tse::kCrossEntropyWithMetrics, Five, const Tensor&, const Tensor&, const OptionalTensor&, int64_t,
+                    std::string_view, double, double, OptionalDouble, double>::method(),
+      tse::Function<tse::kLinearCrossEntropy, Tensor, const Tensor&, const Tensor&, const Tensor&,
+                    const OptionalTensor&, const OptionalTensor&, int64_t, std::string_view, double, double,
+                    OptionalDouble, double, std::optional<c10::SymInt>>::method(),
+      tse::Function<tse::kSelectiveLogSoftmax, Tensor, const Tensor&, const Tensor&, double, OptionalDouble>::method(),
+      tse::Function<tse::kSelectiveLogSoftmaxWithEntropy, Two, const Tensor&, const Tensor&, double,
+                    OptionalDouble>::method(),
+      tse::Function<tse::kSparsemax, Tensor, const Tensor&, int64_t>::method(),
       {nullptr, nullptr, 0, nullptr},
   };
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

@@ -220,6 +220,21 @@ def test_no_numbers(name, value):
         tse.cross_entropy(torch.ones(2, 3), torch.tensor([0, 2]), **{name: value})
 
 
+def test_every_operator_has_a_short_way():
+    x, target = torch.randn(2, 3), torch.tensor([0, 2])
+    options = (-100, "mean", 0.1, 0.2, 5.0, 2.0)
+    named = dict(zip(("ignore_index", "reduction", *NUMBERS), options, strict=True))
+    got = tse._C.cross_entropy_with_metrics(x, target, None, *options)
+    assert all(torch.equal(*p) for p in zip(got, tse.cross_entropy_with_metrics(x, target, **named), strict=True))
+    for chunk_size in (None, 1):
+        got = tse._C.linear_cross_entropy(x, torch.eye(3), target, None, None, *options, chunk_size)
+        want = tse.linear_cross_entropy(x, torch.eye(3), target, chunk_size=chunk_size, **named)
+        assert torch.equal(got, want)
+    got = tse._C.selective_log_softmax_with_entropy(x, target, 2.0, 5.0)
+    want = tse.selective_log_softmax(x, target, temperature=2.0, softcap=5.0, return_entropy=True)
+    assert all(torch.equal(*p) for p in zip(got, want, strict=True))
+
+
 def test_the_short_way_takes_ints_and_numpys_float64():
     x, target = torch.randn(2, 3), torch.tensor([0, 2])
     for two in (2, np.float64(2)):

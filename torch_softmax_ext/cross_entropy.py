@@ -14,6 +14,7 @@ _op = torch.ops.torch_softmax_ext.cross_entropy.default
 _inplace_op = torch.ops.torch_softmax_ext._cross_entropy_inplace_backward.default
 _metrics_op = torch.ops.torch_softmax_ext.cross_entropy_with_metrics.default
 _fast = _C.cross_entropy  # plain tensors only, else NotImplemented
+_fast_metrics = _C.cross_entropy_with_metrics
 
 
 def _options(op, input, target, weight, reduction, **options):
@@ -167,6 +168,13 @@ def cross_entropy_with_metrics(
         TypeError: an argument of another type.
         Exception: as :func:`cross_entropy`.
     """
+    is_eager = not torch.compiler.is_compiling()
+    if is_eager:
+        result = _fast_metrics(
+            input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature
+        )
+        if result is not NotImplemented:
+            return CrossEntropyMetrics(*result)
     options = {
         "ignore_index": ignore_index,
         "reduction": reduction,
@@ -175,7 +183,7 @@ def cross_entropy_with_metrics(
         "softcap": softcap,
         "temperature": temperature,
     }
-    if not torch.compiler.is_compiling():
+    if is_eager:
         options = _options("cross_entropy_with_metrics", input, target, weight, **options)
         if dtensor.is_sharded(input):
             return CrossEntropyMetrics(*dtensor.metrics(_metrics_op, input, target, weight, options))

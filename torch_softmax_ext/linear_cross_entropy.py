@@ -4,12 +4,13 @@ torch.func.vmap."""
 import torch
 from torch import Tensor, nn
 
+from torch_softmax_ext import _C, _numbers
 from torch_softmax_ext import _dtensor as dtensor
-from torch_softmax_ext import _numbers
 from torch_softmax_ext._check import check_reduction, check_types, numbers
 from torch_softmax_ext._vmap import one_by_one
 
 _op = torch.ops.torch_softmax_ext.linear_cross_entropy.default
+_fast = _C.linear_cross_entropy  # plain tensors only, else NotImplemented
 
 
 def linear_cross_entropy(
@@ -89,7 +90,11 @@ def linear_cross_entropy(
         NotImplementedError: input that is not floating point.
         TypeError: an argument of another type.
     """
+    args = (input, linear_weight, target, linear_bias, weight)
     if not torch.compiler.is_compiling():
+        result = _fast(*args, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature, chunk_size)
+        if result is not NotImplemented:
+            return result
         op = "linear_cross_entropy"
         check_types(
             op,
@@ -118,7 +123,6 @@ def linear_cross_entropy(
         "temperature": temperature,
         "chunk_size": chunk_size,
     }
-    args = (input, linear_weight, target, linear_bias, weight)
     if torch.compiler.is_compiling():
         if _numbers.are_dynamic(z_loss_weight, softcap, temperature, also_differentiable=(target, weight)):
             return _numbers.linear_cross_entropy(*args, **options)

@@ -9,6 +9,7 @@ from torch_softmax_ext._check import check_types, numbers
 _op = torch.ops.torch_softmax_ext.selective_log_softmax.default
 _entropy_op = torch.ops.torch_softmax_ext.selective_log_softmax_with_entropy.default
 _fast = _C.selective_log_softmax  # plain tensors only, else NotImplemented
+_fast_entropy = _C.selective_log_softmax_with_entropy
 
 
 def selective_log_softmax(
@@ -52,10 +53,9 @@ def selective_log_softmax(
         TypeError: an argument of another type.
     """
     if not torch.compiler.is_compiling():
-        if not return_entropy:
-            result = _fast(input, index, temperature, softcap)
-            if result is not NotImplemented:
-                return result
+        result = (_fast_entropy if return_entropy else _fast)(input, index, temperature, softcap)
+        if result is not NotImplemented:
+            return result
         op = "selective_log_softmax"
         check_types(op, input=(input, Tensor), index=(index, Tensor))
         temperature, softcap = numbers(op, temperature=(temperature, float), softcap=(softcap, float | None))

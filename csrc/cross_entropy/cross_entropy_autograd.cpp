@@ -166,10 +166,11 @@ CrossEntropyOptions saved_options(AutogradContext* ctx, const variable_list& ten
   options.ignore_index = o[0].toInt();
   options.reduction = kReductions[o[1].toInt()];
   if (o.size() == 2) return options;
-  options.label_smoothing = o[2].toDouble();
-  options.z_loss_weight = o[3].toDouble();
-  options.temperature = o[4].toDouble();
-  if (o[5].toDouble() != 0) options.softcap = o[5].toDouble();
+  const std::vector<c10::IValue> all = o.vec();
+  options.label_smoothing = all[2].toDouble();
+  options.z_loss_weight = all[3].toDouble();
+  options.temperature = all[4].toDouble();
+  if (const double softcap = all[5].toDouble(); softcap != 0) options.softcap = softcap;
   return options;
 }
 

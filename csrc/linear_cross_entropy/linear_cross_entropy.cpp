@@ -110,17 +110,28 @@ struct CountedRows {
       return;
     }
     target = class_indices(target_).reshape({-1});
-    const at::Tensor counted = target.ne(options.ignore_index);
-    const at::Tensor outside = target.lt(0).logical_or_(target.ge(classes)).logical_and_(counted);
-    if (outside.any().item<bool>()) {
-      const int64_t row = outside.nonzero()[0].item<int64_t>();
-      TSE_CHECK_INDEX(false, kOp, "target", "expected a class index in [0, ", classes, ") or ignore_index ",
-                      options.ignore_index, ", got ", target[row].item<int64_t>(), " at row ", row);
+    const at::Tensor host = target.cpu().contiguous();  // one wait for the device
+    if (host.scalar_type() == at::kInt) look_at(host.const_data_ptr<int32_t>(), classes, options);
+    else look_at(host.const_data_ptr<int64_t>(), classes, options);
+  }
+
+ private:
+  template <class Index>
+  void look_at(const Index* t, int64_t classes, const CrossEntropyOptions& options) {
+    const int64_t rows = target.size(0);
+    count = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      if (t[row] == options.ignore_index) continue;
+      ++count;
+      TSE_CHECK_INDEX(t[row] >= 0 && t[row] < classes, kOp, "target", "expected a class index in [0, ", classes,
+                      ") or ignore_index ", options.ignore_index, ", got ", int64_t(t[row]), " at row ", row);
     }
-    const at::Tensor rows = counted.nonzero().squeeze(1);
-    count = rows.size(0);
-    if (count < target.size(0)) {
-      index = rows;
+    if (count < rows) {
+      const at::Tensor counted = at::empty({count}, at::kLong);
+      int64_t* next = counted.mutable_data_ptr<int64_t>();
+      for (int64_t row = 0; row < rows; ++row)
+        if (t[row] != options.ignore_index) *next++ = row;
+      index = counted.to(target.device());
       target = target.index_select(0, index);
     }
     total_weight = double(count);
