@@ -86,12 +86,12 @@ at::Tensor transformed(const at::Tensor& input, const CrossEntropyOptions& optio
   return options.temperature == 1 ? s : s / options.temperature;
 }
 
-// Loss, z-loss in it, lse and where rows are counted.
+// Loss, z-loss in it and lse; without `metrics` the loss alone.
 struct Composed {
-  at::Tensor loss, z_loss, lse, counted;
+  at::Tensor loss, z_loss, lse;
 };
 
-Composed composed(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
+Composed composed(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options, bool metrics) {
   check_cross_entropy(input, target, options);
   const auto code = static_cast<int64_t>(parse_reduction("cross_entropy", options.reduction));
   const bool indices = !target.is_floating_point();
@@ -107,19 +107,24 @@ Composed composed(const at::Tensor& input, const at::Tensor& target, const Cross
   const auto weight = options.weight.has_value() ? OptionalTensor(options.weight->to(s.scalar_type())) : std::nullopt;
   Composed c;
   c.loss = at::cross_entropy_loss(s, t, weight, code, options.ignore_index, options.label_smoothing);
-  c.lse = at::logsumexp(s, class_dim(input));
-  c.counted = indices ? t != options.ignore_index : at::ones_like(c.lse, at::kBool);
-  c.lse = c.lse.masked_fill(c.counted.logical_not(), 0);
-  c.z_loss = c.lse * c.lse * options.z_loss_weight;
-  if (code != at::Reduction::None) c.z_loss = c.z_loss.sum();
-  if (code == at::Reduction::Mean) c.z_loss = c.z_loss / c.counted.sum();
-  if (options.z_loss_weight != 0) c.loss = c.loss + c.z_loss;
+  if (metrics || options.z_loss_weight != 0) {
+    c.lse = at::logsumexp(s, class_dim(input));
+    const at::Tensor counted = indices ? t != options.ignore_index : at::ones_like(c.lse, at::kBool);
+    c.lse = c.lse.masked_fill(counted.logical_not(), 0);
+    c.z_loss = c.lse * c.lse * options.z_loss_weight;
+    if (code != at::Reduction::None) c.z_loss = c.z_loss.sum();
+    if (code == at::Reduction::Mean) c.z_loss = c.z_loss / counted.sum();
+    if (options.z_loss_weight != 0) c.loss = c.loss + c.z_loss;
+  }
   if (indices && input.dim() == 1) {
+    const auto as_target = [&](at::Tensor& t) {
+      if (t.defined()) t = t.reshape_symint(target.sym_sizes());
+    };
+    as_target(c.lse);
     if (code == at::Reduction::None) {
-      c.loss = c.loss.reshape_symint(target.sym_sizes());
-      c.z_loss = c.z_loss.reshape_symint(target.sym_sizes());
+      as_target(c.loss);
+      as_target(c.z_loss);
     }
-    c.lse = c.lse.reshape_symint(target.sym_sizes());
   }
   return c;
 }
@@ -207,7 +212,7 @@ GradOutputGuess& guess_for(std::string_view reduction) {
 // Gradients of loss, z-loss and lse, differentiable again; of target, too, where it is asked for.
 variable_list differentiable_gradients(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                                        const CrossEntropyOptions& options, const variable_list& grad_outputs) {
-  const Composed c = composed(input, target, options);
+  const Composed c = composed(input, target, options, /*metrics=*/grad_outputs.size() > 1);
   const at::Tensor outputs[] = {c.loss, c.z_loss, c.lse};
   variable_list differentiated, gradients, inputs = {input};
   for (size_t i = 0; i < grad_outputs.size() && i < 3; ++i) {
@@ -417,7 +422,7 @@ at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& tar
     case GradientPath::kFused:
       return CrossEntropy::apply(input, target, options);
     case GradientPath::kComposed:
-      return composed(input, target, options).loss;
+      return composed(input, target, options, /*metrics=*/false).loss;
     default:
       return call_cross_entropy(input, target, options);
   }
@@ -459,7 +464,7 @@ FiveTensors cross_entropy_metrics_autograd(const at::Tensor& input, const at::Te
   const auto [loss, stats, z_loss, lse, accuracy, predictions] =
       call_metrics_forward(input.detach(), target.detach(), options);
   if (path == GradientPath::kNone) return {loss, z_loss, lse, accuracy, predictions};
-  const Composed c = composed(input, target, options);
+  const Composed c = composed(input, target, options, /*metrics=*/true);
   return {c.loss, c.z_loss, c.lse, accuracy, predictions};
 }
 
