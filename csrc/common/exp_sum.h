@@ -1,6 +1,8 @@
 // What operators that sum exponentials of logits tell their kernels. [plain]
 #pragma once
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "common/types.h"
 
@@ -12,19 +14,29 @@ constexpr A kLog2e = A(1.4426950408889634);
 template <class A>
 constexpr A kLn2 = A(1 / double(kLog2e<A>));
 
-template <class A>
-TSE_HOST_DEVICE inline double lse_of(A m, A sum) {
-  return (double(m) + log2(double(sum))) * kLn2<A>;
-}
-
-// s = softcap · tanh(x / softcap), where there is one, then s / temperature.
+// s = slope · z with z = tanh(x / softcap), or z = x without softcap.
 struct LogitTransform {
   double temperature = 1;
   double softcap = 0;  // 0: none
+
+  TSE_HOST_DEVICE double slope() const { return (softcap > 0 ? softcap : 1) / temperature; }
+
+  // exp(s - slope · m) = exp2((z - m) · exponent_scale). Subtracting first makes the exponent exact to a rounding for
+  // logits of any size. The bound keeps 0 · scale at 0.
+  template <class A>
+  TSE_HOST_DEVICE A exponent_scale() const {
+    const double scale = slope() * double(kLog2e<A>), most = double(std::numeric_limits<A>::max());
+    return A(scale < most ? scale : most);
+  }
 };
 
-// Part of a row. With t = s · log2(e) - m: sum = Σ 2^t; and for coefficients u that the operator chooses,
-// linear = Σ u · t and mass = Σ u. m is an integer; -inf and 0: nothing was added.
+// log Σ exp(s) of Σ exp(s - slope · m).
+TSE_HOST_DEVICE inline double lse_of(const LogitTransform& transform, double m, double sum) {
+  return m * transform.slope() + log(sum);
+}
+
+// Part of a row. sum = Σ exp(s - slope · m); and for coefficients u that the operator chooses, linear = Σ u · (z - m)
+// and mass = Σ u. m is the z of a logit of the row; -inf and 0: nothing was added.
 struct BlockSum {
   double m;
   double sum;

@@ -38,12 +38,13 @@ bool has_mass(const at::Tensor& target, const CrossEntropyOptions& options) {
 }
 
 // The statistics of forward for backward, in one tensor: three doubles (total_weight and guess of CrossEntropyParams),
-// then row_m, row_sum, with has_mass row_mass, and for mean and sum row_loss, in the loss' dtype: in small calls each
-// tensor shows. The size in doubles:
+// then row_m, row_sum, row_others, with has_mass row_mass, and for mean and sum row_loss, in the loss' dtype: each tensor
+// more is measurable in a small call. The size in doubles:
 constexpr int64_t kStatsOfAll = 3;
 template <class Int>
 Int stats_size(const Int& rows, bool is_double, bool mass, bool reduce) {
-  return rows * (is_double ? 2 + mass + reduce : 1 + mass + reduce) + kStatsOfAll;
+  const int arrays = 3 + mass + reduce;
+  return (rows * arrays + !is_double) / (is_double ? 1 : 2) + kStatsOfAll;
 }
 
 enum class Gradient { kNone, kNew, kInPlace };
@@ -123,7 +124,8 @@ struct Operands {
     p.guess = p.total_weight + 2;
     p.row_m = p.total_weight + kStatsOfAll;
     p.row_sum = static_cast<char*>(p.row_m) + array;
-    p.row_loss = static_cast<char*>(p.row_sum) + array;
+    p.row_others = static_cast<char*>(p.row_sum) + array;
+    p.row_loss = static_cast<char*>(p.row_others) + array;
     if ((options.label_smoothing != 0 || p.probabilities != nullptr) && p.rows.n > 0) {  // of no classes lse is -inf
       p.row_mass = p.row_loss;
       p.row_loss = static_cast<char*>(p.row_mass) + array;
@@ -284,10 +286,10 @@ Metrics cross_entropy_metrics_forward(const at::Tensor& input, const at::Tensor&
   const CrossEntropyResult r = run_forward(input, target, options, Gradient::kNone, {}, /*metrics=*/true);
   const auto type = r.loss.scalar_type();
   const int64_t count = r.predictions.numel();
-  const double ln2 = type == at::kDouble ? kLn2<double> : double(kLn2<float>);
   const at::Tensor sums = r.stats.slice(0, kStatsOfAll).view(type);
   const at::Tensor m = sums.slice(0, 0, count), sum = sums.slice(0, count, 2 * count);
-  at::Tensor lse = sum.log2().add_(m).mul_(ln2).reshape(r.predictions.sizes());
+  const double slope = LogitTransform{options.temperature, options.softcap.value_or(0)}.slope();
+  at::Tensor lse = m.mul(slope).add_(sum.log()).reshape(r.predictions.sizes());
   at::Tensor right;
   if (target.is_floating_point()) {
     right = r.predictions == target.argmax(class_dim(input));

@@ -1,11 +1,14 @@
 // Softmax cross-entropy: what the host entry hands to the kernels. [plain]
 //
 // With s = softcap and temperature applied to the logits, lse = log Σ exp(s) and p = exp(s - lse):
-//   loss = Σ t (lse - s) + z_loss_weight · lse²,    grad_s = (Σ t · g + (2 · z_loss_weight · lse · gz + g_lse)) p - t ·
-//   g
+//   loss = Σ t (lse - s) + z_loss_weight · lse²,    grad_s = (g Σ t + 2 · z_loss_weight · lse · gz + g_lse) p - g t
 // where t are the target's weights: of classes as indices, w[y] · (1 - smoothing) at y and w · smoothing / C
-// everywhere; of class probabilities q, w · ((1 - smoothing) q + smoothing / C). g and gz are the incoming gradient,
-// for the mean divided by Σ w[y] and by the number of counted targets.
+// everywhere; of class probabilities q, w · ((1 - smoothing) q + smoothing / C). g and gz are grad_output, for the mean
+// divided by Σ w[y] and by the number of counted targets.
+//
+// Near certainty, 1 - p of the own class (the target's; of probabilities the one with more than half) is the sum of the
+// other classes' terms over the whole sum: a difference of rounded numbers would have no correct digit. So sums are
+// taken without the own class, whose term is added last.
 #pragma once
 #include "common/exp_sum.h"
 #include "common/types.h"
@@ -55,9 +58,10 @@ struct CrossEntropyParams {
 
   // forward
   void* row_loss;  // (rows)     float32, or float64 for float64 logits; z-loss included for kNone; CUDA: or nullptr
-  void* row_m;  // (rows)     Σ exp2(s · log2(e)) = row_sum · 2^row_m, row_m an integer: what backward needs.
-  void* row_sum;  // (rows)     An lse of the same size would put its rounding into every gradient.
-  void* row_mass;  // (rows)     Σ t; only with smoothing or probabilities
+  void* row_m;  // (rows)     Σ exp(s) = row_sum · exp(slope · row_m): what backward needs. An lse of the same size
+  void* row_sum;  // (rows)     would put its rounding into every gradient. row_m: exp_sum.h
+  void* row_others;  // (rows)     row_sum without the own class
+  void* row_mass;  // (rows)     Σ t without the own class; only with smoothing or probabilities
   int64_t* predictions;  // (rows)     argmax, ignore_index where ignored; nullptr: not asked for
   void* loss;  // ()         with mean or sum: the reduced loss, in row_loss' dtype
   void* z_loss;  // ()         the z-loss in it; nullptr: not asked for
@@ -99,22 +103,27 @@ TSE_HOST_DEVICE inline A weight_of(const CrossEntropyParams& p, int64_t target) 
   return w * A(1 - p.label_smoothing);
 }
 
-// grad_s / temperature = p · softmax - t · target.
+// What a row's gradient is made of: with `own` and `others` the target's weights t of the own class and of all others,
+//   grad_s / temperature = p · (target · (own + others) + lse) - t · target.
 struct GradFactors {
-  double softmax;
   double target;
+  double lse;
+
+  // Of p alone.
+  TSE_HOST_DEVICE double level(double own, double others) const { return target * (own + others) + lse; }
+  // The gradient at the own class, of probability p = 1 - q.
+  TSE_HOST_DEVICE double at_own(double own, double others, double p, double q) const {
+    return (target * others + lse) * p - target * own * q;
+  }
 };
+// lse: of the row; only with z_loss_weight.
 template <class A>
-TSE_HOST_DEVICE inline GradFactors grad_factors(const CrossEntropyParams& p, int64_t row, double lse, double mass) {
+TSE_HOST_DEVICE inline GradFactors grad_factors(const CrossEntropyParams& p, int64_t row, double lse) {
   const bool mean = p.reduction == Reduction::kMean;
   const double grad = static_cast<const A*>(p.grad_output)[row * p.grad_output_stride];
-  GradFactors f;
-  f.target = double(A(mean ? grad / p.total_weight[0] : grad)) / p.transform.temperature;
-  f.softmax = mass * f.target;
   double g_lse = p.grad_lse == nullptr ? 0.0 : static_cast<const A*>(p.grad_lse)[row];
   if (p.z_loss_weight != 0) g_lse += 2 * p.z_loss_weight * lse * (mean ? grad / p.total_weight[1] : grad);
-  f.softmax += g_lse / p.transform.temperature;
-  return f;
+  return {double(A(mean ? grad / p.total_weight[0] : grad)) / p.transform.temperature, g_lse / p.transform.temperature};
 }
 
 // CPU: rows [begin, end). The targets were checked. fwd_bwd makes a row's gradient while its logits, or the

@@ -73,7 +73,7 @@ struct Operands {
     if (input.rows.stride_n != 1 && !use_cuda(logits)) input = as_rows(logits.contiguous(), logits.dim() - 1);
   }
 
-  // Of statistics (2 or 3, rows): m, sum and, with entropy, mean.
+  // Of statistics (3 or 4, rows): m, sum, others and, with entropy, mean.
   SelectiveLogSoftmaxParams params(const at::Tensor& stats, double temperature, std::optional<double> softcap) const {
     SelectiveLogSoftmaxParams p{};
     p.dtype = dtype_of(input.tensor);
@@ -87,7 +87,8 @@ struct Operands {
     const int64_t array = row_count(p.rows) * stats.element_size();
     p.row_m = data;
     p.row_sum = data + array;
-    if (stats.size(0) == 3) p.row_mean = data + 2 * array;
+    p.row_others = data + 2 * array;
+    if (stats.size(0) == 4) p.row_mean = data + 3 * array;
     return p;
   }
 };
@@ -99,7 +100,7 @@ ThreeTensors selective_log_softmax_forward(const at::Tensor& input, const at::Te
   const Operands operands(input, index);
   const int64_t rows = row_count(operands.input.rows);
   const auto options = input.options().dtype(accumulate_type(input.scalar_type()));
-  const at::Tensor stats = at::empty({entropy ? 3 : 2, rows}, options);
+  const at::Tensor stats = at::empty({entropy ? 4 : 3, rows}, options);
   SelectiveLogSoftmaxParams p = operands.params(stats, temperature, softcap);
   if (!use_cuda(input)) check_indices(p);
   const at::Tensor logp = at::empty(index.sizes(), options);
@@ -152,7 +153,7 @@ ThreeTensors selective_log_softmax_forward_meta(const at::Tensor& input, const a
   const auto sizes = input.sym_sizes().slice(0, input.dim() - 1);
   return {at::empty_symint(index.sym_sizes(), options),
           entropy ? at::empty_symint(sizes, options) : at::empty({0}, options),
-          at::empty_symint({entropy ? 3 : 2, c10::multiply_integers(sizes)}, options)};
+          at::empty_symint({entropy ? 4 : 3, c10::multiply_integers(sizes)}, options)};
 }
 
 at::Tensor selective_log_softmax_backward_meta(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy,

@@ -19,9 +19,10 @@ struct SelectiveLogSoftmaxParams {
   LogitTransform transform;
 
   // What the rows' arrays are in: float32, or float64 for float64 logits. Forward writes them, backward reads them.
-  void* row_m;              // (rows)     Σ exp2(s · log2(e)) = row_sum · 2^row_m, row_m an integer
+  void* row_m;              // (rows)     Σ exp(s) = row_sum · exp(slope · row_m): exp_sum.h
   void* row_sum;            // (rows)
-  void* row_mean;           // (rows)     Σ p t with t = s · log2(e) - row_m; only with entropy
+  void* row_others;         // (rows)     row_sum without the class that has more than half of it, if index names it
+  void* row_mean;           // (rows)     Σ p t with t = (z - row_m) · exponent_scale; only with entropy
 
   // forward
   void* logp;               // (rows, k)
