@@ -1,61 +1,51 @@
-// Cross-entropy on the CPU where the class dimension is not the last one: the lanes of vectors are neighbouring rows.
+// Cross-entropy on the CPU where the class dimension is not the last one: the lanes of vectors are consecutive rows.
 // [per ISA]
 //
 // Columns are walked in tiles of up to kColumns, class by class, so that memory is read in runs. Where backward follows
 // at once, forward keeps the tile: classes lie a power of two apart as often as not, and push each other out of the
-// cache. For the same reason the target's logit is caught in passing, and its gradient is made in passing.
+// cache.
 
 constexpr int64_t kColumns = 2048;
 constexpr int kClassesAtOnce = 4;  // so many share one pass over the columns' sums
 constexpr int64_t kColumnElements = 65536;  // of the copy: half of L2 in fp32
-template <class A>
-constexpr A kLargestSum = A(0x1p32);
+constexpr int64_t kColumnTerms = 64;        // of a sum in the type; their sums are added in double
+constexpr double kLargestSum = 0x1p32;
 
-// The losses of a vector of rows, whose target's logit has exponent t; of contiguous rows, too. A probability next to 1
-// may be rounded above it.
+// The losses of a vector of rows, from term, z and weight of their own class; of contiguous rows, too.
 template <class T>
-inline Vec<T> losses_of(const CrossEntropyParams& p, Vec<T> m, Vec<T> sum, Vec<T> t, Vec<T> weight) {
+inline Vec<T> losses_of(const CrossEntropyParams& p, Vec<T> m, Vec<T> others, Vec<T> term, Vec<T> z, Vec<T> weight) {
   using A = Acc<T>;
-  const Vec<T> term = exp2<T>(t);
-  const auto likely = term > sum * A(0.25);
-  const Vec<T> l = log2(likely ? sum / term : sum) - (likely ? Vec<T>{} : t);
-  Vec<T> loss = vmax(Vec<T>{}, l) * kLn2<A> * weight;
+  const A slope = A(p.transform.slope());
+  Vec<T> loss = negative_log<T>(term, others, m - z, slope) * weight;
   if (p.z_loss_weight != 0 && p.reduction == Reduction::kNone) {
-    const Vec<T> lse = (m + log2(sum)) * kLn2<A>;
+    const Vec<T> lse = m * slope + log2(others + term) * kLn2<A>;
     loss += A(p.z_loss_weight) * lse * lse;
   }
   return loss;
 }
 
-// grad = (term - shift at the target) · scale - coefficient · of_target, of `count` rows; arrays of whole vectors.
-// mass: Σ of a row's weights, weight: the target's own. The bits do not depend on how the incoming gradient is stored.
-template <class T, class A = Acc<T>>
-inline void grad_scales(const CrossEntropyParams& p, int64_t row, int64_t count, const A* m, const A* sum,
-                        const A* weight, const A* mass, A* scale, A* shift, Acc<T>* of_target) {
+// What the gradients of `count` rows are made of, in arrays of whole vectors: scale · term - coefficient · target, and
+// of_own at the own class. own, mass: the weights of the own class and of all others; without coefficients no mass.
+template <class T>
+inline void grad_scales(const CrossEntropyParams& p, int64_t row, int64_t count, const Acc<T>* m, const Acc<T>* sum,
+                        const Acc<T>* others, const Acc<T>* term, const Acc<T>* own, const Acc<T>* mass, Acc<T>* scale,
+                        Acc<T>* of_own, Acc<T>* target = nullptr) {
+  using A = Acc<T>;
   using V = Vec<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
-  if (p.grad_lse != nullptr || p.z_loss_weight != 0) {
-    for (int64_t i = 0; i < count; ++i) {
-      const double s = sum[i], lse = p.z_loss_weight == 0 ? 0 : (m[i] + std::log2(s)) * kLn2<A>;
-      const GradFactors f = grad_factors<A>(p, row + i, lse, mass[i]);
-      const double target = weight[i] * f.target;
-      const double softmax = f.softmax != 0 ? f.softmax : 1e-30 * target;  // the two may cancel
-      scale[i] = A(softmax / s);
-      shift[i] = A(softmax == target ? s : target / softmax * s);
-      if (of_target != nullptr) of_target[i] = A(f.target);
-    }
-    return;
-  }
-  const bool is_dense = p.grad_output_stride != 0;
-  V target = splat<V>(is_dense ? A(0) : A(grad_factors<A>(p, row, 0, 0).target));
+  const bool has_lse = p.grad_lse != nullptr || p.z_loss_weight != 0, by_rows = has_lse || p.grad_output_stride != 0;
+  V t = splat<V>(by_rows ? A(0) : A(grad_factors<A>(p, row, 0).target)), lse = {};
   for (int64_t j = 0; j < count; j += kLanes) {
-    for (int64_t i = 0; is_dense && i < std::min<int64_t>(kLanes, count - j); ++i)
-      target[i] = A(grad_factors<A>(p, row + j + i, 0, 0).target);
-    const V s = load(sum + j), w = load(weight + j);
-    const V all = load(mass + j) != V{} ? load(mass + j) : w * A(1e-30);  // negative weights may cancel
-    store(scale + j, all * target / s);
-    store(shift + j, all == w ? s : s * (w / all));
-    if (of_target != nullptr) store(of_target + j, target);
+    for (int64_t i = 0; by_rows && i < std::min<int64_t>(kLanes, count - j); ++i) {
+      const GradFactors f = grad_factors<A>(p, row + j + i, has_lse ? lse_of(p.transform, m[j + i], sum[j + i]) : 0);
+      t[i] = A(f.target);
+      lse[i] = A(f.lse);
+    }
+    const V s = load(sum + j), w = load(own + j);
+    const V of_others = mass != nullptr ? t * load(mass + j) + lse : lse;  // as GradFactors
+    store(scale + j, (t * w + of_others) / s);
+    store(of_own + j, of_others * (load(term + j) / s) - t * w * (load(others + j) / s));
+    if (target != nullptr) store(target + j, t);
   }
 }
 
@@ -65,15 +55,17 @@ struct ColumnTile {
   using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
   int64_t width;  // a multiple of the lanes
   std::unique_ptr<T[]> logits;  // (n, width)
-  alignas(64) A m[kColumns] = {}, sum[kColumns] = {}, weight[kColumns] = {};
-  alignas(64) A scale[kColumns] = {}, shift[kColumns] = {};  // of grad_scales
-  alignas(64) A at_target[kColumns] = {};  // the target's logit
+  alignas(64) A m[kColumns] = {}, part[kColumns] = {}, others[kColumns] = {}, sum[kColumns] = {};
+  alignas(64) A own[kColumns] = {}, at_own[kColumns] = {}, term[kColumns] = {};  // weight, z and term of the own class
+  alignas(64) A scale[kColumns] = {}, of_own[kColumns] = {};  // of grad_scales
+  alignas(64) double total[kColumns] = {};
   alignas(64) Index target[kColumns] = {};  // -1: ignored
 
+  // `copied`: whether a copy of the logits is wanted. None is larger than kTileBytes.
   ColumnTile(int64_t n, bool copied)
       : width(std::clamp<int64_t>(kColumnElements / std::max<int64_t>(n, 1), Accumulate<T>::kLanes, kColumns) /
               Accumulate<T>::kLanes * Accumulate<T>::kLanes),
-        logits(copied ? new T[n * width]() : nullptr) {}
+        logits(copied && n * width * int64_t(sizeof(T)) <= kTileBytes ? new T[n * width]() : nullptr) {}
 
   // All bits set in the lanes whose target is c, none in the others; and where the target is not ignored.
   auto is_target(int64_t j, int64_t c) const { return targets(j) == splat<decltype(targets(j))>(c); }
@@ -90,10 +82,10 @@ inline void set_targets(const CrossEntropyParams& p, int64_t row, int64_t count,
   for (int64_t i = 0; i < count; ++i) {
     const int64_t target = target_of(p, row + i);
     tile.target[i] = target == p.ignore_index ? -1 : target;
-    if (p.weight != nullptr) tile.weight[i] = target == p.ignore_index ? Acc<T>(0) : weight_of<Acc<T>>(p, target);
+    if (p.weight != nullptr) tile.own[i] = target == p.ignore_index ? Acc<T>(0) : weight_of<Acc<T>>(p, target);
   }
   for (int64_t j = 0; p.weight == nullptr && j < count; j += Accumulate<T>::kLanes)
-    store(tile.weight + j, tile.is_counted(j) ? splat<Vec<T>>(1) : Vec<T>{});
+    store(tile.own + j, tile.is_counted(j) ? splat<Vec<T>>(1) : Vec<T>{});
 }
 
 // Adds classes [c, c + kClasses) to the columns' sums, and leaves a copy of their logits for backward.
@@ -104,58 +96,68 @@ template <int kClasses, class T>
   T* copy = tile.logits.get();
   const int64_t ahead = c + 2 * kClasses <= n ? kClasses * stride : 0;  // farther than the hardware's prefetcher sees
   for (int64_t j = 0; j < count; j += kLanes) {
-    const auto target = tile.targets(j);
     const Vec<T> m = load(tile.m + j);
-    Vec<T> sum = {}, at_target = load(tile.at_target + j);
+    Vec<T> sum = {};
     for (int k = 0; k < kClasses; ++k) {
       const T* p = x + (c + k) * stride + j;
       __builtin_prefetch(p + ahead);
       const Vec<T> v = j + kLanes <= count ? load(p) : load_part(p, count - j, Acc<T>(0));
       if (copy != nullptr) store(copy + (c + k) * tile.width + j, v);
-      at_target = target == splat<decltype(+target)>(c + k) ? v : at_target;
-      sum += logits.term(v, m);
+      sum += tile.is_target(j, c + k) ? Vec<T>{} : logits.term(v, m);
     }
-    store(tile.sum + j, load(tile.sum + j) + sum);
-    store(tile.at_target + j, at_target);
+    store(tile.part + j, load(tile.part + j) + sum);
   }
 }
 
-// Σ exp2(x · L - m) of each column; false where a sum is out of range.
+// Sums the terms of each column but for its own class; false where a sum is out of range.
 template <class T>
 inline bool add_columns(const T* x, int64_t n, int64_t stride, int64_t count, const Logits<T, false>& logits,
                         ColumnTile<T>& tile) {
-  using A = Acc<T>;
-  std::fill_n(tile.sum, tile.width, A(0));
-  int64_t c = 0;
-  for (; c + kClassesAtOnce <= n; c += kClassesAtOnce)
-    add_classes<kClassesAtOnce>(x, c, n, stride, count, logits, tile);
-  for (; c < n; ++c) add_classes<1>(x, c, n, stride, count, logits, tile);
-  Vec<T> outside = {};
-  for (int64_t j = 0; j < count; j += Accumulate<T>::kLanes)
-    outside += tile.is_counted(j) & ~(load(tile.sum + j) <= kLargestSum<A>) ? splat<Vec<T>>(A(1)) : Vec<T>{};
-  return reduce_add(outside) == 0;
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  const int64_t used = (count + kLanes - 1) / kLanes * kLanes;
+  std::fill_n(tile.total, used, 0.0);
+  for (int64_t begin = 0; begin < n; begin += kColumnTerms) {
+    std::fill_n(tile.part, used, Acc<T>(0));
+    const int64_t end = std::min(begin + kColumnTerms, n);
+    int64_t c = begin;
+    for (; c + kClassesAtOnce <= end; c += kClassesAtOnce)
+      add_classes<kClassesAtOnce>(x, c, n, stride, count, logits, tile);
+    for (; c < end; ++c) add_classes<1>(x, c, n, stride, count, logits, tile);
+    for (int64_t j = 0; j < used; ++j) tile.total[j] += double(tile.part[j]);
+  }
+  bool inside = true;
+  for (int64_t j = 0; j < count; ++j) inside &= tile.total[j] <= kLargestSum || tile.target[j] < 0;
+  return inside;
 }
 
-// The reference is the first class' logit: terms need not be below 1, only far from overflow, for the precision of
-// floating point is the same everywhere. Columns where that does not hold get their maximum.
+// The reference is the larger of the first class' logit and the own one: terms need not be below 1, only far from
+// overflow, for the precision of floating point is the same everywhere. Columns where that does not hold get their
+// maximum.
 template <class T>
 inline void fwd_columns(const T* x, int64_t n, int64_t stride, int64_t count, const Logits<T, false>& logits,
                         ColumnTile<T>& tile) {
   using A = Acc<T>;
   const A low = -std::numeric_limits<A>::infinity();
-  constexpr int kLanes = Accumulate<T>::kLanes;
-  for (int64_t j = 0; j < count; j += kLanes) {
-    const Vec<T> first = n == 0 ? Vec<T>{} : j + kLanes <= count ? load(x + j) : load_part(x + j, count - j, A(0));
-    store(tile.m + j, logits.references(first));
-  }
-  if (add_columns(x, n, stride, count, logits, tile)) return;
   for (int64_t j = 0; j < count; ++j) {
-    if (tile.sum[j] <= kLargestSum<A> || tile.target[j] < 0) continue;
-    A max = low;
-    for (int64_t c = 0; c < n; ++c) max = std::max(max, load_one(x + c * stride + j));  // NaN aside
-    tile.m[j] = max == low ? A(0) : logits.reference(max);
+    if (tile.target[j] < 0) continue;
+    tile.at_own[j] = load_one(x + tile.target[j] * stride + j);
+    tile.m[j] = std::max(load_one(x + j), tile.at_own[j]);
   }
-  add_columns(x, n, stride, count, logits, tile);
+  if (!add_columns(x, n, stride, count, logits, tile)) {
+    for (int64_t j = 0; j < count; ++j) {
+      if (tile.total[j] <= kLargestSum || tile.target[j] < 0) continue;
+      A max = low;
+      for (int64_t c = 0; c < n; ++c) max = std::max(max, load_one(x + c * stride + j));  // NaN aside
+      tile.m[j] = max == low ? A(0) : max;
+    }
+    add_columns(x, n, stride, count, logits, tile);
+  }
+  for (int64_t j = 0; j < count; j += Accumulate<T>::kLanes)
+    store(tile.term + j, logits.term(load(tile.at_own + j), load(tile.m + j)));
+  for (int64_t j = 0; j < count; ++j) {
+    tile.others[j] = A(tile.total[j]);
+    tile.sum[j] = A(tile.total[j] + double(tile.term[j]));
+  }
 }
 
 // The gradient of `count` columns; x may be the tile's own copy.
@@ -166,7 +168,7 @@ template <class T>
   for (int64_t c = 0; c < n; ++c) {
     const auto value = [&](Vec<T> v, int64_t j) {
       const Vec<T> term = logits.term(v, load(tile.m + j));
-      const Vec<T> grad = (term - (tile.is_target(j, c) ? load(tile.shift + j) : Vec<T>{})) * load(tile.scale + j);
+      const Vec<T> grad = tile.is_target(j, c) ? load(tile.of_own + j) : term * load(tile.scale + j);
       return tile.is_counted(j) ? grad : Vec<T>{};  // 0 even where the logits of an ignored row are not finite
     };
     const T* row = x + c * stride;
@@ -191,27 +193,35 @@ inline void fwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t co
     else store_part(to, count - j, v);
   };
   for (int64_t j = 0; j < count; j += kLanes) {
-    const Vec<T> m = load(tile.m + j), sum = load(tile.sum + j);
-    const Vec<T> loss = losses_of<T>(p, m, sum, logits.exponent(load(tile.at_target + j), m), load(tile.weight + j));
+    const Vec<T> m = load(tile.m + j), others = load(tile.others + j);
+    const Vec<T> term = load(tile.term + j), z = load(tile.at_own + j);
+    const Vec<T> loss = losses_of<T>(p, m, others, term, z, load(tile.own + j));
     put(p.row_m, j, m);
-    put(p.row_sum, j, sum);
+    put(p.row_sum, j, load(tile.sum + j));
+    put(p.row_others, j, others);
     put(p.row_loss, j, tile.is_counted(j) ? loss : Vec<T>{});
   }
 }
 
-template <class T>
+template <class T, bool kForward>
 inline void bwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t count, const Logits<T, false>& logits,
                             ColumnTile<T>& tile) {
   using A = Acc<T>;
   const bool copied = tile.logits != nullptr;
-  const T* x = copied ? tile.logits.get() : static_cast<const T*>(p.input) + row_offset(p.rows, row);
-  if (!copied) {  // else forward has just left them there
+  const T* input = static_cast<const T*>(p.input) + row_offset(p.rows, row);
+  if (!kForward) {  // else forward has just left them there
     std::memcpy(tile.m, static_cast<const A*>(p.row_m) + row, count * sizeof(A));
     std::memcpy(tile.sum, static_cast<const A*>(p.row_sum) + row, count * sizeof(A));
+    std::memcpy(tile.others, static_cast<const A*>(p.row_others) + row, count * sizeof(A));
+    for (int64_t j = 0; j < count; ++j)
+      if (tile.target[j] >= 0) tile.at_own[j] = load_one(input + tile.target[j] * p.rows.stride_n + j);
+    for (int64_t j = 0; j < count; j += Accumulate<T>::kLanes)
+      store(tile.term + j, logits.term(load(tile.at_own + j), load(tile.m + j)));
   }
-  grad_scales<T>(p, row, count, tile.m, tile.sum, tile.weight, tile.weight, tile.scale, tile.shift, nullptr);
-  bwd_columns(x, copied ? tile.width : p.rows.stride_n, static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row),
-              p.grad_rows.stride_n, p.rows.n, count, logits, tile);
+  grad_scales<T>(p, row, count, tile.m, tile.sum, tile.others, tile.term, tile.own, nullptr, tile.scale, tile.of_own);
+  bwd_columns(copied ? tile.logits.get() : input, copied ? tile.width : p.rows.stride_n,
+              static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row), p.grad_rows.stride_n, p.rows.n, count,
+              logits, tile);
 }
 
 template <class T, bool kForward, bool kBackward>
@@ -222,6 +232,6 @@ void rows_of_columns(const CrossEntropyParams& p, int64_t begin, int64_t end) {
     count = std::min<int64_t>({tile.width, end - row, p.rows.inner - row % p.rows.inner});
     set_targets(p, row, count, tile);
     if (kForward) fwd_column_rows(p, row, count, logits, tile);
-    if (kBackward) bwd_column_rows(p, row, count, logits, tile);
+    if (kBackward) bwd_column_rows<T, kForward>(p, row, count, logits, tile);
   }
 }

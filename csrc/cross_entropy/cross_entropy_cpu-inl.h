@@ -1,17 +1,15 @@
 // Cross-entropy rows on the CPU. [per ISA]
 //
-// Forward reads each logit once; backward reads it once more and writes the gradient once. Where the incoming gradient
-// is known beforehand both happen row by row: the second reading is from cache, of the logits or, in rows of up to
-// kKept, of the terms of the sum. Log-probabilities are never stored.
-// A target that has nearly all of the probability is compared with the sum in the same arithmetic that built the sum,
-// so that a loss and a gradient that must be 0 are 0.
+// Forward reads each logit once; backward reads it once more and writes the gradient once. Where grad_output is known
+// beforehand both happen row by row: the second reading is from cache, of the logits or, in rows of up to kKept, of the
+// terms of the sum. Log-probabilities are never stored.
 #include "common/cpu/exp_sum-inl.h"
 #include "common/cpu/tile-inl.h"
 #include "cross_entropy/cross_entropy_columns-inl.h"
 
 constexpr int64_t kKept = 64 * kBlock;  // elements of a row whose terms are kept: 1 MiB a thread, of fp64 2 MiB
 
-// The weights t of all classes but for the target's own: smoothing · w / C, and probabilities.
+// The weights t that every class has: smoothing · w / C, and of probabilities all. A target's class has weight_of more.
 template <class T>
 struct Coefficients {
   using A = Acc<T>;
@@ -32,8 +30,9 @@ struct Coefficients {
     if (weight != nullptr) c.weight += begin;
     return c;
   }
-  A at(int64_t i) const {  // beside probabilities there is no target
-    return even * (weight != nullptr ? weight[i] : A(1));
+  A at(int64_t i) const {
+    const A t = probabilities == nullptr ? even : keep * load_one(probabilities + i) + even;
+    return t * (weight != nullptr ? weight[i] : A(1));
   }
   Vec<T> operator()(int64_t i, int64_t count) const {
     const bool whole = count == Accumulate<T>::kLanes;
@@ -45,32 +44,46 @@ struct Coefficients {
   }
 };
 
+// The own class of a row (cross_entropy.h); -1: none. Probabilities are contiguous.
+template <class T>
+inline int64_t own_class(const CrossEntropyParams& p, int64_t row) {
+  const int64_t target = target_of(p, row);
+  if (p.probabilities == nullptr) return is_counted(p, target) ? target : -1;
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  const T* q = static_cast<const T*>(p.probabilities) + row_offset(p.probabilities_rows, row);
+  const int64_t n = p.rows.n;
+  int64_t i = 0;
+  while (i + kLanes <= n && mask_above(load(q + i), Acc<T>(0.5)) == 0) i += kLanes;
+  while (i < n && !(load_one(q + i) > Acc<T>(0.5))) ++i;
+  return i < n ? i : -1;
+}
+
 // What backward needs to know of a row.
 template <class A>
 struct RowGrad {
-  A m, sum, weight;  // weight: of the target
+  A m, sum, others, mass, own;  // mass: of the other classes; own: the own class' weight
   GradFactors factors;
-  RowGrad(const CrossEntropyParams& p, int64_t row, int64_t target)
+  RowGrad(const CrossEntropyParams& p, int64_t row, A own)
       : m(static_cast<const A*>(p.row_m)[row]),
         sum(static_cast<const A*>(p.row_sum)[row]),
-        weight(weight_of<A>(p, target)) {
-    const double lse = p.z_loss_weight == 0 ? 0 : (double(m) + std::log2(double(sum))) * kLn2<A>;
-    factors = grad_factors<A>(p, row, lse, p.row_mass != nullptr ? static_cast<const A*>(p.row_mass)[row] : weight);
-  }
-  A scale() const { return A(factors.softmax / double(sum)); }
-  A at_target(double term, double coefficient) const {
-    return A(factors.softmax * (term / double(sum)) - (double(weight) + coefficient) * factors.target);
+        others(static_cast<const A*>(p.row_others)[row]),
+        mass(p.row_mass != nullptr ? static_cast<const A*>(p.row_mass)[row] : A(0)),
+        own(own),
+        factors(grad_factors<A>(p, row, p.z_loss_weight == 0 ? 0 : lse_of(p.transform, m, sum))) {}
+  A scale() const { return A(factors.level(own, mass) / double(sum)); }
+  A at_own(double term) const {
+    return A(factors.at_own(own, mass, term / double(sum), double(others) / double(sum)));
   }
 };
 
 // The gradient of elements [begin, end) of a row: from x, or from the terms that forward kept.
 template <bool kFromKept = false, class T, class L>
-[[gnu::flatten]] inline void grad_row(const T* x, T* g, int64_t begin, int64_t end, int64_t target,
+[[gnu::flatten]] inline void grad_row(const T* x, T* g, int64_t begin, int64_t end, int64_t own,
                                       const RowGrad<Acc<T>>& row, const L& logits, const Acc<T>* kept = nullptr) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
-  const bool mine = target >= begin && target < end;
-  const A at_target = mine ? row.at_target(logits.term_of(x + target, row.m), 0) : A(0);  // g may be x
+  const bool mine = own >= begin && own < end;
+  const A at_own = mine ? row.at_own(logits.term_of(logits.z_of(x + own), row.m)) : A(0);  // g may be x
   const Vec<T> m = splat<Vec<T>>(row.m), scale = splat<Vec<T>>(row.scale());
   int64_t i = begin;
   for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
@@ -84,92 +97,102 @@ template <bool kFromKept = false, class T, class L>
     if (whole) store(g + i, grad);
     else store_part(g + i, end - i, grad);
   }
-  if (mine) store_one(g + target, at_target);
+  if (mine) store_one(g + own, at_own);
 }
 
 // The same with softcap or coefficients.
 template <class T, class L>
-[[gnu::flatten]] inline void grad_row_general(const T* x, T* g, int64_t begin, int64_t end, int64_t target,
+[[gnu::flatten]] inline void grad_row_general(const T* x, T* g, int64_t begin, int64_t end, int64_t own,
                                               const RowGrad<Acc<T>>& row, const L& logits,
                                               const Coefficients<T>& coefficients) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const Vec<T> m = splat<Vec<T>>(row.m), scale = splat<Vec<T>>(row.scale()), one = splat<Vec<T>>(A(1));
   const A b = A(row.factors.target);
-  const auto slope = [&](Vec<T> capped) { return logits.capped ? one - capped * capped : one; };
-  A at_target = 0;
-  if (target >= begin && target < end) {
-    const Vec<T> capped = logits.cap(splat<Vec<T>>(load_one(x + target)));
-    at_target = row.at_target(logits.term(capped, m)[0], coefficients.at(target)) * slope(capped)[0];
+  const auto slope = [&](Vec<T> z) { return logits.capped ? one - z * z : one; };
+  const bool mine = own >= begin && own < end;
+  A at_own = 0;
+  if (mine) {
+    const A z = logits.z_of(x + own);
+    at_own = row.at_own(logits.term_of(z, row.m)) * slope(splat<Vec<T>>(z))[0];
   }
   const auto grad = [&](Vec<T> v, Vec<T> t) {
-    const Vec<T> capped = logits.cap(v);
-    return multiply_subtract(logits.term(capped, m), scale, t * b) * slope(capped);  // the same bits in every caller
+    const Vec<T> z = logits.cap(v);
+    return multiply_subtract(logits.term(z, m), scale, t * b) * slope(z);  // the same bits in every caller
   };
   int64_t i = begin;
   for (; i + kLanes <= end; i += kLanes) store(g + i, grad(load(x + i), coefficients(i, kLanes)));
   if (i < end) store_part(g + i, end - i, grad(load_part(x + i, end - i, A(0)), coefficients(i, end - i)));
-  if (target >= begin && target < end) store_one(g + target, at_target);
+  if (mine) store_one(g + own, at_own);
 }
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
 // kGeneral: with softcap or coefficients of all classes.
 
+// Completes the sums of a row that is counted; of one that is not they are nothing. Returns the whole sum.
 template <class T, class L>
-inline void finish_row_general(const CrossEntropyParams& p, int64_t row, const BlockSum& s, const T* x,
-                               const L& logits) {
+inline double finish_row_general(const CrossEntropyParams& p, int64_t row, const BlockSum& s, const T* x,
+                                 const L& logits) {
   using A = Acc<T>;
   const A m = A(s.m);
-  const int64_t target = target_of(p, row);
-  double loss = 0, mass = 0;
-  if (is_counted(p, target)) {
-    const double log2_sum = std::log2(s.sum), w = weight_of<A>(p, target);
-    mass = w + s.mass;
-    if (p.target != nullptr) {
-      const double term = logits.term_of(x + target, m);
-      // A probability next to 1 may be rounded above it.
-      const double l = term > 0.25 * s.sum ? std::log2(s.sum / term) : log2_sum - logits.exponent_of(x + target, m)[0];
-      loss = w * (l < 0 ? 0 : l);
+  double loss = 0, sum = s.sum, mass = 0;
+  if (is_counted(p, target_of(p, row))) {
+    const int64_t own = own_class<T>(p, row);
+    double of_own = 0;
+    if (own >= 0) {
+      const A z = logits.z_of(x + own);
+      const double term = logits.term_of(z, m);
+      sum += term;
+      of_own = double(weight_of<A>(p, target_of(p, row)) + Coefficients<T>(p, row).at(own)) *
+               negative_log(term, s.sum, s.m - double(z), logits.slope);
     }
-    if (p.row_mass != nullptr) loss += s.mass * log2_sum - s.linear;
-    loss *= kLn2<A>;
+    const double log_sum = std::log(sum);
+    loss = of_own;
+    mass = s.mass;
+    if (p.row_mass != nullptr) loss += mass * log_sum - s.linear * logits.slope;
     if (p.z_loss_weight != 0 && p.reduction == Reduction::kNone) {
-      const double lse = (s.m + log2_sum) * kLn2<A>;
+      const double lse = s.m * logits.slope + log_sum;
       loss += p.z_loss_weight * lse * lse;
     }
   }
   static_cast<A*>(p.row_m)[row] = m;
-  static_cast<A*>(p.row_sum)[row] = A(s.sum);
+  static_cast<A*>(p.row_sum)[row] = A(sum);
+  static_cast<A*>(p.row_others)[row] = A(s.sum);
   if (p.row_mass != nullptr) static_cast<A*>(p.row_mass)[row] = A(mass);
   static_cast<A*>(p.row_loss)[row] = A(loss);
+  return sum;
 }
 
-// Neighbouring rows without options, whose losses are computed together.
+// Consecutive rows without options, whose losses are computed together.
 template <class T>
 struct RowLosses {
   using A = Acc<T>;
   static constexpr int kRows = Accumulate<T>::kLanes;
   int64_t first, count = 0;
-  alignas(64) A m[kRows] = {}, sum[kRows] = {}, weight[kRows] = {}, at_target[kRows] = {}, counted[kRows] = {};
+  alignas(64) A m[kRows] = {}, others[kRows] = {}, weight[kRows] = {}, at_own[kRows] = {}, counted[kRows] = {};
 
   template <class L>
-  void add(const CrossEntropyParams& p, int64_t row, const BlockSum& s, const T* x, const L& logits) {
+  double add(const CrossEntropyParams& p, int64_t row, const BlockSum& s, const T* x, const L& logits) {
     if (count == 0) first = row;
     const int64_t target = target_of(p, row);
+    double sum = s.sum;
     counted[count] = p.target != nullptr && is_counted(p, target);  // no target: no classes, either
     if (counted[count] != 0) {
-      at_target[count] = load_one(x + target);  // before its gradient takes its place
+      at_own[count] = load_one(x + target);  // before its gradient takes its place
       weight[count] = weight_of<A>(p, target);
+      sum += double(logits.term_of(at_own[count], A(s.m)));
     }
     static_cast<A*>(p.row_m)[row] = m[count] = A(s.m);
-    static_cast<A*>(p.row_sum)[row] = sum[count] = A(s.sum);
+    static_cast<A*>(p.row_others)[row] = others[count] = A(s.sum);
+    static_cast<A*>(p.row_sum)[row] = A(sum);
     if (++count == kRows) finish(p, logits);
+    return sum;
   }
 
   template <class L>
   void finish(const CrossEntropyParams& p, const L& logits) {
-    const Vec<T> t = logits.exponent(load(at_target), load(m));
-    const Vec<T> loss = losses_of<T>(p, load(m), load(sum), t, load(weight));
+    const Vec<T> z = load(at_own), term = logits.term(z, load(m));
+    const Vec<T> loss = losses_of<T>(p, load(m), load(others), term, z, load(weight));
     store_part(static_cast<A*>(p.row_loss) + first, count, load(counted) > Vec<T>{} ? loss : Vec<T>{});
     count = 0;
   }
@@ -178,21 +201,27 @@ struct RowLosses {
 template <class T, bool kGeneral, bool kFromKept = false, class L>
 inline void finish_row_grad(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end, const L& logits,
                             const Acc<T>* kept = nullptr) {
+  using A = Acc<T>;
   const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
   T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
   const int64_t target = target_of(p, row);
   if (!is_counted(p, target)) return std::fill(g + begin, g + end, T{}), void();
-  const RowGrad<Acc<T>> r(p, row, target);
-  if constexpr (kGeneral) grad_row_general(x, g, begin, end, target, r, logits, Coefficients<T>(p, row));
-  else grad_row<kFromKept>(x, g, begin, end, target, r, logits, kept);
+  if constexpr (kGeneral) {
+    const Coefficients<T> coefficients(p, row);
+    const int64_t own = own_class<T>(p, row);
+    const A of_own = own < 0 ? A(0) : weight_of<A>(p, target) + coefficients.at(own);
+    grad_row_general(x, g, begin, end, own, RowGrad<A>(p, row, of_own), logits, coefficients);
+  } else {
+    grad_row<kFromKept>(x, g, begin, end, target, RowGrad<A>(p, row, weight_of<A>(p, target)), logits, kept);
+  }
 }
 
 template <bool kGeneral, class T, class L>
-inline BlockSum row_block_sum(const CrossEntropyParams& p, int64_t row, const T* x, int64_t block, Acc<T> reference,
-                              const L& logits) {
+inline BlockSum row_block_sum(const CrossEntropyParams& p, int64_t row, const T* x, int64_t block, int64_t own,
+                              Acc<T> reference, const L& logits) {
   const int64_t begin = block * kBlock, n = std::min(kBlock, p.rows.n - begin);
-  if constexpr (!kGeneral) return block_exp_sum(x + begin, n, reference, logits);
-  return block_linear_sum(x + begin, n, reference, logits, Coefficients<T>(p, row).from(begin));
+  if constexpr (!kGeneral) return block_exp_sum(x + begin, n, own - begin, reference, logits);
+  return block_linear_sum(x + begin, n, own - begin, reference, logits, Coefficients<T>(p, row).from(begin));
 }
 
 // The first of the largest elements, or of the NaN if there are any.
@@ -231,12 +260,13 @@ void contiguous_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
     const bool counted = is_counted(p, target_of(p, row));
     if constexpr (kForward && kBackward && !kGeneral) {
       if (counted && keeps) {
-        const Acc<T> reference = row_reference(x, n, logits);
+        const int64_t own = target_of(p, row);
+        const Acc<T> reference = row_reference(x, n, own, logits);
         BlockSum s = kNothing, sums[kKept / kBlock];
         for (int64_t b = 0; b * kBlock < n; ++b) {
           const int64_t i = b * kBlock;
-          sums[b] = block_exp_sum<true>(x + i, std::min(kBlock, n - i), reference, logits, kept + i);
-          s = join(s, sums[b]);
+          sums[b] = block_exp_sum<true>(x + i, std::min(kBlock, n - i), own - i, reference, logits, kept + i);
+          s = logits.join(s, sums[b]);
         }
         losses.add(p, row, s, x, logits);
         for (int64_t b = 0; b * kBlock < n; ++b) {
@@ -251,22 +281,24 @@ void contiguous_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
     if (kForward) {
       BlockSum s = kNothing;
       if (counted && n > 0) {
-        const Acc<T> reference = row_reference(x, n, logits);
-        s = row_block_sum<kGeneral>(p, row, x, 0, reference, logits);
-        for (int64_t b = 1; b * kBlock < n; ++b) s = join(s, row_block_sum<kGeneral>(p, row, x, b, reference, logits));
+        const int64_t own = own_class<T>(p, row);
+        const Acc<T> reference = row_reference(x, n, own, logits);
+        for (int64_t b = 0; b * kBlock < n; ++b)
+          s = logits.join(s, row_block_sum<kGeneral>(p, row, x, b, own, reference, logits));
       }
-      if constexpr (kGeneral) finish_row_general(p, row, s, x, logits);
-      else losses.add(p, row, s, x, logits);
-      if (p.predictions != nullptr) p.predictions[row] = counted ? row_argmax(x, n, s.sum != s.sum) : p.ignore_index;
+      double sum;
+      if constexpr (kGeneral) sum = finish_row_general(p, row, s, x, logits);
+      else sum = losses.add(p, row, s, x, logits);
+      if (p.predictions != nullptr) p.predictions[row] = counted ? row_argmax(x, n, sum != sum) : p.ignore_index;
     }
     if (kBackward) finish_row_grad<T, kGeneral>(p, row, 0, n, logits);
   }
   if (losses.count > 0) losses.finish(p, logits);
 }
 
-// Rows whose classes are neighbours in memory.
+// Rows whose classes are contiguous.
 template <class T, bool kForward, bool kBackward>
-void rows_of_neighbours(const CrossEntropyParams& p, int64_t begin, int64_t end) {
+void rows_of_contiguous(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   if (is_few(p)) {
     return p.is_general() ? rows_of_few_classes<T, kForward, kBackward, true>(p, begin, end)
                           : rows_of_few_classes<T, kForward, kBackward, false>(p, begin, end);
@@ -280,7 +312,7 @@ void rows_of_neighbours(const CrossEntropyParams& p, int64_t begin, int64_t end)
 template <class T, bool kForward, bool kBackward>
 void rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   if (p.rows.stride_n == 1 && (!kBackward || p.grad_rows.stride_n == 1))
-    return rows_of_neighbours<T, kForward, kBackward>(p, begin, end);
+    return rows_of_contiguous<T, kForward, kBackward>(p, begin, end);
   if (p.predictions != nullptr) return rows_by_tiles<T, kForward, kBackward>(p, begin, end);
   if (is_few(p) && p.is_general()) return rows_of_few_classes<T, kForward, kBackward, true>(p, begin, end);
   if (is_few(p) && p.image > 1 && p.image < kShortRun)
@@ -293,16 +325,17 @@ template <class T, bool kGeneral>
 void block_sums(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end, BlockSum* sums) {
   const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
   const Logits<T, kGeneral> logits(p.transform);
-  const Acc<T> reference = row_reference(x, p.rows.n, logits);
-  for (int64_t b = begin; b < end; ++b) sums[b] = row_block_sum<kGeneral>(p, row, x, b, reference, logits);
+  const int64_t own = own_class<T>(p, row);
+  const Acc<T> reference = row_reference(x, p.rows.n, own, logits);
+  for (int64_t b = begin; b < end; ++b) sums[b] = row_block_sum<kGeneral>(p, row, x, b, own, reference, logits);
 }
 
 template <class T, bool kGeneral>
 void finish_blocks(const CrossEntropyParams& p, int64_t row, const BlockSum* sums) {
-  BlockSum s = kNothing;
-  for (int64_t b = 0; b * kBlock < p.rows.n; ++b) s = join(s, sums[b]);
   const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
   const Logits<T, kGeneral> logits(p.transform);
+  BlockSum s = kNothing;
+  for (int64_t b = 0; b * kBlock < p.rows.n; ++b) s = logits.join(s, sums[b]);
   if constexpr (kGeneral) {
     finish_row_general(p, row, s, x, logits);
   } else {

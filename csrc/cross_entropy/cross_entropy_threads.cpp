@@ -94,7 +94,7 @@ void reduce_loss(const CrossEntropyParams& p) {
                double squares = 0;
                for (int64_t row = begin; row < end; ++row) {
                  if (!is_counted(p, target_of(p, row))) continue;
-                 const double lse = lse_of(m[row], s[row]);
+                 const double lse = lse_of(p.transform, m[row], s[row]);
                  squares += lse * lse;
                }
                return squares;

@@ -12,27 +12,33 @@
 #include "entmax/sparsemax_newton-inl.h"
 #include "entmax/sparsemax_short-inl.h"
 
-constexpr int64_t kPart = 256;  // elements that are looked through together; each lane has the largest of its own
-
-// Elements of a row that may be in the support, with room for a vector behind them, and the maxima of all parts.
+// Elements of a row that may be in the support, at most kMost, with room for a vector after them; and the maxima of all
+// parts of the row. Elements of a part are looked through together; each lane has the largest of its own.
+constexpr int64_t kPart = 256, kMostParts = 4096;
 template <class A>
 struct Candidates {
+  static constexpr int64_t kMost = 65536;
+  int64_t part, room;  // elements of a part; candidates that fit, besides those of a part
   std::unique_ptr<A[]> values, maxima;
   std::unique_ptr<uint32_t[]> indices;
   explicit Candidates(int64_t n)
-      : values(new A[n + kFloats]), maxima(new A[(n / kPart + 1) * kFloats]), indices(new uint32_t[n + kFloats]) {}
+      : part(kPart * std::max<int64_t>(1, (n + kPart * kMostParts - 1) / (kPart * kMostParts))),
+        room(std::min(n, kMost)),
+        values(new A[room + part + kFloats]),
+        maxima(new A[(n / part + 1) * kFloats]),
+        indices(new uint32_t[room + part + kFloats]) {}
 };
 
 // Reads a row once: the largest element of each lane of each part, NaN aside, and the sum, NaN if there is one.
 // Meanwhile y gets the zeros that most of it will be: reading and writing at once are faster than one after the other.
 template <class T>
-inline Acc<T> read_and_zero(const T* x, T* y, int64_t n, Acc<T>* maxima) {
+inline Acc<T> read_and_zero(const T* x, T* y, int64_t n, int64_t part, Acc<T>* maxima) {
   using V = Vec<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const V low = splat<V>(-std::numeric_limits<Acc<T>>::infinity());
   V sum = {};
-  for (int64_t begin = 0; begin < n; begin += kPart, maxima += kLanes) {
-    const int64_t end = std::min(begin + kPart, n);
+  for (int64_t begin = 0; begin < n; begin += part, maxima += kLanes) {
+    const int64_t end = std::min(begin + part, n);
     V m[4] = {low, low, low, low}, s[4] = {};
     int64_t i = begin;
     for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
@@ -62,23 +68,24 @@ template <class T>
 inline void long_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& c) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
-  const A sum = read_and_zero(x, y, n, c.maxima.get());
-  const int64_t parts = (n + kPart - 1) / kPart * kLanes;
+  const A sum = read_and_zero(x, y, n, c.part, c.maxima.get());
+  const int64_t parts = (n + c.part - 1) / c.part * kLanes;
   const A max = block_max(c.maxima.get(), parts);
   if (max == -std::numeric_limits<A>::infinity() && sum == sum) return;
   // tau of the maxima is a lower bound, and a close one; it need not be exact.
   const Excess e = newton(c.maxima.get(), parts, max, -1, /*tolerance=*/0.1);
-  if (e.count > parts - parts / 16 || sum != sum || n > std::numeric_limits<uint32_t>::max()) {
+  const auto as_flat = [&] {
     FlatRow<T> row{x, y, max, e.step()};
     flat_rows(&row, 1, n);
-    return;
-  }
+  };
+  if (e.count > parts - parts / 16 || sum != sum || n > std::numeric_limits<uint32_t>::max()) return as_flat();
   A bound = A(double(max) + e.step());
   bound -= std::abs(bound) * std::numeric_limits<A>::epsilon();  // rounding costs a candidate too many, not one too few
   int64_t count = 0;
-  for (int64_t begin = 0, part = 0; begin < n; begin += kPart, part += kLanes) {
-    if (mask_above(load(&c.maxima[part]), bound) == 0) continue;
-    count += collect_above(x, begin, std::min(begin + kPart, n), bound, &c.values[count], &c.indices[count]);
+  for (int64_t begin = 0, lanes = 0; begin < n; begin += c.part, lanes += kLanes) {
+    if (mask_above(load(&c.maxima[lanes]), bound) == 0) continue;
+    if (count > c.room) return as_flat();
+    count += collect_above(x, begin, std::min(begin + c.part, n), bound, &c.values[count], &c.indices[count]);
   }
   store(&c.values[count], splat<Vec<A>>(-std::numeric_limits<A>::infinity()));  // whole vectors
   const int64_t filled = (count + kLanes - 1) / kLanes * kLanes;
@@ -104,7 +111,7 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candida
   double total = 0, support = 0;
   if (n > kBlock && n <= std::numeric_limits<uint32_t>::max()) {
     int64_t begin = 0, count = 0;
-    for (; begin < n && count <= kBlock / 4 + begin / 64; begin += kPart) {
+    for (; begin < n && count <= std::min(c.room, kBlock / 4 + begin / 64); begin += kPart) {
       const int64_t end = std::min(begin + kPart, n);
       const int64_t found = collect_above(p, begin, end, A(0), &c.values[count], &c.indices[count]);
       double sum = 0;  // of a part: thousands of equal terms would round alike
@@ -167,7 +174,7 @@ void fwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
     return sparsemax_rows<T>(x, y, begin, end, n, candidates);
   }
   const int64_t most = std::min(p.rows.inner, end - begin);
-  const Tile<T> from(n, most), to(n, most);
+  const Tile<T> from(n, most, 2), to(n, most, 2);
   for (int64_t row = begin, count; row < end; row += count) {
     count = std::min<int64_t>({from.rows, end - row, p.rows.inner - row % p.rows.inner});
     from.gather(input + row_offset(p.rows, row), p.rows, count);
@@ -191,7 +198,7 @@ void bwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
     return;
   }
   const int64_t most = std::min(p.output_rows.inner, end - begin);
-  const Tile<T> probabilities(n, most), gradients(n, most), results(n, most);
+  const Tile<T> probabilities(n, most, 3), gradients(n, most, 3), results(n, most, 3);
   for (int64_t row = begin, count; row < end; row += count) {
     count = std::min<int64_t>({results.rows, end - row, p.output_rows.inner - row % p.output_rows.inner});
     probabilities.gather(output + row_offset(p.output_rows, row), p.output_rows, count);

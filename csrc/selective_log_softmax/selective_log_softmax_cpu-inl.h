@@ -1,12 +1,13 @@
 // Rows of selective log-softmax on the CPU. [per ISA]
 //
-// Forward reads each logit once from memory, backward once more. A class that has nearly all of the probability is
-// compared with the sum in the arithmetic that built the sum: a log-probability that must be 0 is 0, none is positive.
+// Forward reads each logit once from memory, backward once more. The own class of a row (exp_sum-inl.h) is the one that
+// index names first, or another one that it names and that has more than half of the probability: then the row is summed
+// once more, from cache. So a log-probability next to 0 has all its digits, and one that must be 0 is 0.
 // The entropy is Σ p (log p[largest] - log p) - log p[largest], two sums of terms that are not negative: of a row with
 // one possible class it is exactly 0. So a block's largest logit is looked for first, while the block comes into L1.
 #include "common/cpu/exp_sum-inl.h"
 
-// Part of a row: BlockSum's m and sum, t of the largest logit, and Σ 2^t (t - largest).
+// Part of a row: BlockSum's m and sum, t of the largest logit, and Σ 2^t (t - largest), with t = (z - m) · scale.
 struct EntropySum {
   double m = -std::numeric_limits<double>::infinity();
   double sum = 0;
@@ -14,18 +15,25 @@ struct EntropySum {
   double linear = 0;
 };
 
-inline EntropySum join(EntropySum a, EntropySum b) {
-  if (a.sum == 0 || (b.sum != 0 && b.m + b.largest > a.m + a.largest)) std::swap(a, b);
-  if (b.sum == 0) return a;
-  const double scale = std::exp2(b.m - a.m);
-  a.linear += scale * (b.linear + b.sum * ((b.m - a.m) + (b.largest - a.largest)));
-  a.sum += scale * b.sum;
+inline EntropySum join(EntropySum a, EntropySum b, double scale) {
+  const auto is_lower = [&](const EntropySum& l, const EntropySum& r) {
+    return (l.m == r.m ? 0 : (l.m - r.m) * scale) + l.largest < r.largest;
+  };
+  if (a.m == -std::numeric_limits<double>::infinity() || is_lower(a, b)) std::swap(a, b);
+  if (b.m == -std::numeric_limits<double>::infinity()) return a;
+  const double down = a.m == b.m ? 0 : (b.m - a.m) * scale, factor = std::exp2(down);
+  if (b.linear != 0) a.linear += factor * b.linear;
+  if (b.sum != 0) {
+    a.linear += factor * b.sum * (down + (b.largest - a.largest));
+    a.sum += factor * b.sum;
+  }
   return a;
 }
 
 // In the order of block_sum, so that the sum has the same bits with and without entropy.
 template <bool kEntropy, bool kCapped, class T>
-[[gnu::flatten]] inline EntropySum block_sums(const T* x, int64_t n, Acc<T> row_reference, const Logits<T>& logits) {
+[[gnu::flatten]] inline EntropySum block_sums(const T* x, int64_t n, int64_t own, Acc<T> row_reference,
+                                              const Logits<T>& logits) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   EntropySum result;
@@ -41,21 +49,26 @@ template <bool kEntropy, bool kCapped, class T>
       sum += term;
       if (kEntropy) linear += term * (t - largest);
     };
-    const auto add2 = [&](int64_t i, Vec<T>& a, Vec<T>& b, Vec<T>& c, Vec<T>& d) {
-      const Pair<Vec<T>> v = load2(x + i);
+    const auto add2 = [&](const T* p, Vec<T>& a, Vec<T>& b, Vec<T>& c, Vec<T>& d) {
+      const Pair<Vec<T>> v = load2(p);
       add(v.a, a, c, kLanes);
       add(v.b, b, d, kLanes);
     };
-    int64_t i = 0;
-    for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-      add2(i, s0, s1, l0, l1);
-      add2(i + 2 * kLanes, s2, s3, l2, l3);
-    }
-    if (i + 2 * kLanes <= n) add2(i, s0, s1, l0, l1), i += 2 * kLanes;
-    for (; i < n; i += kLanes) {
-      const int64_t count = std::min<int64_t>(kLanes, n - i);
-      add(count == kLanes ? load(x + i) : load_part(x + i, count, -std::numeric_limits<A>::infinity()), s0, l0, count);
-    }
+    for_groups<4 * kLanes>(
+        x, n, own,
+        [&](const T* p, int64_t) {
+          add2(p, s0, s1, l0, l1);
+          add2(p + 2 * kLanes, s2, s3, l2, l3);
+        },
+        [&](const T* p, int64_t, int64_t count) {
+          int64_t k = 0;
+          if (2 * kLanes <= count) add2(p, s0, s1, l0, l1), k = 2 * kLanes;
+          for (; k < count; k += kLanes) {
+            const int64_t lanes = std::min<int64_t>(kLanes, count - k);
+            add(lanes == kLanes ? load(p + k) : load_part(p + k, lanes, -std::numeric_limits<A>::infinity()), s0, l0,
+                lanes);
+          }
+        });
     result.largest = double(largest[0]);
     result.linear = double(reduce_add((l0 + l1) + (l2 + l3)));
     return BlockSum{double(m), double(reduce_add((s0 + s1) + (s2 + s3)))};
@@ -65,32 +78,50 @@ template <bool kEntropy, bool kCapped, class T>
   return result;
 }
 
-template <bool kEntropy, bool kCapped, class T>
-inline EntropySum row_sums(const T* x, int64_t n, const Logits<T>& logits) {
-  const Acc<T> reference = row_reference(x, n, logits);
-  if constexpr (!kEntropy && !kCapped) {
-    BlockSum s = kNothing;
-    for (int64_t i = 0; i < n; i += kBlock)
-      s = join(s, block_exp_sum(x + i, std::min(kBlock, n - i), reference, logits));
-    return {s.m, s.sum};
-  }
-  EntropySum s;
-  for (int64_t i = 0; i < n; i += kBlock)
-    s = join(s, block_sums<kEntropy, kCapped>(x + i, std::min(kBlock, n - i), reference, logits));
-  return s;
-}
-
+// A row's sums without its own class, and what they are with it.
 template <class T>
-inline double log_probability(const T* x, const EntropySum& s, double log2_sum, const Logits<T>& logits) {
+struct RowSums : EntropySum {
   using A = Acc<T>;
-  const double inf = std::numeric_limits<double>::infinity();
-  // Not every level has -inf come through the exponent. A sum of 0 or NaN makes it NaN.
-  if (load_one(x) == -std::numeric_limits<A>::infinity() && !logits.capped) return s.sum > 0 ? -inf : inf - inf;
-  const double term = logits.term_of(x, A(s.m));
-  // Already at 1/16: what exp2 is off by for half types is off in the sum of equal logits, too.
-  const double l = term > s.sum / 16 ? std::log2(term / s.sum) : logits.exponent_of(x, A(s.m))[0] - log2_sum;
-  return l > 0 ? 0 : l * kLn2<A>;
-}
+  int64_t own;
+  double own_term = 0, all = 0;
+
+  template <bool kEntropy, bool kCapped>
+  static RowSums of(const T* x, int64_t n, int64_t own, const Logits<T>& logits) {
+    const A reference = row_reference(x, n, own, logits);
+    const double scale = double(logits.scale[0]);
+    RowSums r;
+    if constexpr (!kEntropy && !kCapped) {
+      BlockSum s = kNothing;
+      for (int64_t i = 0; i < n; i += kBlock)
+        s = logits.join(s, block_exp_sum(x + i, std::min(kBlock, n - i), own - i, reference, logits));
+      r.m = s.m;
+      r.sum = s.sum;
+    } else {
+      EntropySum s;
+      for (int64_t i = 0; i < n; i += kBlock)
+        s = join(s, block_sums<kEntropy, kCapped>(x + i, std::min(kBlock, n - i), own - i, reference, logits), scale);
+      static_cast<EntropySum&>(r) = s;
+    }
+    r.own = own;
+    if (own >= 0) {
+      const A z = logits.z_of(x + own);
+      r.own_term = logits.term_of(z, A(r.m));
+      const double t = std::max(double(kLowestExponent<A>), (double(z) - r.m) * scale);
+      if (kEntropy) r.linear += r.own_term * (t - r.largest);
+    }
+    r.all = r.sum + r.own_term;
+    return r;
+  }
+
+  double log_probability(const T* x, int64_t c, const Logits<T>& logits) const {
+    const A z = logits.z_of(x + c);
+    const double below = m - double(z), inf = std::numeric_limits<double>::infinity();
+    if (c == own) return -negative_log(own_term, sum, below, logits.slope);
+    // A sum of NaN or 0 makes it NaN, even that of -inf.
+    const double l = below < inf ? below * logits.slope + std::log(all) : all > 0 ? inf : inf - inf;
+    return l < 0 ? 0 : -l;
+  }
+};
 
 template <bool kEntropy, bool kCapped, class T>
 void fwd_rows_of(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end) {
@@ -98,16 +129,24 @@ void fwd_rows_of(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end)
   const Logits<T> logits(p.transform);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
-    const EntropySum s = row_sums<kEntropy, kCapped>(x, p.rows.n, logits);
-    const double log2_sum = std::log2(s.sum);
+    const auto sums = [&](int64_t own) {
+      return RowSums<T>::template of<kEntropy, kCapped>(x, p.rows.n, own, logits);
+    };
+    RowSums<T> s = sums(p.k > 0 ? index_of(p, row, 0) : -1);
+    for (int64_t k = 1; k < p.k && !(s.own_term > s.all / 2); ++k) {
+      const int64_t c = index_of(p, row, k);
+      if (c != s.own && logits.term_of(logits.z_of(x + c), A(s.m)) > s.all / 2) s = sums(c);
+    }
     A* logp = static_cast<A*>(p.logp) + row * p.k;
-    for (int64_t k = 0; k < p.k; ++k) logp[k] = A(log_probability(x + index_of(p, row, k), s, log2_sum, logits));
+    for (int64_t k = 0; k < p.k; ++k) logp[k] = A(s.log_probability(x, index_of(p, row, k), logits));
     static_cast<A*>(p.row_m)[row] = A(s.m);
-    static_cast<A*>(p.row_sum)[row] = A(s.sum);
+    static_cast<A*>(p.row_sum)[row] = A(s.all);
+    static_cast<A*>(p.row_others)[row] = A(s.sum);
     if (!kEntropy) continue;
-    const double largest_term = exp2<T>(splat<Vec<T>>(A(s.largest)))[0];
-    static_cast<A*>(p.entropy)[row] = A((std::log2(s.sum / largest_term) - s.linear / s.sum) * kLn2<A>);
-    static_cast<A*>(p.row_mean)[row] = A(s.largest + s.linear / s.sum);
+    const double largest_term = exp2<T>(splat<Vec<T>>(A(s.largest)))[0], mean = s.linear / s.all;
+    const double log_largest = s.own_term == largest_term ? std::log1p(s.sum / s.own_term) : std::log(s.all / largest_term);
+    static_cast<A*>(p.entropy)[row] = A(log_largest - mean * double(kLn2<A>));
+    static_cast<A*>(p.row_mean)[row] = A(s.largest + mean);
   }
 }
 
@@ -167,7 +206,7 @@ template <bool kCapped, class T>
   }
 }
 
-// A class that was asked for, and what comes into its log-probability.
+// A class that was asked for, and the gradient of its log-probability.
 struct Asked {
   int64_t index;
   double grad;
@@ -191,20 +230,20 @@ void bwd(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end) {
     if (logits.capped) grad_row_general<true>(x, g, p.rows.n, f, logits);
     else if (p.grad_entropy != nullptr) grad_row_general<false>(x, g, p.rows.n, f, logits);
     else grad_row(x, g, p.rows.n, f, logits);
-    // The same class may be asked for several times: its gradients are neighbours after sorting.
+    // The same class may be asked for several times: sorting brings its gradients together.
     const auto before = [](const Asked& a, const Asked& b) { return a.index < b.index; };
     if (count > 1) std::sort(asked.get(), asked.get() + count, before);
     for (int64_t k = 0; k < count;) {
       const int64_t c = asked[k].index;
       double grad = 0;
       for (; k < count && asked[k].index == c; ++k) grad += asked[k].grad;
-      const Vec<T> capped = logits.cap(splat<Vec<T>>(load_one(x + c)));
-      const Vec<T> t = vmax(splat<Vec<T>>(kLowestExponent<A>), logits.exponent(capped, splat<Vec<T>>(f.m)));
-      const double probability = double(exp2<T>(t)[0]) / double(f.sum), slope = f.slope * double(f.sum);
-      // Not from f.level: a p that is rounded to 1 must leave exactly nothing.
-      double of_class = (grad - probability * total) / p.transform.temperature;
-      if (p.grad_entropy != nullptr) of_class -= probability * slope * (double(t[0]) - double(f.mean));
-      store_one(g + c, A(logits.capped ? of_class * (1 - double(capped[0]) * double(capped[0])) : of_class));
+      const double z = logits.z_of(x + c), sum = f.sum;
+      const Vec<T> t = vmax(splat<Vec<T>>(kLowestExponent<A>), logits.exponent(splat<Vec<T>>(A(z)), splat<Vec<T>>(f.m)));
+      const double term = exp2<T>(t)[0], probability = term / sum;
+      const double complement = term > sum / 2 ? double(static_cast<const A*>(p.row_others)[row]) / sum : 1 - probability;
+      double of_class = (grad * complement - (total - grad) * probability) / p.transform.temperature;
+      if (p.grad_entropy != nullptr) of_class -= term * double(f.slope) * (double(t[0]) - double(f.mean));
+      store_one(g + c, A(logits.capped ? of_class * (1 - z * z) : of_class));
     }
   }
 }

@@ -1,55 +1,66 @@
 // Σ exp over rows, block by block. [per ISA]
 //
-// exp is taken in base 2 against an integer reference m, so that x · log2(e) - m is one fused multiply-add that rounds
-// only the difference, and sums with different references are joined by powers of two, without rounding. The reference
-// is ≥ the maximum of the row's first elements, and all blocks keep it without looking for their own maximum: terms may
-// well be above 1, and a block whose sum shows that it is not near the reference is added up again with its own.
+// A term is exp2((z - m) · scale) against a reference m, the z of one of the row's logits (exp_sum.h). The reference is
+// the largest of the row's first logits and of the own class, and all blocks keep it without looking for their own
+// maximum: terms may well be above 1, and a block whose sum shows that it is far from the reference is summed again
+// with its own. The own class (-1: none) is left out of every sum: what it leaves is needed exactly where its
+// probability is next to 1.
 #include "common/cpu/math-inl.h"
 
 constexpr int64_t kBlock = kExpSumBlock;
 constexpr int64_t kReference = 512;  // elements whose maximum is the row's reference; terms of a short sum
 constexpr BlockSum kNothing = {-std::numeric_limits<double>::infinity(), 0};
 
-inline BlockSum join(BlockSum a, BlockSum b) {
-  if (b.m > a.m) std::swap(a, b);
-  if (b.sum != 0) a.sum += a.m == b.m ? b.sum : b.sum * std::exp2(b.m - a.m);  // infinite m with sum 0 says nothing
-  a.linear += b.linear + (std::isfinite(b.m) ? (b.m - a.m) * b.mass : 0);
-  a.mass += b.mass;
-  return a;
-}
-
 // A logit on its way to the exponent. Without softcap, which is known beforehand, the functions below are short.
 template <class T, bool kMayCap = true>
 struct Logits {
   using A = Acc<T>;
   Vec<T> scale, inverse_cap;
+  double slope;
   bool capped;
   explicit Logits(const LogitTransform& t)
-      : scale(splat<Vec<T>>(A((t.softcap > 0 ? t.softcap : 1) * double(kLog2e<A>) / t.temperature))),
+      : scale(splat<Vec<T>>(t.exponent_scale<A>())),
         inverse_cap(splat<Vec<T>>(t.softcap > 0 ? A(1 / t.softcap) : A(0))),
+        slope(t.slope()),
         capped(kMayCap && t.softcap > 0) {}
 
-  // s · log2(e) - m of logits without softcap.
-  Vec<T> exponent(Vec<T> v, Vec<T> m) const { return multiply_subtract(v, scale, m); }
-  Vec<T> term(Vec<T> v, Vec<T> m) const { return exp2<T>(exponent(v, m)); }
+  Vec<T> cap(Vec<T> x) const {  // z of x
+    if constexpr (!kMayCap) return x;
+    return capped ? tanh(x * inverse_cap) : x;
+  }
+  A z_of(const T* x) const { return cap(splat<Vec<T>>(load_one(x)))[0]; }
 
-  Vec<T> cap(Vec<T> v) const {
-    if constexpr (!kMayCap) return v;
-    return capped ? tanh(v * inverse_cap) : v;
+  Vec<T> exponent(Vec<T> z, Vec<T> m) const { return (z - m) * scale; }
+  Vec<T> term(Vec<T> z, Vec<T> m) const { return exp2<T>(exponent(z, m)); }
+  A term_of(A z, A m) const { return term(splat<Vec<T>>(z), splat<Vec<T>>(m))[0]; }  // the bits that it has in a sum
+
+  BlockSum join(BlockSum a, BlockSum b) const {
+    if (b.m > a.m) std::swap(a, b);
+    if (b.sum != 0) a.sum += a.m == b.m ? b.sum : b.sum * std::exp2((b.m - a.m) * double(scale[0]));
+    a.linear += b.linear + (std::isfinite(b.m) ? (b.m - a.m) * b.mass : 0);
+    a.mass += b.mass;
+    return a;
   }
-  // Of one logit, in all lanes, with the bits that it has in the sum.
-  Vec<T> exponent_of(const T* x, A m) const { return exponent(cap(splat<Vec<T>>(load_one(x))), splat<Vec<T>>(m)); }
-  A term_of(const T* x, A m) const { return exp2<T>(exponent_of(x, m))[0]; }
-  A reference(A max) const {
-    if constexpr (!kMayCap) return std::ceil(max * scale[0]);
-    return std::ceil(exponent(cap(splat<Vec<T>>(max)), Vec<T>{})[0]);
-  }
-  Vec<T> references(Vec<T> max) const { return ceil(max * scale); }  // of logits without softcap
 };
 
+// -log p of a class, from its term, the sum of all others, and z against the reference m. Neither way cancels: m is not
+// below z, and the sum not below 1.
+template <class T>
+inline Vec<T> negative_log(Vec<T> term, Vec<T> others, Vec<T> below_reference, Acc<T> slope) {
+  const Vec<T> odds = others / term;
+  const auto is_likely = odds < Acc<T>(1.0 / 3);
+  return log2_1p_or(is_likely, odds, others + term) * kLn2<Acc<T>> + (is_likely ? Vec<T>{} : below_reference * slope);
+}
+inline double negative_log(double term, double others, double below_reference, double slope) {
+  const double odds = others / term;
+  return odds < 1.0 / 3 ? std::log1p(odds) : std::log(others + term) + below_reference * slope;
+}
+
 template <class T, class L>
-inline Acc<T> row_reference(const T* x, int64_t n, const L& logits) {
-  return logits.reference(block_max(x, std::min(kReference, n)));
+inline Acc<T> row_reference(const T* x, int64_t n, int64_t own, const L& logits) {
+  Acc<T> max = block_max(x, std::min(kReference, n));
+  if (own >= 0) max = std::max(max, load_one(x + own));  // of NaN the other
+  return logits.cap(splat<Vec<T>>(max))[0];
 }
 
 // The terms of elements [0, 2 · kLanes) of x, ordered as load2 orders them.
@@ -59,32 +70,57 @@ inline Pair<Vec<T>> terms2(const T* x, Vec<T> m, const L& logits) {
   return {logits.term(v.a, m), logits.term(v.b, m)};
 }
 
+// Calls whole(p, i) for elements [i, i + kGroup) of a block, at p, and rest(p, i, count) for what is left. Where the
+// own class is among them, p is a copy that has -inf in its place.
+template <int kGroup, class T, class Whole, class Rest>
+[[gnu::always_inline]] inline void for_groups(const T* x, int64_t n, int64_t own, const Whole& whole,
+                                              const Rest& rest) {
+  const int64_t groups = n / kGroup * kGroup, special = own < 0 || own >= n ? n : own / kGroup * kGroup;
+  T copy[kGroup];
+  const auto without_own = [&](int64_t count) {
+    std::copy_n(x + special, count, copy);
+    store_one(copy + (own - special), -std::numeric_limits<Acc<T>>::infinity());
+    return copy;
+  };
+  int64_t i = 0;
+  for (; i < std::min(special, groups); i += kGroup) whole(x + i, i);
+  if (special < groups) {
+    whole(without_own(kGroup), i);
+    for (i += kGroup; i < groups; i += kGroup) whole(x + i, i);
+  }
+  if (i < n) rest(special == i ? without_own(n - i) : x + i, i, n - i);
+}
+
 // Σ of the terms, logits without softcap. They are kept for backward if kKeep: whole pairs as terms2 gives them, then
 // the rest.
 template <bool kKeep, class T, class L>
-[[gnu::flatten]] inline Acc<T> block_sum(const T* x, int64_t n, Acc<T> m, const L& logits, Acc<T>* kept) {
-  using A = Acc<T>;
+[[gnu::flatten]] inline Acc<T> block_sum(const T* x, int64_t n, int64_t own, Acc<T> m, const L& logits, Acc<T>* kept) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   const Vec<T> reference = splat<Vec<T>>(m);
   Vec<T> s0 = {}, s1 = {}, s2 = {}, s3 = {};
-  const auto add = [&](int64_t i, Vec<T>& a, Vec<T>& b) {
-    const Pair<Vec<T>> t = terms2(x + i, reference, logits);
+  const auto add2 = [&](const T* p, int64_t i, Vec<T>& a, Vec<T>& b) {
+    const Pair<Vec<T>> t = terms2(p, reference, logits);
     if (kKeep) store(kept + i, t.a), store(kept + i + kLanes, t.b);
     a += t.a;
     b += t.b;
   };
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-    add(i, s0, s1);
-    add(i + 2 * kLanes, s2, s3);
-  }
-  if (i + 2 * kLanes <= n) add(i, s0, s1), i += 2 * kLanes;
-  for (; i < n; i += kLanes) {
-    const Vec<T> v = i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, -std::numeric_limits<A>::infinity());
-    const Vec<T> t = logits.term(v, reference);
-    if (kKeep) store(kept + i, t);
-    s0 += t;
-  }
+  for_groups<4 * kLanes>(
+      x, n, own,
+      [&](const T* p, int64_t i) {
+        add2(p, i, s0, s1);
+        add2(p + 2 * kLanes, i + 2 * kLanes, s2, s3);
+      },
+      [&](const T* p, int64_t i, int64_t count) {
+        int64_t k = 0;
+        if (2 * kLanes <= count) add2(p, i, s0, s1), k = 2 * kLanes;
+        for (; k < count; k += kLanes) {
+          const Vec<T> v =
+              k + kLanes <= count ? load(p + k) : load_part(p + k, count - k, -std::numeric_limits<Acc<T>>::infinity());
+          const Vec<T> t = logits.term(v, reference);
+          if (kKeep) store(kept + i + k, t);
+          s0 += t;
+        }
+      });
   return reduce_add((s0 + s1) + (s2 + s3));
 }
 
@@ -97,38 +133,47 @@ inline BlockSum block_sums_by(const T* x, int64_t n, Acc<T> row_reference, const
     const BlockSum s = sum(row_reference);
     if (s.sum <= 16 * kBlock) return s;
   }
-  const A m = logits.reference(block_max(x, n));
+  const A m = logits.cap(splat<Vec<T>>(block_max(x, n)))[0];
   BlockSum s = sum(m != low ? m : A(0));
   s.m = m;  // -inf alone adds 0, and NaN is seen
   return s;
 }
 
 template <bool kKeep = false, class T, class L>
-inline BlockSum block_exp_sum(const T* x, int64_t n, Acc<T> row_reference, const L& logits, Acc<T>* kept = nullptr) {
-  return block_sums_by(x, n, row_reference, logits,
-                       [&](Acc<T> m) { return BlockSum{double(m), double(block_sum<kKeep>(x, n, m, logits, kept))}; });
+inline BlockSum block_exp_sum(const T* x, int64_t n, int64_t own, Acc<T> row_reference, const L& logits,
+                              Acc<T>* kept = nullptr) {
+  return block_sums_by(x, n, row_reference, logits, [&](Acc<T> m) {
+    return BlockSum{double(m), double(block_sum<kKeep>(x, n, own, m, logits, kept))};
+  });
 }
 
 // With softcap or coefficients, too: u(i, count) are those of elements [i, i + count).
 template <class T, class L, class U>
-[[gnu::flatten]] inline BlockSum block_linear_sum(const T* x, int64_t n, Acc<T> row_reference, const L& logits,
-                                                  const U& u) {
+[[gnu::flatten]] inline BlockSum block_linear_sum(const T* x, int64_t n, int64_t own, Acc<T> row_reference,
+                                                  const L& logits, const U& u) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   return block_sums_by(x, n, row_reference, logits, [&](A m) {
+    const Vec<T> reference = splat<Vec<T>>(m);
     BlockSum total = {double(m), 0};
     for (int64_t begin = 0; begin < n; begin += kReference) {  // terms of linear may be large and alike: short sums
       Vec<T> sum = {}, linear = {}, mass = {};
-      const auto add = [&](Vec<T> v, Vec<T> c, int64_t count) {
-        const Vec<T> t = logits.exponent(logits.cap(v), splat<Vec<T>>(m));
-        sum += first_lanes(exp2<T>(t), count);
-        linear += first_lanes(c * t, count);
+      const auto add = [&](Vec<T> v, Vec<T> c, int64_t count, int64_t own_lane) {
+        const Vec<T> d = logits.cap(v) - reference;
+        Vec<T> term = first_lanes(exp2<T>(d * logits.scale), count), weighted = first_lanes(c * d, count);
+        if (uint64_t(own_lane) < kLanes) {
+          term[own_lane] = 0;
+          weighted[own_lane] = 0;
+          c[own_lane] = 0;
+        }
+        sum += term;
+        linear += weighted;
         mass += c;
       };
       const int64_t end = std::min(begin + kReference, n);
       int64_t i = begin;
-      for (; i + kLanes <= end; i += kLanes) add(load(x + i), u(i, kLanes), kLanes);
-      if (i < end) add(load_part(x + i, end - i, A(0)), u(i, end - i), end - i);
+      for (; i + kLanes <= end; i += kLanes) add(load(x + i), u(i, kLanes), kLanes, own - i);
+      if (i < end) add(load_part(x + i, end - i, A(0)), u(i, end - i), end - i, own - i);
       total.sum += double(reduce_add(sum));
       total.linear += double(reduce_add(linear));
       total.mass += double(reduce_add(mass));

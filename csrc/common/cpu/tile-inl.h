@@ -3,6 +3,7 @@
 #include "common/cpu/transpose-inl.h"
 
 constexpr int64_t kTileElements = 32768;  // of a tile: a part of L2
+constexpr int64_t kTileBytes = 2 << 20;   // of all tiles of a thread, unless one row alone takes more
 
 template <class T>
 struct Tile {
@@ -11,24 +12,30 @@ struct Tile {
   };
   static constexpr int kLanes = Accumulate<T>::kLanes;
   static constexpr int64_t kInLine = sizeof(Line) / sizeof(T);
-  int64_t n, stride, rows;
+  int64_t n, stride, rows;  // rows: so many at once
   std::unique_ptr<Line[]> memory;
 
-  // Room for so many rows at once that they use whole lines of the tensor, too, but for no more than `most`. Rows lie
-  // an odd number of lines apart: not all in one set of the cache.
-  Tile(int64_t n, int64_t most)
-      : n(n),
-        stride(((n + kInLine - 1) / kInLine | 1) * kInLine),
-        rows(std::min(std::max(kInLine, kTileElements / stride / kInLine * kInLine),
-                      (most + kLanes - 1) / kLanes * kLanes)),
-        memory(new Line[rows * stride / kInLine]) {}
+  // Room for so many rows at once that they use whole lines of the tensor, too, but for no more than `most`, nor than
+  // fit beside the other tiles. Rows lie an odd number of lines apart: not all in one set of the cache.
+  Tile(int64_t n, int64_t most, int64_t tiles)
+      : n(n), stride(((n + kInLine - 1) / kInLine | 1) * kInLine) {
+    const int64_t fit = kTileBytes / tiles / (stride * int64_t(sizeof(T)));
+    rows = std::min(std::max(kInLine, kTileElements / stride / kInLine * kInLine), (most + kLanes - 1) / kLanes * kLanes);
+    if (rows > fit) rows = fit < kLanes ? std::max<int64_t>(fit, 1) : fit / kLanes * kLanes;
+    memory.reset(new Line[rows * stride / kInLine]);
+  }
 
   T* row(int64_t i) const { return reinterpret_cast<T*>(memory.get()) + i * stride; }
 
-  // `count` rows, the first of them at x. Neighbours are transposed in squares of a vector's lanes; what is in the tile
-  // behind rows and elements does not matter.
+  // Whether `count` rows are transposed in squares of a vector's lanes; what the tile holds after the rows and their
+  // elements does not matter.
+  bool is_square(const Rows& tensor, int64_t count) const {
+    return tensor.stride_inner == 1 && 2 * count >= kLanes && rows >= kLanes;
+  }
+
+  // `count` rows, the first of them at x.
   void gather(const T* x, const Rows& from, int64_t count) const {
-    if (from.stride_inner != 1 || 2 * count < kLanes) {
+    if (!is_square(from, count)) {
       for (int64_t c = 0; c < n; ++c)
         for (int64_t i = 0; i < count; ++i) row(i)[c] = x[c * from.stride_n + i * from.stride_inner];
       return;
@@ -52,7 +59,7 @@ struct Tile {
     }
   }
   void scatter(T* y, const Rows& to, int64_t count) const {
-    if (to.stride_inner != 1 || 2 * count < kLanes) {
+    if (!is_square(to, count)) {
       for (int64_t c = 0; c < n; ++c)
         for (int64_t i = 0; i < count; ++i) y[c * to.stride_n + i * to.stride_inner] = row(i)[c];
       return;
