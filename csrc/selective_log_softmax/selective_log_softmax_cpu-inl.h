@@ -71,7 +71,14 @@ template <bool kEntropy, bool kCapped, class T>
         });
     result.largest = double(largest[0]);
     result.linear = double(reduce_add((l0 + l1) + (l2 + l3)));
-    return BlockSum{double(m), double(reduce_add((s0 + s1) + (s2 + s3)))};
+    BlockSum total = {double(m), double(reduce_add((s0 + s1) + (s2 + s3)))};
+    if (kCapped && own >= 0 && own < n) {  // -inf in its place has the smallest of all terms, but has one
+      Vec<T> none = {}, linear = {};
+      add(splat<Vec<T>>(-std::numeric_limits<A>::infinity()), none, linear, 1);
+      total.sum -= double(none[0]);
+      result.linear -= double(linear[0]);
+    }
+    return total;
   });
   result.m = s.m;
   result.sum = s.sum;
@@ -115,11 +122,8 @@ struct RowSums : EntropySum {
 
   double log_probability(const T* x, int64_t c, const Logits<T>& logits) const {
     const A z = logits.z_of(x + c);
-    const double below = m - double(z), inf = std::numeric_limits<double>::infinity();
-    if (c == own) return -negative_log(own_term, sum, below, logits.slope);
-    // A sum of NaN or 0 makes it NaN, even that of -inf.
-    const double l = below < inf ? below * logits.slope + std::log(all) : all > 0 ? inf : inf - inf;
-    return l < 0 ? 0 : -l;
+    const double term = c == own ? own_term : double(logits.term_of(z, A(m)));
+    return -negative_log(term, c == own ? sum : all - term, m - double(z), logits.slope);
   }
 };
 

@@ -208,6 +208,25 @@ def _samples(device, dtype):
     yield Sample("images-and-every-other-pixel", logits(2, 9, 5, 7), (probabilities(2, 9, 5, 14)[..., ::2],))
     yield Sample("channels-last-and-images", logits(2, 9, 5, 7).to(**last), (probabilities(2, 9, 5, 7),))
 
+    # Finite logits of any size, as masks by large negative numbers and small temperatures make them.
+    huge, cold = (2e4, 1e-4) if dtype == torch.float16 else (1e30, 1e-9)
+    kwargs = {"reduction": "none"}
+    masked = logits(2, 9000)
+    masked[:, :4096] = -huge
+    yield Sample("masked-block", masked, (target(4096, 2) + 4096,), kwargs)
+    yield Sample("masked-block-smoothing", masked, (target(4096, 2) + 4096,), {**kwargs, "label_smoothing": 0.1})
+    yield Sample("masked-row", torch.full_like(logits(2, 5000), -huge), (target(5000, 2),), kwargs)
+    for shape in ((6, 10), (6, 300), (2, 10, 70), (2, 10, 7), (2, 300, 70)):
+        name = "x".join(map(str, shape))
+        y = target(shape[1], *shape[:1], *shape[2:])
+        yield Sample(f"huge-{name}", logits(*shape, scale=huge), (y,), kwargs)
+        yield Sample(f"huge-masked-{name}", logits(*shape).masked_fill(logits(*shape) > 0, -huge), (y,), kwargs)
+        yield Sample(f"huge-equal-{name}", torch.full_like(logits(*shape), -huge), (y,), kwargs)
+        yield Sample(f"huge-smoothing-{name}", logits(*shape, scale=huge), (y,), {**kwargs, "label_smoothing": 0.1})
+        yield Sample(f"cold-{name}", logits(*shape, scale=60.0), (y,), {**kwargs, "temperature": cold})
+        yield Sample(f"huge-softcap-{name}", logits(*shape, scale=huge), (y,), {**kwargs, "softcap": huge})
+    yield Sample("huge-z-loss", logits(6, 10, scale=2e4), (target(10, 6),), {**kwargs, "z_loss_weight": 1e-4})
+
 
 def _x(device, *shape):
     return torch.zeros(shape, device=device)

@@ -75,6 +75,17 @@ def _samples(device, dtype):
     broken[2] = -_INF
     yield Sample("nan-inf", broken, (index(5000, 5),), finite=False)
 
+    # Finite logits of any size, as masks by large negative numbers and small temperatures make them.
+    huge, cold = (2e4, 1e-4) if dtype == torch.float16 else (1e30, 1e-9)
+    masked = logits(2, 9000)
+    masked[:, :4096] = -huge
+    yield Sample("masked-block", masked, (index(4096, 2, 3) + 4096,))
+    yield Sample("huge", logits(6, 300, scale=huge), (index(300, 6, 3),))
+    yield Sample("huge-transposed", logits(300, 6, scale=huge).t(), (index(300, 6),))
+    yield Sample("huge-equal", torch.full_like(logits(6, 300), -huge), (index(300, 6),))
+    yield Sample("huge-softcap", logits(6, 300, scale=huge), (index(300, 6),), {"softcap": huge})
+    yield Sample("cold", logits(6, 300, scale=60.0), (index(300, 6, 3),), {"temperature": cold})
+
 
 def _x(device, *shape):
     return torch.zeros(shape, device=device)

@@ -128,6 +128,14 @@ def _samples(device, dtype):
     yield Sample("expanded-inner", logits(2, 300, 1).expand(2, 300, 4), (1,))
     yield Sample("no-inner", logits(2, 5, 0), (1,))
 
+    # Long, flat and tied rows along either dimension.
+    flat = 1e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-4
+    yield Sample("flat-columns-of-20000", logits(20000, 2, scale=flat), (0,))
+    yield Sample("flatter-columns-of-100000", logits(100000, 2, scale=flat / 10), (0,))
+    yield Sample("tied-columns-of-100000", torch.ones(100000, 2, dtype=dtype, device=device), (0,))
+    yield Sample("flat-of-200000", logits(2, 200000, scale=flat / 100))
+    yield Sample("tied-of-200000", torch.ones(2, 200000, dtype=dtype, device=device))
+
 
 _ERRORS = (
     ErrorCase(

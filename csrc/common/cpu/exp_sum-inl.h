@@ -43,17 +43,20 @@ struct Logits {
   }
 };
 
-// -log p of a class, from its term, the sum of all others, and z against the reference m. Neither way cancels: m is not
-// below z, and the sum not below 1.
+// -log p of a class, from its term, the sum of all others, and how far z is below the reference m. A term is compared
+// with the sum of the others where it can be: what exp2 is off by, 3e-6 for half types, is off in both. Else nothing
+// cancels, either: m is not below z, and the sum not below 1.
+constexpr double kComparable = 16;  // times the term
 template <class T>
 inline Vec<T> negative_log(Vec<T> term, Vec<T> others, Vec<T> below_reference, Acc<T> slope) {
   const Vec<T> odds = others / term;
-  const auto is_likely = odds < Acc<T>(1.0 / 3);
-  return log2_1p_or(is_likely, odds, others + term) * kLn2<Acc<T>> + (is_likely ? Vec<T>{} : below_reference * slope);
+  const auto comparable = odds < Acc<T>(kComparable);
+  const Vec<T> log2_sum = log2_1p_or(odds < Acc<T>(1.0 / 3), odds, comparable ? odds + Acc<T>(1) : others + term);
+  return log2_sum * kLn2<Acc<T>> + (comparable ? Vec<T>{} : below_reference * slope);
 }
 inline double negative_log(double term, double others, double below_reference, double slope) {
   const double odds = others / term;
-  return odds < 1.0 / 3 ? std::log1p(odds) : std::log(others + term) + below_reference * slope;
+  return odds < kComparable ? std::log1p(odds) : std::log(others + term) + below_reference * slope;
 }
 
 template <class T, class L>

@@ -293,22 +293,12 @@ inline V bits_and(V a, V b) {
   return a;
 }
 
-// x · y - m with one rounding (fp64 without FMA: two), that of the difference: where x · y and m are large and near
-// each other, it is exact.
+// x · y - m with one rounding (two without FMA).
 #if TSE_ISA == 0
-inline VecF upper_half(VecF x) {  // 12 bits of it
-  VecU bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  bits &= 0xfffff000u;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
+template <class V>
+inline V multiply_subtract(V x, V y, V m) {
+  return x * y - m;
 }
-inline VecF multiply_subtract(VecF x, VecF y, VecF m) {
-  // No fused multiply-add: both factors are split in halves of 12 bits, whose products are exact.
-  const VecF x1 = upper_half(x), y1 = upper_half(y), low = splat<VecF>(-std::numeric_limits<float>::infinity());
-  return x == low ? x - m : ((x1 * y1 - m) + (x - x1) * y1) + x * (y - y1);  // -inf has no halves
-}
-inline VecD multiply_subtract(VecD x, VecD y, VecD m) { return x * y - m; }
 #elif TSE_ISA == 1  // not left to contraction, which spares a product that is used twice
 inline VecF multiply_subtract(VecF x, VecF y, VecF m) { return (VecF)_mm256_fmsub_ps((__m256)x, (__m256)y, (__m256)m); }
 inline VecD multiply_subtract(VecD x, VecD y, VecD m) {
@@ -322,7 +312,7 @@ inline VecD multiply_subtract(VecD x, VecD y, VecD m) {
 #endif
 
 // 2^t for logits of type T: an exponent i near t, and a minimax polynomial for 2^f of the rest f, of relative error
-// 1e-7, and one degree less, 3e-6, for half types. -inf gives 0, NaN gives NaN. AVX-512 takes t rounded down, is
+// 1e-7, and one degree less, 3e-6, for half types; exactly 1 at 0, which is where a row's largest term is. -inf gives 0, NaN gives NaN. AVX-512 takes t rounded down, is
 // gradual below 2^-126 and infinite above 2^128; the others take the nearest, give 0 up to 2^-126.5 and infinity above
 // 2^127.5.
 #if TSE_ISA == 2
@@ -331,17 +321,16 @@ inline VecF exp2(VecF t) {
   const VecF f = (VecF)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // [0, 1), of -inf 0
   VecF p;
   if constexpr (sizeof(T) == 2) {
-    p = f * 0x1.bb7cdap-7f + 0x1.aa13f2p-5f;
-    p = p * f + 0x1.ee798ap-3f;
-    p = p * f + 0x1.62d166p-1f;
-    p = p * f + 0x1.00002cp+0f;
+    p = f * 0x1.b7f756p-7f + 0x1.abf85ap-5f;
+    p = p * f + 0x1.ee2452p-3f;
+    p = p * f + 0x1.62d6c6p-1f;
   } else {
-    p = f * 0x1.ec320ap-10f + 0x1.26900cp-7f;
-    p = p * f + 0x1.c95446p-5f;
-    p = p * f + 0x1.ebd5a8p-3f;
-    p = p * f + 0x1.62e4f6p-1f;
-    p = p * f + 0x1.fffffep-1f;
+    p = f * 0x1.e97516p-10f + 0x1.27784ep-7f;
+    p = p * f + 0x1.c91ce8p-5f;
+    p = p * f + 0x1.ebdb56p-3f;
+    p = p * f + 0x1.62e4bap-1f;
   }
+  p = p * f + 1.0f;
   return (VecF)_mm512_scalef_ps((__m512)p, (__m512)t);  // takes the floor itself
 }
 #else

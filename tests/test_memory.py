@@ -1,0 +1,69 @@
+"""What a call takes beside its tensors, by the peak of the process: scratch has a bound, whatever the shape."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import for_cpu
+
+ROOT = Path(__file__).parent.parent
+MIB = 2**20
+
+# Prints the bytes by which the process grew, beyond the tensors that are left.
+PROBE = """
+import re, sys, torch, torch_softmax_ext as tse
+
+def status(key):
+    return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
+
+def grows(function):
+    function(*arguments(1000))  # threads, code and the allocator's first pages
+    args = arguments({size})
+    open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+    before = status("VmRSS")
+    kept = function(*args)
+    return status("VmHWM") - before - sum(t.nbytes for t in kept)
+
+torch.set_num_threads(2)
+
+def arguments(size):
+    return {arguments}
+
+def function({names}):
+    {body}
+
+print(grows(function))
+"""
+
+FORWARD = "return [{call}]"
+BACKWARD = "x.requires_grad_(); y = {call}; return [y.detach(), *torch.autograd.grad(y, x, torch.ones(()).expand_as(y))]"
+
+SPARSEMAX = ("x", "(torch.randn(size, 16),)", "tse.sparsemax(x, 0)")
+ROW = ("x", "(torch.randn(size, 2)[:, 0],)", "tse.sparsemax(x)")
+IMAGE = ("x, t", "(torch.randn(2, size, 4), torch.zeros(2, 4, dtype=torch.long))", "tse.cross_entropy(x, t{options})")
+
+
+@for_cpu
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux' account of the peak")
+@pytest.mark.parametrize(
+    ("case", "size", "body", "options", "bound"),
+    [
+        # Two threads, each with tiles of one row where one row alone is longer than 2 MiB.
+        pytest.param(SPARSEMAX, 10**6, FORWARD, "", 2 * 2 * 4 * 10**6, id="sparsemax-columns"),
+        pytest.param(SPARSEMAX, 10**6, BACKWARD, "", 2 * 3 * 4 * 10**6, id="sparsemax-columns-backward"),
+        pytest.param(ROW, 4 * 10**6, FORWARD, "", 2 * 16 * 10**6, id="sparsemax-one-strided-row"),
+        pytest.param(IMAGE, 10**6, FORWARD, "", 2 * 2 * MIB, id="cross-entropy-image"),
+        pytest.param(IMAGE, 10**6, BACKWARD, "", 2 * 2 * MIB, id="cross-entropy-image-backward"),
+        pytest.param(IMAGE, 10**6, BACKWARD, ", label_smoothing=0.1", 2 * 4 * 10**6, id="cross-entropy-image-smoothing"),
+    ],
+)
+def test_scratch_is_bounded(case, size, body, options, bound):
+    names, arguments, call = case
+    code = PROBE.format(
+        size=size, names=names, arguments=arguments, body=body.format(call=call.format(options=options))
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert int(run.stdout) <= bound + 12 * MIB, run.stdout  # candidates, autograd, the allocator
