@@ -8,7 +8,7 @@
 #include "common/cpu/math-inl.h"
 
 constexpr int64_t kBlock = kExpSumBlock;
-constexpr int64_t kReference = 512;  // elements whose maximum is the row's reference; terms of a short sum
+constexpr int64_t kReference = 512;  // elements whose maximum is the row's reference
 constexpr BlockSum kNothing = {-std::numeric_limits<double>::infinity(), 0};
 
 // A logit on its way to the exponent. Without softcap, which is known beforehand, the functions below are short.
@@ -159,7 +159,8 @@ template <class T, class L, class U>
   return block_sums_by(x, n, row_reference, logits, [&](A m) {
     const Vec<T> reference = splat<Vec<T>>(m);
     BlockSum total = {double(m), 0};
-    for (int64_t begin = 0; begin < n; begin += kReference) {  // terms of linear may be large and alike: short sums
+    constexpr int64_t kShortSum = 32 * kLanes;  // terms of linear may be large and alike
+    for (int64_t begin = 0; begin < n; begin += kShortSum) {
       Vec<T> sum = {}, linear = {}, mass = {};
       const auto add = [&](Vec<T> v, Vec<T> c, int64_t count, int64_t own_lane) {
         const Vec<T> d = logits.cap(v) - reference;
@@ -173,7 +174,7 @@ template <class T, class L, class U>
         linear += weighted;
         mass += c;
       };
-      const int64_t end = std::min(begin + kReference, n);
+      const int64_t end = std::min(begin + kShortSum, n);
       int64_t i = begin;
       for (; i + kLanes <= end; i += kLanes) add(load(x + i), u(i, kLanes), kLanes, own - i);
       if (i < end) add(load_part(x + i, end - i, A(0)), u(i, end - i), end - i, own - i);
