@@ -7,43 +7,30 @@
 #include "entmax/entmax.h"
 #include "entmax/row_parts.cuh"
 #include "entmax/sparsemax_plan.h"
+#include "entmax/support.cuh"
 
 namespace tse {
 namespace {
 
-template <class S, class N>
-struct SupportSum {
-  S sum;    // of grad_output over the support; NaN where a probability is
-  N count;  // of the support; NaN belongs to it
-  template <class A>
-  __device__ void add(A g) {
-    sum += g;
-    ++count;
-  }
-};
-template <class S, class N>
-__device__ inline SupportSum<S, N> join(const SupportSum<S, N>& a, const SupportSum<S, N>& b) {
-  return {a.sum + b.sum, a.count + b.count};
-}
-
-// The elements of a vector that are in the support, a bit each. Adds NaN to the sum for a NaN.
-template <class T, class Sum>
-__device__ inline unsigned support_of(const Vec<T>& probabilities, Sum& s) {
+// The elements of a vector that are in the support, a bit each; NaN belongs to it. Adds NaN to `nan` for a NaN.
+template <class T, class A>
+__device__ inline unsigned support_of(const Vec<T>& probabilities, A& nan) {
   unsigned bits = 0;
 #pragma unroll
   for (int k = 0; k < Vec<T>::kSize; ++k) {
-    const Acc<T> p = to_acc(probabilities.v[k]);
+    const A p = to_acc(probabilities.v[k]);
     bits |= unsigned(!(p <= 0)) << k;
-    s.sum += p - p;
+    nan += p - p;
   }
   return bits;
 }
 
-template <class T, class Sum>
-__device__ inline void add_support(Sum& s, const Vec<T>& g, unsigned support) {
+// add(g) of those in the support.
+template <class T, class Add>
+__device__ inline void add_support(const Vec<T>& g, unsigned support, const Add& add) {
 #pragma unroll
   for (int k = 0; k < Vec<T>::kSize; ++k)
-    if (support >> k & 1) s.add(to_acc(g.v[k]));
+    if (support >> k & 1) add(to_acc(g.v[k]));
 }
 
 template <class T, class A>
@@ -80,18 +67,22 @@ __global__ void __launch_bounds__(kSmallBlock) sparsemax_bwd_lanes_kernel(Entmax
     const bool g_alike = is_aligned_like(row.y, row.g);
     Vec<T> probabilities[kVectors], g[kVectors];
     unsigned support[kVectors] = {};
-    SupportSum<A, int> s = {0, 0};
+    SupportTotal<A> s = {0, 0};  // of grad_output; NaN where a probability is
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) probabilities[j] = parts.load_slot(row.y, true, lane + j * kLanes, zero);
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
       if (all_bits_zero(probabilities[j])) continue;
       g[j] = parts.load_slot(row.g, g_alike, lane + j * kLanes, zero);
-      support[j] = support_of(probabilities[j], s);
+      support[j] = support_of(probabilities[j], s.sum);
     }
 #pragma unroll
     for (int j = 0; j < kVectors; ++j)
-      if (support[j] != 0) add_support(s, g[j], support[j]);
+      if (support[j] != 0)
+        add_support(g[j], support[j], [&](A v) {
+          s.sum += v;
+          ++s.count;
+        });
     s = warp_reduce<kLanes>(s, [](const auto& a, const auto& b) { return join(a, b); });
     const A mean = s.sum / A(s.count);
     const bool out_alike = is_aligned_like(row.y, static_cast<const T*>(row.out));
@@ -122,7 +113,8 @@ __global__ void __launch_bounds__(kRowThreads, kResidentThreads / kRowThreads)
     const RowParts<T> parts(row.y, p.output_rows.n);
     const bool g_alike = is_aligned_like(row.y, row.g);
     LiveVectors live((parts.vectors + kRowThreads - 1) / kRowThreads);
-    SupportSum<A, int> own = {0, 0};
+    SupportSum<A> own;
+    A nan = 0;
     for (int i = 0, v = threadIdx.x; v < parts.vectors; i += kBatch, v += kBatch * kRowThreads) {
       Vec<T> probabilities[kBatch], g[kBatch];
       unsigned support[kBatch] = {};
@@ -131,7 +123,7 @@ __global__ void __launch_bounds__(kRowThreads, kResidentThreads / kRowThreads)
       for (int j = 0; j < kBatch; ++j) {
         if (all_bits_zero(probabilities[j])) continue;
         g[j] = parts.load(row.g, g_alike, v + j * kRowThreads);
-        support[j] = support_of(probabilities[j], own);
+        support[j] = support_of(probabilities[j], nan);
       }
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) {
@@ -141,21 +133,22 @@ __global__ void __launch_bounds__(kRowThreads, kResidentThreads / kRowThreads)
         if (support[j] == 0) continue;
         if (at < kept) kept_g[at] = g[j];
         live.add(i + j);
-        add_support(own, g[j], support[j]);
+        add_support(g[j], support[j], [&](A v) { own.add(v); });
+        own.join_part();
       }
     }
     const int64_t loose_at = parts.loose(int(threadIdx.x));  // there are less than 16
     const A loose = loose_at >= 0 ? to_acc(row.y[loose_at]) : A(0);
     const A loose_g = loose <= 0 ? A(0) : to_acc(row.g[loose_at]);
     if (!(loose <= 0)) own.add(loose_g + (loose - loose));
-    const auto s = row_reduce<kRowThreads>(SupportSum<double, int64_t>{double(own.sum), own.count},
+    const auto s = row_reduce<kRowThreads>(join(own.total(), {double(nan), 0}),
                                            [](const auto& a, const auto& b) { return join(a, b); });
     const A mean = A(s.sum / double(s.count));
     const bool out_alike = is_aligned_like(row.y, static_cast<const T*>(row.out));
     for (int i = 0, v = threadIdx.x; v < parts.vectors; ++i, v += kRowThreads) {
       Vec<T> result = splat_vec(zero);
       if (live.has(i)) {
-        const unsigned support = v < kept ? kept_support[v] : support_of(load_vec(row.y + parts.first(v)), own);
+        const unsigned support = v < kept ? kept_support[v] : support_of(load_vec(row.y + parts.first(v)), nan);
         if (support != 0) result = gradient(v < kept ? kept_g[v] : parts.load(row.g, g_alike, v), support, mean);
       }
       parts.store(row.out, out_alike, v, result);
@@ -172,12 +165,15 @@ __global__ void __launch_bounds__(kSmallBlock) sparsemax_bwd_columns_kernel(Entm
   const int64_t y_stride = p.output_rows.stride_n, g_stride = p.grad_output_rows.stride_n;
   for (int64_t index = first_row<1>(); index < rows; index += row_step<1>()) {
     const Row<T> row(p, index);
-    SupportSum<A, int64_t> s = {0, 0};
+    SupportSum<A> own;
     for (int64_t i = 0; i < n; ++i) {
       const A probability = to_acc(row.y[i * y_stride]);
-      if (!(probability <= 0)) s.add(to_acc(row.g[i * g_stride]) + (probability - probability));
+      if (probability <= 0) continue;
+      own.add(to_acc(row.g[i * g_stride]) + (probability - probability));
+      own.join_part();
     }
-    const A mean = s.sum / A(s.count);
+    const SupportTotal<double> s = own.total();
+    const A mean = A(s.sum / double(s.count));
     for (int64_t i = 0; i < n; ++i)
       row.out[i * p.grad_input_rows.stride_n] =
           from_acc<T>(to_acc(row.y[i * y_stride]) <= 0 ? A(0) : to_acc(row.g[i * g_stride]) - mean);

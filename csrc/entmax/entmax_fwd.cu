@@ -6,37 +6,18 @@
 // kept in shared memory as it was stored; Newton's steps and the result need nothing else. Vectors that do not fit
 // there are read again, mostly a few, and from L2. So memory is passed once in each direction, and the result is exact
 // for any n.
-#include <climits>
-
 #include "common/cuda/reduce.cuh"
 #include "entmax/entmax.h"
 #include "entmax/row_parts.cuh"
 #include "entmax/sparsemax_plan.h"
+#include "entmax/support.cuh"
 
 namespace tse {
 namespace {
 
-// Rounded down: a threshold may include an element too many, not one too few.
+// Rounded down: a bound may let an element too many live, not one too few.
 __device__ inline float add_down(float a, float b) { return __fadd_rd(a, b); }
-__device__ inline float add_down(float a, double b) { return __double2float_rd(double(a) + b); }
 __device__ inline double add_down(double a, double b) { return __dadd_rd(a, b); }
-
-template <class S, class N>
-struct Support {
-  S sum;    // Σ (x - tau)_+
-  N count;  // #{x > tau}; NaN belongs to it, so that sum, tau and the whole row become NaN
-  template <class A>
-  __device__ void add(A above) {
-    if (above <= 0) return;
-    sum += above;
-    ++count;
-  }
-  __device__ S step() const { return (sum - 1) / S(count > 1 ? count : 1); }  // count 0: a row of -inf alone
-};
-template <class S, class N>
-__device__ inline Support<S, N> join(const Support<S, N>& a, const Support<S, N>& b) {
-  return {a.sum + b.sum, a.count + b.count};
-}
 
 template <class A>
 __device__ inline A larger(A a, A b) {
@@ -48,33 +29,37 @@ __device__ inline A reference_point(A max) {
 }
 
 template <class T, class A>
-__device__ inline T probability(A above, A rest) {
-  const A p = above - rest;
-  return from_acc<T>(p <= 0 ? A(0) : p);
+__device__ inline T probability(A above) {
+  return from_acc<T>(above <= 0 ? A(0) : above);  // NaN stays
 }
 
 // ---- a row in registers -------------------------------------------------------------------------------------------
 
-// Newton's steps from t over the lanes' elements; returns the last one, which is not in t. Rows that share a warp go on
-// together: those that are done repeat their last step, which changes nothing.
+// Newton's steps over the lanes' elements. In so few elements rounding cannot lead them astray (support.cuh). Rows that
+// share a warp go on together: those that are done repeat their last sum, which changes nothing.
 template <int kLanes, int kCount, class A>
-__device__ inline A newton(const A (&z)[kCount], A& t) {
-  for (int support = INT_MAX;;) {
-    Support<A, int> s = {0, 0};
+__device__ inline void newton(const A (&z)[kCount], Threshold<A>& tau) {
+  for (;;) {
+    SupportTotal<A> s = {0, 0};
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) s.add(z[k] - t);
+    for (int k = 0; k < kCount; ++k) {
+      const A above = tau.above(z[k]);
+      if (above <= 0) continue;
+      s.sum += above;
+      ++s.count;
+    }
     s = warp_reduce<kLanes>(s, [](const auto& a, const auto& b) { return join(a, b); });
-    const A step = s.step();
-    const bool goes_on = s.count < support;
-    if (!__any_sync(0xffffffffu, goes_on)) return step;
-    if (!goes_on) continue;
-    support = s.count;
-    t = add_down(t, step);
+    const A step = tau.rest + (s.sum - 1) / A(s.count > 1 ? s.count : 1);
+    const A t = tau.t + step;
+    const bool goes_on = s.count > 0 && fabs(s.sum - 1) > kSumTolerance<A>;  // count 0: a row of -inf alone
+    const bool any_goes_on = __any_sync(0xffffffffu, goes_on);
+    if (goes_on || !any_goes_on) tau = {t, step - (t - tau.t)};
+    if (!any_goes_on) return;
   }
 }
 
 template <class T, int kLanes, int kElements>
-__global__ void __launch_bounds__(kSmallBlock) sparsemax_fwd_lanes_kernel(EntmaxParams p) {
+__global__ void __launch_bounds__(kSmallBlock, kBlocksAtLeast<T, kLanes>) sparsemax_fwd_lanes_kernel(EntmaxParams p) {
   using A = Acc<T>;
   constexpr int kSize = Vec<T>::kSize, kVectors = kElements / kSize;
   const int64_t rows = row_count(p.rows);
@@ -100,14 +85,14 @@ __global__ void __launch_bounds__(kSmallBlock) sparsemax_fwd_lanes_kernel(Entmax
     for (int k = 0; k < kElements; ++k) z[k] -= m;
     // The threshold of the lanes' largest elements is a good lower bound, and costs a fraction of a step.
     best[0] -= m;
-    A t = -1;
-    newton<kLanes>(best, t);
-    const A rest = newton<kLanes>(z, t);
+    Threshold<A> tau;
+    newton<kLanes>(best, tau);
+    newton<kLanes>(z, tau);
     const bool aligned_alike = is_aligned_like(x, static_cast<const T*>(y));
 #pragma unroll
     for (int j = 0; j < kVectors; ++j) {
 #pragma unroll
-      for (int k = 0; k < kSize; ++k) v[j].v[k] = probability<T>(z[j * kSize + k] - t, rest);
+      for (int k = 0; k < kSize; ++k) v[j].v[k] = probability<T>(tau.above(z[j * kSize + k]));
       parts.store_slot(y, aligned_alike, lane + j * kLanes, v[j]);
     }
   }
@@ -125,6 +110,7 @@ __global__ void __launch_bounds__(kRowThreads, kResidentThreads / kRowThreads)
   using A = Acc<T>;
   constexpr int kSize = Vec<T>::kSize;
   TSE_DYNAMIC_SHARED(Vec<T>, cache);  // each thread reads back only what it wrote
+  TSE_SHARED(ThresholdSearch<A>, search, 1);
   const int64_t rows = row_count(p.rows);
   const T low = from_acc<T>(-infinity<A>());
   const auto max_of = [](A a, A b) { return larger(a, b); };
@@ -160,45 +146,51 @@ __global__ void __launch_bounds__(kRowThreads, kResidentThreads / kRowThreads)
     const A m = reference_point(row_reduce<kRowThreads>(max, max_of));
     const auto load = [&](int v) { return v < kept ? cache[v] : load_vec(x + parts.first(v)); };
 
-    A t = -1, rest;
-    for (int64_t support = INT64_MAX;;) {
-      Support<A, int> own = {0, 0};
+    Threshold<A> tau;
+    if (threadIdx.x == 0) search[0] = {};
+    for (bool goes_on = true; goes_on;) {
+      SupportSum<A> own;
+      const auto add = [&](A z) {
+        const A above = tau.above(z - m);
+        if (!(above <= 0)) own.add(above);
+      };
+      uint64_t above_bits = 0;
 #pragma unroll 1
       for (uint64_t bits = live.bits; bits != 0; bits &= bits - 1) {
         const int bit = __ffsll(static_cast<long long>(bits)) - 1;
-        const int before = own.count;
+        const int64_t before = own.count();
 #pragma unroll 1
         for (int i = bit << live.shift; i < (bit + 1) << live.shift; ++i) {
           const int v = threadIdx.x + i * kRowThreads;
           if (v >= parts.vectors) break;
           const Vec<T> e = load(v);
 #pragma unroll
-          for (int k = 0; k < kSize; ++k) own.add((to_acc(e.v[k]) - m) - t);
+          for (int k = 0; k < kSize; ++k) add(to_acc(e.v[k]));
+          own.join_part();
         }
-        if (own.count == before) live.bits &= ~(uint64_t(1) << bit);
+        if (own.count() != before) above_bits |= uint64_t(1) << bit;
       }
-      own.add((loose - m) - t);
-      const auto s = row_reduce<kRowThreads>(Support<double, int64_t>{double(own.sum), own.count},
-                                             [](const auto& a, const auto& b) { return join(a, b); });
-      const double step = s.step();
-      rest = A(step);
-      if (s.count >= support) break;
-      support = s.count;
-      t = add_down(t, step);
+      add(loose);
+      const auto s = row_reduce<kRowThreads>(own.total(), [](const auto& a, const auto& b) { return join(a, b); });
+      if (s.sum >= 1) live.bits = above_bits;  // what is below a lower bound of the threshold
+      if (threadIdx.x == 0) search[0].step(s);
+      __syncthreads();
+      tau = search[0];
+      goes_on = search[0].goes_on;
     }
 
     const bool aligned_alike = is_aligned_like(x, static_cast<const T*>(y));
-    const Vec<T> dead = splat_vec(from_acc<T>(rest != rest ? rest : A(0)));
+    const Vec<T> dead = splat_vec(from_acc<T>(tau.t != tau.t ? tau.t : A(0)));
     for (int i = 0, v = threadIdx.x; v < parts.vectors; ++i, v += kRowThreads) {
       Vec<T> e = dead;
       if (live.has(i)) {
         e = load(v);
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) e.v[k] = probability<T>((to_acc(e.v[k]) - m) - t, rest);
+        for (int k = 0; k < kSize; ++k) e.v[k] = probability<T>(tau.above(to_acc(e.v[k]) - m));
       }
       parts.store(y, aligned_alike, v, e);
     }
-    if (loose_at >= 0) y[loose_at] = probability<T>((loose - m) - t, rest);
+    if (loose_at >= 0) y[loose_at] = probability<T>(tau.above(loose - m));
   }
 }
 
@@ -214,17 +206,19 @@ __global__ void __launch_bounds__(kSmallBlock) sparsemax_fwd_columns_kernel(Entm
     A max = -infinity<A>();
     for (int64_t i = 0; i < n; ++i) max = larger(to_acc(x[i * stride]), max);
     const A m = reference_point(max);
-    A t = -1, rest;
-    for (int64_t support = INT64_MAX;;) {
-      Support<A, int64_t> s = {0, 0};
-      for (int64_t i = 0; i < n; ++i) s.add((to_acc(x[i * stride]) - m) - t);
-      rest = s.step();
-      if (s.count >= support) break;
-      support = s.count;
-      t = add_down(t, rest);
+    ThresholdSearch<A> tau;
+    while (tau.goes_on) {
+      SupportSum<A> s;
+      for (int64_t i = 0; i < n; ++i) {
+        const A above = tau.above(to_acc(x[i * stride]) - m);
+        if (above <= 0) continue;
+        s.add(above);
+        s.join_part();
+      }
+      tau.step(s.total());
     }
     for (int64_t i = 0; i < n; ++i)
-      y[i * p.output_rows.stride_n] = probability<T>((to_acc(x[i * stride]) - m) - t, rest);
+      y[i * p.output_rows.stride_n] = probability<T>(tau.above(to_acc(x[i * stride]) - m));
   }
 }
 
