@@ -54,3 +54,152 @@ def test_sparsemax_of_long_rows(device, name, layout):
     support = (got > 0).double()
     mean = (g.double() * support).sum(-1, keepdim=True) / support.sum(-1, keepdim=True)
     torch.testing.assert_close(got_grad, support * (g - mean), rtol=0, atol=1e-6)
+
+
+def reference_cross_entropy(x, target):
+    """Losses of float64 rows, and their gradients with all digits of that at the target."""
+    at = target[:, None]
+    own = x.gather(1, at)
+    others = x.scatter(1, at, float("-inf")).logsumexp(1, keepdim=True) - own
+    loss = torch.where(others < 0, others.exp().log1p(), others + (-others).exp().log1p())
+    grad = (x - own - loss).exp().scatter(1, at, -torch.sigmoid(others))
+    return loss[:, 0], grad
+
+
+def certain(dtype, classes, probability):
+    """Rows whose target has `probability`, or a little less or more; the others have it in different shares."""
+    rows = 6
+    x = torch.randn(rows, classes, dtype=torch.float64)
+    target = torch.randint(0, classes, (rows,))
+    others = x.scatter(1, target[:, None], float("-inf")).logsumexp(1)
+    shift = torch.linspace(-1, 1, rows, dtype=torch.float64)
+    x[torch.arange(rows), target] = others + torch.logit(torch.tensor(probability, dtype=torch.float64)) + shift
+    return x.to(dtype), target
+
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+LAYOUTS = {
+    "rows": (lambda x: x, lambda x: x),
+    "columns": (lambda x: x.t()[None].contiguous(), lambda x: x[0].t()),  # an image's pixels
+}
+
+
+def loss_and_gradient(device, x, target, layout, **options):
+    to, back = LAYOUTS[layout]
+    image = layout == "columns"
+    z = to(x).to(device).requires_grad_()
+    t = (target[None] if image and not target.is_floating_point() else to(target) if image else target).to(device)
+    loss = tse.cross_entropy(z, t, reduction="none", **options)
+    (grad,) = torch.autograd.grad(loss.sum(), z)
+    return loss.detach().cpu().double().reshape(-1), back(grad.cpu().double())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("classes", [2, 70, 1000, 3000, 20000])
+@pytest.mark.parametrize("probability", [0.6, 0.99, 0.99999])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_cross_entropy_near_certainty(device, layout, classes, probability, dtype):
+    x, target = certain(dtype, classes, probability)
+    want_loss, want_grad = reference_cross_entropy(x.double(), target)
+    loss, grad = loss_and_gradient(device, x, target, layout)
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(loss, want_loss, rtol=min(tolerance, 1e-5), atol=0)
+    low = torch.finfo(dtype).tiny if dtype == torch.float16 else 0  # subnormal gradients have fewer digits
+    torch.testing.assert_close(grad, want_grad, rtol=tolerance, atol=low * tolerance)
+
+
+def test_cross_entropy_next_to_one(device):
+    for dtype, gap in ((torch.float64, 37.43), (torch.float32, 80.0)):
+        x = torch.tensor([[gap, 0]], dtype=dtype, device=device, requires_grad=True)
+        loss = tse.cross_entropy(x, torch.tensor([0], device=device))
+        loss.backward()
+        want = torch.tensor(-gap, dtype=torch.float64).exp()
+        torch.testing.assert_close(loss.detach().cpu().double(), want, rtol=1e-5, atol=0)
+        torch.testing.assert_close(x.grad.cpu().double()[0], torch.stack([-want, want]), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_of_probabilities_near_certainty(device, layout, smoothing):
+    x, target = certain(torch.float32, 300, 0.99999)
+    q = torch.nn.functional.one_hot(target, 300).float()
+    loss, grad = loss_and_gradient(device, x, q, layout, label_smoothing=smoothing)
+    by_index = loss_and_gradient(device, x, target, layout, label_smoothing=smoothing)
+    torch.testing.assert_close(loss, by_index[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(grad, by_index[1], rtol=1e-6, atol=0)
+    if smoothing == 0:
+        want_loss, want_grad = reference_cross_entropy(x.double(), target)
+        torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(grad, want_grad, rtol=1e-5, atol=0)
+    certain_rows = 200 * q.double().float()
+    loss, grad = loss_and_gradient(device, certain_rows, q, layout)
+    assert (loss == 0).all()
+    assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_cross_entropy_of_probabilities_without_a_favourite(device, layout):
+    x, q = 3 * torch.randn(4, 300), torch.rand(4, 300).softmax(1)
+    loss, grad = loss_and_gradient(device, x, q, layout, label_smoothing=0.1)
+    z = x.double().requires_grad_()
+    want = torch.nn.functional.cross_entropy(z, q.double(), reduction="none", label_smoothing=0.1)
+    (want_grad,) = torch.autograd.grad(want.sum(), z)
+    torch.testing.assert_close(loss, want.detach(), rtol=2e-6, atol=0)
+    torch.testing.assert_close(grad, want_grad, rtol=1e-5, atol=1e-8)
+
+
+LARGE_ROWS = {
+    "equal": lambda c: (torch.full((2, c), -1e12), {}),
+    "close": lambda c: (3e11 + 1e5 * torch.randn(2, c), {}),
+    "far-apart": lambda c: (1e38 * torch.randn(2, c).clamp(-3.4, 3.4), {}),
+    "masked-first": lambda c: (torch.randn(2, c).masked_fill(torch.arange(c) < c * 2 // 3, -1e10), {}),
+    "masked-last": lambda c: (torch.randn(2, c).masked_fill(torch.arange(c) >= c // 3, -1e30), {}),
+    "wholly-masked": lambda c: (torch.full((2, c), -1e30), {}),
+    "smoothed": lambda c: (1e11 * torch.randn(2, c), {"label_smoothing": 0.1}),
+    "largest-smoothed": lambda c: (3.4e38 * torch.randn(2, c).sign(), {"label_smoothing": 1e-3}),
+    "cold": lambda c: (60 + torch.randn(2, c), {"temperature": 1e-9}),
+    "cold-and-capped": lambda c: (60 * torch.randn(2, c), {"temperature": 1e-9, "softcap": 30.0}),
+    "z-loss": lambda c: (1e11 * torch.randn(2, c), {"z_loss_weight": 1e-20}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("classes", [3, 900, 9000])
+@pytest.mark.parametrize("name", LARGE_ROWS)
+def test_cross_entropy_of_large_logits(device, layout, classes, name):
+    x, options = LARGE_ROWS[name](classes)
+    target = torch.tensor([0, classes - 1])
+    loss, grad = loss_and_gradient(device, x, target, layout, **options)
+    z = x.double().requires_grad_()
+    capped = options.get("softcap", 0)
+    s = (capped * torch.tanh(z / capped) if capped else z) / options.get("temperature", 1)
+    want = torch.nn.functional.cross_entropy(
+        s, target, reduction="none", label_smoothing=options.get("label_smoothing", 0)
+    )
+    want = want + options.get("z_loss_weight", 0) * s.logsumexp(1).square()
+    (want_grad,) = torch.autograd.grad(want.sum(), z)
+    torch.testing.assert_close(loss, want.detach().float().double(), rtol=3e-6, atol=0)
+    scale = want_grad.abs().amax()
+    torch.testing.assert_close(grad, want_grad, rtol=1e-5, atol=1e-5 * float(scale))
+
+
+LONG_COLUMNS = {
+    "ones": lambda: torch.ones(2, 128256),
+    "flat": lambda: 0.3 + 1e-3 * torch.randn(2, 128256),
+    "million": lambda: torch.full((1, 10**6), 0.7),
+    "masked-first": lambda: torch.randn(2, 128256).masked_fill(torch.arange(128256) < 100000, -1e10),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", LONG_COLUMNS)
+def test_cross_entropy_of_long_rows(device, layout, smoothing, name):
+    x = LONG_COLUMNS[name]()
+    target = torch.randint(x.shape[1] * 9 // 10, x.shape[1], x.shape[:1])
+    loss, grad = loss_and_gradient(device, x, target, layout, label_smoothing=smoothing)
+    z = x.double().requires_grad_()
+    want = torch.nn.functional.cross_entropy(z, target, reduction="none", label_smoothing=smoothing)
+    (want_grad,) = torch.autograd.grad(want.sum(), z)
+    torch.testing.assert_close(loss, want.detach(), rtol=2e-7, atol=0)
+    torch.testing.assert_close(grad, want_grad, rtol=1e-6, atol=1e-12)

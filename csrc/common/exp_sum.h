@@ -14,6 +14,13 @@ constexpr A kLog2e = A(1.4426950408889634);
 template <class A>
 constexpr A kLn2 = A(1 / double(kLog2e<A>));
 
+template <class A>
+constexpr double kLargest = double(std::numeric_limits<A>::max());
+template <class A>
+TSE_HOST_DEVICE inline A bounded(double v) {
+  return A(v < kLargest<A> ? v : kLargest<A>);
+}
+
 // s = slope · z with z = tanh(x / softcap), or z = x without softcap.
 struct LogitTransform {
   double temperature = 1;
@@ -25,8 +32,7 @@ struct LogitTransform {
   // logits of any size. The bound keeps 0 · scale at 0.
   template <class A>
   TSE_HOST_DEVICE A exponent_scale() const {
-    const double scale = slope() * double(kLog2e<A>), most = double(std::numeric_limits<A>::max());
-    return A(scale < most ? scale : most);
+    return bounded<A>(slope() * double(kLog2e<A>));
   }
 };
 

@@ -6,15 +6,15 @@
 namespace tse {
 
 // The weights t of all classes but for the target's own: smoothing · w / C, and probabilities.
-template <class T>
+template <class T, int kRowThreads>
 struct Coefficients {
   using A = Acc<T>;
   const T* probabilities = nullptr;
-  const int64_t stride;
+  const int64_t stride;  // 1 where a row has several threads
   const A* weight;
   A keep, even;
   __device__ Coefficients(const CrossEntropyParams& p, int64_t row)
-      : stride(p.probabilities_rows.stride_n),
+      : stride(kRowThreads == 1 ? p.probabilities_rows.stride_n : 1),
         weight(static_cast<const A*>(p.weight)),
         keep(A(1 - p.label_smoothing)),
         even(A(p.label_smoothing / double(p.rows.n))) {

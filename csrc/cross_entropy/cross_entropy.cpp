@@ -201,11 +201,13 @@ CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target
   }
   if (use_cuda(input)) {
     if (gradient != Gradient::kNone) set_incoming(p, operands, grad_output, gradient == Gradient::kInPlace);
-    const at::Tensor sums = reduce || metrics ? at::empty({kCrossEntropySums * int64_t(sizeof(CrossEntropySums))},
-                                                          input.options().dtype(at::kByte))
-                                              : at::Tensor();
-    if (sums.defined()) p.sums = static_cast<CrossEntropySums*>(sums.mutable_data_ptr());
-    if constexpr (kHasCuda) launch_cross_entropy_fwd(p, current_stream(input));
+    if constexpr (kHasCuda) {
+      const int64_t bytes = cross_entropy_scratch(p);
+      at::Tensor sums;
+      if (bytes > 0) sums = at::empty({bytes}, input.options().dtype(at::kByte));
+      if (bytes > 0) p.sums = static_cast<CrossEntropySums*>(sums.mutable_data_ptr());
+      launch_cross_entropy_fwd(p, current_stream(input));
+    }
     if (p.incoming != Incoming::kUnknown) r.grad_input = operands.finished_grad();
     return r;
   }

@@ -37,8 +37,6 @@ struct CrossEntropySums {
   double weight;
   double counted;
 };
-constexpr int64_t kCrossEntropyBlocks = 8192;  // the most of a grid that adds
-constexpr int64_t kCrossEntropySums = kCrossEntropyBlocks + sizeof(CrossEntropyState) / sizeof(CrossEntropySums) + 1;
 
 struct CrossEntropyParams {
   DType dtype;  // of input and grad_input; fp16 and bf16 are computed in fp32
@@ -67,7 +65,7 @@ struct CrossEntropyParams {
   void* z_loss;  // ()         the z-loss in it; nullptr: not asked for
   double* total_weight;  // (2)        divisor of the mean; counted targets
   double* guess;  // ()         CUDA: the incoming gradient that grad_input is written for, NaN: it is not written
-  CrossEntropySums* sums;  // (kCrossEntropySums)  CUDA, with mean, sum or predictions: scratch
+  CrossEntropySums* sums;  // CUDA: cross_entropy_scratch bytes
   Incoming incoming;
   double fixed_incoming;
 
@@ -116,14 +114,33 @@ struct GradFactors {
     return (target * others + lse) * p - target * own * q;
   }
 };
+// What grad_output is to a row, divided for the mean and by the temperature: of the target's part of the loss, and of
+// the z-loss for an lse of 1. CUDA: once a block, if it is the same for all rows, as GPUs divide few doubles.
+struct RowGradOutput {
+  double target;
+  double z;
+};
+template <class A>
+TSE_HOST_DEVICE inline RowGradOutput row_grad_output(const CrossEntropyParams& p, double grad, const double* divisors) {
+  const bool mean = p.reduction == Reduction::kMean;
+  const double temperature = p.transform.temperature;
+  RowGradOutput g = {double(A(mean ? grad / divisors[0] : grad)), 0};
+  if (p.z_loss_weight != 0) g.z = 2 * p.z_loss_weight * (mean ? grad / divisors[1] : grad);
+  if (temperature != 1) g = {g.target / temperature, g.z / temperature};
+  return g;
+}
 // lse: of the row; only with z_loss_weight.
 template <class A>
+TSE_HOST_DEVICE inline GradFactors grad_factors(const CrossEntropyParams& p, int64_t row, double lse,
+                                                const RowGradOutput& g) {
+  GradFactors f = {g.target, p.z_loss_weight != 0 ? g.z * lse : 0};
+  if (p.grad_lse != nullptr) f.lse += double(static_cast<const A*>(p.grad_lse)[row]) / p.transform.temperature;
+  return f;
+}
+template <class A>
 TSE_HOST_DEVICE inline GradFactors grad_factors(const CrossEntropyParams& p, int64_t row, double lse) {
-  const bool mean = p.reduction == Reduction::kMean;
   const double grad = static_cast<const A*>(p.grad_output)[row * p.grad_output_stride];
-  double g_lse = p.grad_lse == nullptr ? 0.0 : static_cast<const A*>(p.grad_lse)[row];
-  if (p.z_loss_weight != 0) g_lse += 2 * p.z_loss_weight * lse * (mean ? grad / p.total_weight[1] : grad);
-  return {double(A(mean ? grad / p.total_weight[0] : grad)) / p.transform.temperature, g_lse / p.transform.temperature};
+  return grad_factors<A>(p, row, lse, row_grad_output<A>(p, grad, p.total_weight));
 }
 
 // CPU: rows [begin, end). The targets were checked. fwd_bwd makes a row's gradient while its logits, or the
@@ -144,6 +161,7 @@ void cross_entropy_bwd_blocks(const CrossEntropyParams& p, int64_t row, int64_t 
 void launch_cross_entropy_fwd(const CrossEntropyParams& p, cudaStream_t stream);
 void launch_cross_entropy_bwd(const CrossEntropyParams& p, cudaStream_t stream);
 void launch_cross_entropy_rescale(const CrossEntropyParams& p, cudaStream_t stream);
+int64_t cross_entropy_scratch(const CrossEntropyParams& p);   // bytes that forward needs
 CrossEntropyState* cross_entropy_state(cudaStream_t stream);  // nullptr: none left
 
 }  // namespace tse

@@ -1,4 +1,4 @@
-// Cross-entropy backward on CUDA: grad_s = p · softmax - t · target (cross_entropy.h). [CUDA]
+// Cross-entropy backward on CUDA (cross_entropy.h). [CUDA]
 // Each logit is read once and its gradient written once; nothing where forward has written it for what comes in.
 #include "cross_entropy/row_gradient.cuh"
 
@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
   using A = Acc<T>;
   if (p.compare_guess && observe_incoming<A>(p, state) == *p.guess) return;
   const A* grad_output = static_cast<const A*>(p.grad_output);
-  TSE_SHARED(IncomingGradient, shared_incoming, 1);
-  if (threadIdx.x == 0) shared_incoming[0] = incoming_gradient<A>(p, grad_output[0], p.total_weight);
+  TSE_SHARED(RowGradOutput, shared_grad, 1);
+  if (threadIdx.x == 0) shared_grad[0] = row_grad_output<A>(p, grad_output[0], p.total_weight);
   __syncthreads();
   const int64_t rows = row_count(p.rows), n = p.rows.n;
   const Logits<A> logits(p.transform);
@@ -36,14 +36,15 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
       zero_row<kRowThreads>(g, p.grad_rows.stride_n, n);
       continue;
     }
-    const A m = static_cast<const A*>(p.row_m)[row], sum = static_cast<const A*>(p.row_sum)[row];
-    const A mass = p.row_mass == nullptr ? weight_of<A>(p, target) : static_cast<const A*>(p.row_mass)[row];
-    const A at_target = p.target == nullptr ? A(0) : to_acc(x[target * p.rows.stride_n]);
-    const IncomingGradient in = p.grad_output_stride == 0
-                                    ? shared_incoming[0]
-                                    : incoming_gradient<A>(p, grad_output[row * p.grad_output_stride], p.total_weight);
-    write_gradient(p, LogitRow<T, kRowThreads, kGeneral>(x, n, p.rows.stride_n), g, target, at_target,
-                   RowGradient<T, kGeneral>(p, logits, row, m, sum, mass, in));
+    const RowStatistics<A> s = {static_cast<const A*>(p.row_m)[row], static_cast<const A*>(p.row_sum)[row],
+                                static_cast<const A*>(p.row_others)[row],
+                                p.row_mass == nullptr ? A(0) : static_cast<const A*>(p.row_mass)[row]};
+    const RowGradOutput grad = p.grad_output_stride == 0
+                                   ? shared_grad[0]
+                                   : row_grad_output<A>(p, grad_output[row * p.grad_output_stride], p.total_weight);
+    const auto own = own_class<T, kRowThreads, kGeneral>(p, row, x, target);
+    write_gradient(p, LogitRow<T, kRowThreads, kGeneral>(x, n, p.rows.stride_n), g, own.index,
+                   RowGradient<T, kRowThreads, kGeneral>(p, logits, row, s, own, grad));
   }
 }
 

@@ -1,12 +1,13 @@
 // Cross-entropy forward on CUDA. [CUDA]
 //
-// Each logit is read once: every thread keeps the sum of exp2(x · log2(e) - m) of its part with a running reference
-// point m, an integer, so that sums are joined by powers of two. Where the incoming gradient is known or guessed, the
-// row stays on chip and its gradient is written at once. For mean and sum each block adds the losses of its rows in
-// double, and the last one to finish the sums of the blocks: a fixed order on one card. One launch, but for the divisor
-// of a mean over many rows. Log-probabilities are never stored.
+// Each logit is read once: every thread keeps the sum of the terms of its part, with a reference that begins as the own
+// class' logit and is raised where terms get large. Where grad_output is known or guessed, the row stays on chip and its
+// gradient is written at once. For mean and sum each block adds the losses of its rows in double, and the last one to
+// finish the sums of the blocks: a fixed order on one card. One launch, but for the divisor of a mean over many rows.
+// Log-probabilities are never stored.
 #include "common/cuda/reduce.cuh"
 #include "common/cuda/stream_state.cuh"
+#include "cross_entropy/exp_sum.cuh"
 #include "cross_entropy/row_gradient.cuh"
 
 namespace tse {
@@ -16,25 +17,17 @@ constexpr int kStates = 1024;
 TSE_DEVICE_ARRAY(CrossEntropyState, states, kStates);
 
 // The largest logit so far and where it is; NaN is larger, and the first of equals.
-template <class A>
+template <class A, class Index>
 struct Best {
   A value = -infinity<A>();
-  int64_t index = INT64_MAX;
+  Index index = std::is_same_v<Index, int> ? Index(INT_MAX) : Index(INT64_MAX);
 };
-template <class A>
-__device__ inline Best<A> better(Best<A> a, Best<A> b) {
+template <class A, class Index>
+__device__ inline Best<A, Index> better(Best<A, Index> a, Best<A, Index> b) {
   const bool a_nan = a.value != a.value, b_nan = b.value != b.value;
   if (a_nan != b_nan) return a_nan ? a : b;
   if (!a_nan && a.value != b.value) return a.value > b.value ? a : b;
   return a.index < b.index ? a : b;
-}
-
-// -log2 p of a target with exponent t. One that has nearly all of the probability is compared with the sum in the sum's
-// own arithmetic, so that a loss that must be 0 is 0.
-template <class A, bool kLinear>
-__device__ inline A target_loss(const ExpSum<A, kLinear>& s, A t) {
-  const A term = exp2_of(t), loss = term > s.sum * A(0.25) ? log2(s.sum / term) : log2(s.sum) - t;
-  return loss < 0 ? A(0) : loss;
 }
 
 // ---- sums over rows -----------------------------------------------------------------------------------------------
@@ -138,7 +131,6 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
     cross_entropy_fwd_kernel(CrossEntropyParams p, Launch launch) {
   using A = Acc<T>;
   constexpr int kThreads = kBlockThreads<kRowThreads>;
-  constexpr int64_t kColumnPart = 512;  // a column's one thread adds so many terms before it joins their sums
   TSE_DYNAMIC_SHARED(uint4, kept);
   TSE_SHARED(CrossEntropySums, sums_of_rows, kRowsPerBlock<kRowThreads>);
   CrossEntropySums& of_rows = sums_of_rows[threadIdx.x / kRowThreads];
@@ -148,7 +140,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
   const T* input = static_cast<const T*>(p.input);
   const int64_t rows = row_count(p.rows), n = p.rows.n, stride = p.rows.stride_n;
   const Logits<A> logits(p.transform);
-  TSE_SHARED(IncomingGradient, shared_incoming, 1);
+  TSE_SHARED(RowGradOutput, shared_grad, 1);
   TSE_SHARED(double, divisors, 2);
   const bool writes_gradient = known_incoming(p, launch.state).is_known;
   if (launch.counted_before || (writes_gradient && p.reduction == Reduction::kMean)) {
@@ -162,7 +154,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
   if (threadIdx.x == 0) {
     const double incoming = known_incoming(p, launch.state).value;
     if (blockIdx.x == 0) *p.guess = incoming;
-    if (writes_gradient) shared_incoming[0] = incoming_gradient<A>(p, incoming, divisors);
+    if (writes_gradient) shared_grad[0] = row_grad_output<A>(p, incoming, divisors);
   }
   __syncthreads();
 
@@ -173,68 +165,57 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
     const int64_t target = target_of(p, row);
     const bool counted = is_counted(p, target);
     ExpSum<A, kGeneral> s;
-    Best<A> best;
-    A at_target = 0;
+    OwnClass<T, kRowThreads> own = {-1, 0, 0};
+    using Index = typename OwnClass<T, kRowThreads>::Index;
+    Best<A, Index> best;
     if (counted) {  // the same in all threads of the row; the logits of an ignored one are not even read
-      device_assert(p.target == nullptr || (target >= 0 && target < n),
-                    "cross_entropy: target: expected a class index or ignore_index");
-      if (p.target != nullptr) at_target = to_acc(x[target * stride]);  // before the gradient may take its place
-      const Coefficients<T> coefficients(p, row);
+      own = own_class<T, kRowThreads, kGeneral>(p, row, x, target);
+      if (own.index >= 0) s.set(logits.cap(own.logit), logits.margin);
+      const Coefficients<T, kRowThreads> coefficients(p, row);
       const auto walk = [&](int64_t i, const T* v, auto count) {
         constexpr int kCount = decltype(count)::value;
-        A logit[kCount];
+        A z[kCount];
 #pragma unroll
         for (int k = 0; k < kCount; ++k) {
-          logit[k] = to_acc(v[k]);
+          z[k] = to_acc(v[k]);
           if constexpr (kGeneral) {
-            if (p.predictions != nullptr) best = better(best, {logit[k], i + k});
-            logit[k] = logits.cap(logit[k]);
+            if (p.predictions != nullptr) best = better(best, {z[k], Index(i + k)});
+            z[k] = logits.cap(z[k]);
           }
         }
-        add<kCount>(s, logit, logits, [&](int k, A t) {
-          if constexpr (kGeneral) {
-            const A u = coefficients(i + k);
-            s.linear += u * t;
-            s.mass += u;
-          }
-        });
+        const Index at = own.index - Index(i);
+        add<kCount>(s, z, at >= 0 && at < kCount ? int(at) : -1, logits, [&](int k) { return coefficients(i + k); });
       };
-      ExpSum<A, kGeneral> before;
-      const auto scalar = [&](int64_t i, T v) {
-        walk(i, &v, std::integral_constant<int, 1>{});
-        if (kRowThreads == 1 && i % kColumnPart == kColumnPart - 1) {
-          before = join(before, s);
-          s = ExpSum<A, kGeneral>();
-        }
-      };
+      const auto scalar = [&](int64_t i, T v) { walk(i, &v, std::integral_constant<int, 1>{}); };
       const auto vector = [&](int64_t i, const Vec<T>& v) {
         constexpr int kCount = kGeneral && Vec<T>::kSize > 4 ? 4 : Vec<T>::kSize;  // more would not fit into registers
 #pragma unroll
         for (int k = 0; k < Vec<T>::kSize; k += kCount) walk(i + k, v.v + k, std::integral_constant<int, kCount>{});
       };
       logits_of_row.read(writes_gradient, vector, scalar);
-      if constexpr (kRowThreads == 1) s = join(before, s);
-      if constexpr (kRowThreads == 32) __syncwarp();  // all lanes have read at_target
-      s = row_reduce<kRowThreads>(s, [](const auto& a, const auto& b) { return join(a, b); });
+      if constexpr (kRowThreads == 32) __syncwarp();  // all lanes have read the own class' logit
+      s = row_reduce<kRowThreads>(s, [&](const auto& a, const auto& b) { return join(a, b, logits); });
       if constexpr (kGeneral) {
         if (p.predictions != nullptr)
-          best = row_reduce<kRowThreads>(best, [](Best<A> a, Best<A> b) { return better(a, b); });
+          best = row_reduce<kRowThreads>(best, [](auto a, auto b) { return better(a, b); });
       }
     }
-    A mass = counted ? weight_of<A>(p, target) : A(0);
-    const A w = mass;
-    if constexpr (kGeneral) mass += s.mass;
+    const A z_own = logits.cap(own.logit), own_term = own.index < 0 ? A(0) : logits.term(z_own, s.half);
+    RowStatistics<A> of_row = {s.m(), 0, s.sum.value(), 0};
+    of_row.sum = of_row.others + own_term;
+    if constexpr (kGeneral) of_row.mass = s.of_coefficients.mass.value();
     if (is_first) {
       A loss = 0;
       double z_loss = 0;
       if (counted) {
-        if (p.target != nullptr) loss = w * target_loss(s, logits.exponent(logits.cap(at_target), s.m));
+        if (own.index >= 0)
+          loss = own.weight * negative_log(own_term, of_row.others, of_row.sum, logits.below(z_own, s.half));
         if constexpr (kGeneral) {
-          if (p.row_mass != nullptr) loss += s.mass * log2(s.sum) - s.linear;
+          if (p.row_mass != nullptr)
+            loss += of_row.mass * log(of_row.sum) - s.of_coefficients.linear.value() * logits.slope * 2;
         }
-        loss *= kLn2<A>;
         if (p.z_loss_weight != 0) {
-          const double lse = lse_of(s.m, s.sum);
+          const double lse = logits.lse(of_row.m, of_row.sum);
           z_loss = p.z_loss_weight * lse * lse;
           if (p.reduction == Reduction::kNone) loss += A(z_loss);
         }
@@ -246,16 +227,17 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
         }
       }
       if (p.row_loss != nullptr) static_cast<A*>(p.row_loss)[row] = loss;
-      static_cast<A*>(p.row_m)[row] = s.m;
-      static_cast<A*>(p.row_sum)[row] = s.sum;
-      if (p.row_mass != nullptr) static_cast<A*>(p.row_mass)[row] = mass;
+      static_cast<A*>(p.row_m)[row] = of_row.m;
+      static_cast<A*>(p.row_sum)[row] = of_row.sum;
+      static_cast<A*>(p.row_others)[row] = of_row.others;
+      if (p.row_mass != nullptr) static_cast<A*>(p.row_mass)[row] = of_row.mass;
       if (p.predictions != nullptr) p.predictions[row] = counted ? best.index : p.ignore_index;
     }
     if (!writes_gradient) continue;
     T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
     if (counted)
-      write_gradient(p, logits_of_row, g, target, at_target,
-                     RowGradient<T, kGeneral>(p, logits, row, s.m, s.sum, mass, shared_incoming[0]));
+      write_gradient(p, logits_of_row, g, own.index,
+                     RowGradient<T, kRowThreads, kGeneral>(p, logits, row, of_row, own, shared_grad[0]));
     else zero_row<kRowThreads>(g, p.grad_rows.stride_n, n);
   }
 
@@ -272,17 +254,38 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
   write_totals<A>(p, s);
 }
 
+// Whether blocks add what they have found.
+bool adds(const CrossEntropyParams& p) { return p.reduction != Reduction::kNone || p.predictions != nullptr; }
+
+// The most that a grid which adds may have: those that run at a time.
+template <class T>
+int64_t most_blocks(const CrossEntropyParams& p) {
+  int64_t blocks = 1;
+  with_row_threads<T>(p, [&](auto count) {
+    constexpr int kRowThreads = decltype(count)::value, kThreads = kBlockThreads<kRowThreads>;
+    const DeviceLimits limits = device_limits();
+    blocks = std::min(grid_for(std::max<int64_t>(row_count(p.rows), 1), kRowsPerBlock<kRowThreads>),
+                      resident_blocks(limits, kThreads, 0) * limits.multiprocessors);
+  });
+  return blocks;
+}
+
+template <class T>
+int64_t scratch(const CrossEntropyParams& p) {
+  return adds(p) ? most_blocks<T>(p) * sizeof(CrossEntropySums) + sizeof(CrossEntropyState) : 0;
+}
+
 template <class T>
 void launch_fwd(const CrossEntropyParams& p, cudaStream_t stream) {
   using A = Acc<T>;
   const int64_t rows = row_count(p.rows);
-  const bool adds = p.reduction != Reduction::kNone || p.predictions != nullptr;
-  if (rows == 0 && !adds) return;
+  if (rows == 0 && !adds(p)) return;
   Launch how = {nullptr, false, 0};
-  if (adds) {
+  const int64_t most = adds(p) ? most_blocks<T>(p) : kMaxBlocks;
+  if (adds(p)) {
     how.state = cross_entropy_state(stream);
     if (how.state == nullptr) {  // one for this call alone
-      how.state = reinterpret_cast<CrossEntropyState*>(p.sums + kCrossEntropyBlocks);
+      how.state = reinterpret_cast<CrossEntropyState*>(p.sums + most);
       zero_memory(how.state, sizeof(CrossEntropyState), stream);
     }
   }
@@ -290,8 +293,7 @@ void launch_fwd(const CrossEntropyParams& p, cudaStream_t stream) {
       (p.weight != nullptr || p.incoming != Incoming::kUnknown)) {
     how.counted_before = true;
     launch("cross_entropy_count_kernel", cross_entropy_count_kernel<A>,
-           std::min(grid_for(rows, kCountedByEachBlock), kCrossEntropyBlocks), kCountThreads, 0, stream, p,
-           &how.state->ticket);
+           std::min(grid_for(rows, kCountedByEachBlock), most), kCountThreads, 0, stream, p, &how.state->ticket);
   }
   with_row_threads<T>(p, [&](auto count) {
     constexpr int kRowThreads = decltype(count)::value, kThreads = kBlockThreads<kRowThreads>;
@@ -302,13 +304,14 @@ void launch_fwd(const CrossEntropyParams& p, cudaStream_t stream) {
     const auto kernel =
         general ? cross_entropy_fwd_kernel<T, kRowThreads, true> : cross_entropy_fwd_kernel<T, kRowThreads, false>;
     const size_t shared = size_t(how.kept_vectors) * 16 * kRowsPerBlock<kRowThreads>;
-    int64_t blocks = grid_for(std::max<int64_t>(rows, 1), kRowsPerBlock<kRowThreads>, kernel, kThreads, shared);
-    if (adds) blocks = std::min(blocks, kCrossEntropyBlocks);
-    launch("cross_entropy_fwd_kernel", kernel, blocks, kThreads, shared, stream, p, how);
+    const int64_t blocks = grid_for(std::max<int64_t>(rows, 1), kRowsPerBlock<kRowThreads>, kernel, kThreads, shared);
+    launch("cross_entropy_fwd_kernel", kernel, std::min(blocks, most), kThreads, shared, stream, p, how);
   });
 }
 
 }  // namespace
+
+int64_t cross_entropy_scratch(const CrossEntropyParams& p) { TSE_LAUNCH_BY_DTYPE(p, scratch, p) return 0; }
 
 CrossEntropyState* cross_entropy_state(cudaStream_t stream) {
   static StreamStates<CrossEntropyState, kStates> of_streams([] { return device_address(states); });

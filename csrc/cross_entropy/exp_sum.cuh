@@ -1,71 +1,81 @@
-// Σ exp over parts of a row, joined without rounding of the reference point: forward's statistics. [CUDA]
+// Σ exp over the classes of a row but for the own one: forward's statistics. [CUDA]
 #pragma once
+#include "common/cuda/compensated.cuh"
 #include "common/cuda/logits.cuh"
 
 namespace tse {
 
-// With t = s · log2(e) - m of the logits added: sum = Σ 2^t, and for coefficients u, with kLinear, linear = Σ u t,
-// mass = Σ u. m is an integer; -inf: nothing but -inf was added, or NaN, which sum then shows.
+// For coefficients u: linear = Σ u · (z - m) / 2, mass = Σ u.
 template <class A, bool kLinear>
-struct ExpSum;
-
+struct LinearSum {
+  __device__ void move(A) {}
+  __device__ void add(const LinearSum&) {}
+};
 template <class A>
-struct ExpSum<A, false> {
-  A m = -infinity<A>();
-  A sum = 0;
+struct LinearSum<A, true> {
+  Compensated<A> linear, mass;
 
-  __device__ void raise_reference(A to) {
-    if (m != -infinity<A>()) sum *= exp2_of(m - to);
-    m = to;
+  __device__ void move(A half_difference) { linear.add(half_difference * mass.value()); }
+  __device__ void add(const LinearSum& other) {
+    linear.add(other.linear);
+    mass.add(other.mass);
   }
-  __device__ void add(const ExpSum& other) { sum += other.sum; }
 };
 
-template <class A>
-struct ExpSum<A, true> {
-  A m = -infinity<A>();
-  A sum = 0;
-  A linear = 0;
-  A mass = 0;
+// sum = Σ exp(s - slope · m) of the logits added.
+template <class A, bool kLinear>
+struct ExpSum : Reference<A> {
+  Compensated<A> sum;
+  LinearSum<A, kLinear> of_coefficients;
 
-  __device__ void raise_reference(A to) {
-    if (m != -infinity<A>()) {
-      sum *= exp2_of(m - to);
-      linear += (m - to) * mass;
+  __device__ void raise_reference(A to, const Logits<A>& logits) {
+    if (!this->is_none()) {
+      const A difference = logits.half_difference(this->m(), to * A(0.5));
+      sum.scale(exp2_of(difference * logits.scale));
+      of_coefficients.move(difference);
     }
-    m = to;
-  }
-  __device__ void add(const ExpSum& other) {
-    sum += other.sum;
-    linear += other.linear;
-    mass += other.mass;
+    this->set(to, logits.margin);
   }
 };
 
 template <class A, bool kLinear>
-__device__ inline ExpSum<A, kLinear> join(ExpSum<A, kLinear> a, ExpSum<A, kLinear> b) {
-  // Equal reference points, infinite ones included, need no scaling.
-  const A m = a.m > b.m ? a.m : b.m;
-  if (a.m != m) a.raise_reference(m);
-  if (b.m != m) b.raise_reference(m);
-  a.add(b);
+__device__ inline ExpSum<A, kLinear> join(ExpSum<A, kLinear> a, ExpSum<A, kLinear> b, const Logits<A>& logits) {
+  const A m = a.m() > b.m() ? a.m() : b.m();
+  if (a.m() < m) a.raise_reference(m, logits);
+  if (b.m() < m) b.raise_reference(m, logits);
+  a.sum.add(b.sum);
+  a.of_coefficients.add(b.of_coefficients);
   return a;
 }
 
-// Adds kCount logits, capped: one exp2 each, and one for the scaling; with their coefficients where u is one.
+// Adds kCount z but for number `own`: one exp2 each; with their coefficients u(k).
 template <int kCount, class A, bool kLinear, class U>
-__device__ inline void add(ExpSum<A, kLinear>& s, const A* x, const Logits<A>& logits, const U& u) {
-  A max = -infinity<A>();
+__device__ inline void add(ExpSum<A, kLinear>& s, A (&z)[kCount], int own, const Logits<A>& logits, const U& u) {
+  A max = z[0];
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) max = fmax(x[k], max);  // passes NaN by
-  const A m = ceil(logits.exponent(max, A(0)));
-  if (m > s.m) s.raise_reference(m);
-  const A reference = s.m == -infinity<A>() ? A(0) : s.m;
+  for (int k = 1; k < kCount; ++k) max = fmax(z[k], max);  // passes NaN by
+  if (max > s.limit || (!kLinear && unsigned(own) < kCount)) {
+    if (max > s.limit) s.raise_reference(max, logits);
+#pragma unroll
+    for (int k = 0; k < kCount && !kLinear; ++k) z[k] = k == own ? -infinity<A>() : z[k];
+  }
+  A sum = 0, linear = 0, mass = 0;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
-    const A t = logits.exponent(x[k], reference);
-    s.sum += exp2_of(t);
-    u(k, t);
+    const A difference = logits.half_difference(z[k], s.half), term = exp2_of(difference * logits.scale);
+    if constexpr (!kLinear) {
+      sum = k == 0 ? term : sum + term;
+    } else if (k != own) {
+      const A coefficient = u(k);
+      sum += term;
+      linear = fma(coefficient, difference, linear);
+      mass += coefficient;
+    }
+  }
+  s.sum.add(sum);
+  if constexpr (kLinear) {
+    s.of_coefficients.linear.add(linear);
+    s.of_coefficients.mass.add(mass);
   }
 }
 

@@ -1,77 +1,100 @@
-// The gradient of a row, for backward and for a forward that knows what will come in. [CUDA]
+// The own class and the gradient of a row, for backward and for a forward that knows grad_output. [CUDA]
 #pragma once
 #include "common/cuda/kept_row.cuh"
+#include "common/cuda/logits.cuh"
+#include "common/cuda/reduce.cuh"
 #include "cross_entropy/coefficients.cuh"
 #include "cross_entropy/cross_entropy.h"
-#include "cross_entropy/exp_sum.cuh"
 
 namespace tse {
 
-// What comes into a row, divided for the mean and by the temperature: into Σ t (lse - s), and into lse by the z-loss,
-// of an lse of 1. Divisions in double are rare where the GPU has few units for them: once a block, if rows are alike.
-struct IncomingGradient {
-  double target;
-  double z;
+// The own class of a row (cross_entropy.h). index -1: none.
+template <class T, int kRowThreads>
+struct OwnClass {
+  using Index = std::conditional_t<kRowThreads == 1, int64_t, int>;  // kLongestKeptRow
+  Index index;
+  Acc<T> logit;   // not capped; the gradient may take its place
+  Acc<T> weight;  // what the target gives it
 };
-template <class A>
-__device__ inline IncomingGradient incoming_gradient(const CrossEntropyParams& p, double grad, const double* divisors) {
-  const bool mean = p.reduction == Reduction::kMean;
-  const double temperature = p.transform.temperature;
-  IncomingGradient in = {double(A(mean ? grad / divisors[0] : grad)), 0};
-  if (p.z_loss_weight != 0) in.z = 2 * p.z_loss_weight * (mean ? grad / divisors[1] : grad);
-  if (temperature != 1) in = {in.target / temperature, in.z / temperature};
-  return in;
+
+// The class that has more than half of the probability.
+template <class T, int kRowThreads>
+__device__ inline int64_t class_of_most(const CrossEntropyParams& p, int64_t row) {
+  const T* q = static_cast<const T*>(p.probabilities) + row_offset(p.probabilities_rows, row);
+  int64_t own = -1;
+  const auto scalar = [&](int64_t c, T v) { own = to_acc(v) > Acc<T>(0.5) ? c : own; };
+  const auto vector = [&](int64_t c, const Vec<T>& v) {
+#pragma unroll
+    for (int k = 0; k < Vec<T>::kSize; ++k) scalar(c + k, v.v[k]);
+  };
+  for_each_in_row<kRowThreads>(q, p.rows.n, p.probabilities_rows.stride_n, vector, scalar);
+  return row_reduce<kRowThreads>(own, [](int64_t a, int64_t b) { return a > b ? a : b; });
 }
 
-// grad_s = p · softmax - t · target (cross_entropy.h). kGeneral: with softcap or coefficients of all classes.
-template <class T, bool kGeneral>
+// Of a counted row. All threads of the row come here.
+template <class T, int kRowThreads, bool kGeneral>
+__device__ inline OwnClass<T, kRowThreads> own_class(const CrossEntropyParams& p, int64_t row, const T* x, int64_t target) {
+  using A = Acc<T>;
+  device_assert(p.target == nullptr || (target >= 0 && target < p.rows.n),
+                "cross_entropy: target: expected a class index or ignore_index");
+  int64_t index = target;
+  if constexpr (kGeneral) {
+    if (p.probabilities != nullptr) index = class_of_most<T, kRowThreads>(p, row);
+  }
+  if (index < 0) return {-1, 0, 0};
+  A weight = weight_of<A>(p, index);
+  if constexpr (kGeneral) weight += Coefficients<T, kRowThreads>(p, row)(index);
+  using Index = typename OwnClass<T, kRowThreads>::Index;
+  return {Index(index), to_acc(x[index * p.rows.stride_n]), weight};
+}
+
+// What forward finds out about a row (CrossEntropyParams).
+template <class A>
+struct RowStatistics {
+  A m, sum, others, mass;
+};
+
+// Of elements that are not the own class': p · level - t · target (cross_entropy.h). kGeneral: with softcap or
+// coefficients of all classes.
+template <class T, int kRowThreads, bool kGeneral>
 struct RowGradient {
   using A = Acc<T>;
   const Logits<A>& logits;
-  const Coefficients<T> coefficients;
-  const A m, sum;
-  A of_target, scale;
-  double softmax;
+  const Coefficients<T, kRowThreads> coefficients;
+  A half_m, scale, of_target, of_own = 0;
 
-  __device__ RowGradient(const CrossEntropyParams& p, const Logits<A>& logits, int64_t row, A m, A sum, A mass,
-                         const IncomingGradient& in)
-      : logits(logits), coefficients(p, row), m(m), sum(sum), of_target(A(in.target)) {
-    softmax = double(mass) * in.target;
-    if (p.z_loss_weight != 0) softmax += in.z * ((double(m) + double(log2(sum))) * kLn2<A>);
-    if (p.grad_lse != nullptr) softmax += double(static_cast<const A*>(p.grad_lse)[row]) / p.transform.temperature;
-    scale = A(softmax) / sum;
+  __device__ RowGradient(const CrossEntropyParams& p, const Logits<A>& logits, int64_t row, const RowStatistics<A>& s,
+                         const OwnClass<T, kRowThreads>& own, const RowGradOutput& grad_output)
+      : logits(logits), coefficients(p, row), half_m(s.m * A(0.5)), of_target(A(grad_output.target)) {
+    const double lse = p.z_loss_weight != 0 ? logits.lse(s.m, s.sum) : 0;
+    const GradFactors f = grad_factors<A>(p, row, lse, grad_output);
+    scale = A(f.level(own.weight, s.mass)) / s.sum;
+    if (own.index < 0) return;
+    const A z = logits.cap(own.logit);
+    of_own = times_slope(A(f.at_own(own.weight, s.mass, logits.term(z, half_m) / s.sum, s.others / s.sum)), z);
   }
 
-  // Of element c with logit v, but for what the target's own has beside.
   __device__ A operator()(int64_t c, A v) const {
-    if constexpr (!kGeneral) return logits.term(v, m) * scale;
+    if constexpr (!kGeneral) return logits.term(v, half_m) * scale;
     v = logits.cap(v);
-    const A grad = logits.term(v, m) * scale - coefficients(c) * of_target;
-    return logits.capped ? grad * (1 - v * v) : grad;
+    return times_slope(logits.term(v, half_m) * scale - coefficients(c) * of_target, v);
   }
 
-  // Of the target's element. Its probability and what is taken from it may be equal, and then their difference is 0.
-  __device__ A at_target(int64_t c, A v, A weight) const {
-    v = logits.cap(v);
-    double grad = softmax * (double(logits.term(v, m)) / double(sum)) - double(weight) * double(of_target);
-    if constexpr (kGeneral) grad -= double(coefficients(c)) * double(of_target);
-    return A(logits.capped ? grad * double(1 - v * v) : grad);
-  }
+ private:
+  // The derivative of the cap.
+  __device__ A times_slope(A grad, A z) const { return logits.capped ? grad * (1 - z * z) : grad; }
 };
 
 // A row of logits; where an element takes much, or a row has few, registers are for that, or for more rows.
 template <class T, int kRowThreads, bool kGeneral>
-using LogitRow = KeptRow<kRowThreads, T, (kGeneral ? 2 : 4) / (kRowThreads == 32 ? 2 : 1)>;
+using LogitRow = KeptRow<kRowThreads, T, kGeneral ? (kRowThreads == 32 || sizeof(T) == 2 ? 1 : 2) : (kRowThreads == 32 ? 2 : 4)>;
 
-// Writes the gradient of a counted row. at_target: the target's logit, which the gradient may take the place of.
-template <class T, bool kGeneral, class Row>
-__device__ inline void write_gradient(const CrossEntropyParams& p, const Row& row_of_logits, T* g, int64_t target,
-                                      Acc<T> at_target, const RowGradient<T, kGeneral>& gradient) {
-  const bool has_target = p.target != nullptr && row_of_logits.meets(target);
-  Acc<T> own = 0;
-  if (has_target) own = gradient.at_target(target, at_target, weight_of<Acc<T>>(p, target));
+// Writes the gradient of a counted row.
+template <class T, class Row, class Gradient>
+__device__ inline void write_gradient(const CrossEntropyParams& p, const Row& row_of_logits, T* g, int64_t own,
+                                      const Gradient& gradient) {
   row_of_logits.map(g, p.grad_rows.stride_n, gradient);
-  if (has_target) g[target * p.grad_rows.stride_n] = from_acc<T>(own);
+  if (own >= 0 && row_of_logits.meets(own)) g[own * p.grad_rows.stride_n] = from_acc<T>(gradient.of_own);
 }
 
 // Threads of a row by its size, f(integral_constant); the same for every call with rows of this size on this card, so

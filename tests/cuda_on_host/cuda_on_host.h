@@ -74,7 +74,8 @@ using std::ceil;  // CUDA's are overloaded for float, the host's in the global n
 using std::exp2;
 using std::fma;
 using std::fmax;
-using std::log2;
+using std::log;
+using std::log1p;
 using std::tanh;
 
 inline void device_assert(bool condition, const char* text) {

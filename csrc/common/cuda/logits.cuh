@@ -1,4 +1,4 @@
-// Softcap, temperature and base of logits. [CUDA]
+// Softcap, temperature and base of logits, and the reference of their exponents. [CUDA]
 #pragma once
 #include "common/cuda/vec.cuh"
 #include "common/exp_sum.h"
@@ -8,20 +8,54 @@ namespace tse {
 __device__ inline float exp2_of(float x) { return fast_exp2(x); }
 __device__ inline double exp2_of(double x) { return exp2(x); }
 
-// A logit on its way to the exponent of base 2.
+// Terms of a sum may be so large, in base 2, before the sum's reference is raised: raising is rare, and costs a rounding.
+constexpr int kLargestExponent = 16;
+
+// The m of Σ exp(s - slope · m), held as m / 2: half of a difference of finite logits is finite. A sum begins with the
+// logit of the own class as m, or with none.
+template <class A>
+struct Reference {
+  A half = 0;
+  A limit = -infinity<A>();  // z above it raise m
+
+  __device__ bool is_none() const { return limit == -infinity<A>(); }
+  __device__ A m() const { return is_none() ? limit : 2 * half; }
+  __device__ void set(A z, A margin) {
+    if (z == -infinity<A>()) return;  // NaN goes in
+    half = z * A(0.5);
+    limit = z + margin;
+  }
+};
+
+// A logit on its way to the exponent of base 2: z = tanh(x / softcap), or x.
 template <class A>
 struct Logits {
-  A scale, inverse_cap;
+  A scale;   // of (z - m) / 2
+  A margin;  // how much a z may be larger than m
+  A slope, inverse_cap;
   bool capped;
   TSE_HOST_DEVICE explicit Logits(const LogitTransform& t)
-      : scale(A((t.softcap > 0 ? t.softcap : 1) * double(kLog2e<A>) / t.temperature)),
+      : scale(bounded<A>(2 * double(t.exponent_scale<A>()))),
+        margin(2 * kLargestExponent / scale),
+        slope(bounded<A>(t.slope())),
         inverse_cap(t.softcap > 0 ? A(1 / t.softcap) : A(0)),
         capped(t.softcap > 0) {}
 
   __device__ A cap(A x) const { return capped ? A(tanh(x * inverse_cap)) : x; }
-  // The fused multiply-add rounds once, the difference: m is near x · scale.
-  __device__ A exponent(A x, A m) const { return fma(x, scale, -m); }
-  __device__ A term(A x, A m) const { return exp2_of(exponent(x, m)); }
+  // (z - m) / 2
+  __device__ A half_difference(A z, A half_m) const { return fma(z, A(0.5), -half_m); }
+  __device__ A exponent(A z, A half_m) const { return half_difference(z, half_m) * scale; }
+  __device__ A term(A z, A half_m) const { return exp2_of(exponent(z, half_m)); }
+  // slope · (m - z), infinite only where that is.
+  __device__ A below(A z, A half_m) const { return -half_difference(z, half_m) * slope * 2; }
+  __device__ double lse(A m, A sum) const { return double(m) * double(slope) + double(log(sum)); }
 };
+
+// -log p of a class that has `term` of the sum, and all others `others`: of a class with most of the sum the digits of
+// a small loss, 0 without others, and never negative, as all logarithms are of 1 and more. below: slope · (m - z).
+template <class A>
+__device__ inline A negative_log(A term, A others, A sum, A below) {
+  return 3 * others < term ? A(log1p(others / term)) : A(log(sum)) + below;
+}
 
 }  // namespace tse
