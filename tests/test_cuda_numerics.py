@@ -203,3 +203,76 @@ def test_cross_entropy_of_long_rows(device, layout, smoothing, name):
     (want_grad,) = torch.autograd.grad(want.sum(), z)
     torch.testing.assert_close(loss, want.detach(), rtol=2e-7, atol=0)
     torch.testing.assert_close(grad, want_grad, rtol=1e-6, atol=1e-12)
+
+
+def selected(device, x, index, layout, weights=None, **options):
+    """Log-probabilities, entropies, and the gradient of Σ weights · both."""
+    z = (x if layout == "rows" else x.t().contiguous().t()).to(device).requires_grad_()
+    logp, entropy = tse.selective_log_softmax(z, index.to(device), return_entropy=True, **options)
+    alone = tse.selective_log_softmax(z, index.to(device), **options)
+    (grad,) = torch.autograd.grad((alone * (1 if weights is None else weights.to(device))).sum(), z)
+    torch.testing.assert_close(logp, alone, rtol=1e-5, atol=1e-30)
+    return logp.detach().cpu().double(), entropy.detach().cpu().double(), grad.cpu().double()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("classes", [2, 70, 3000, 20000])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("place", [0, 2])
+def test_selective_log_softmax_near_certainty(device, layout, classes, dtype, place):
+    """The certain class is asked for first, or after others, and twice."""
+    x, target = certain(dtype, classes, 0.99999)
+    want_loss, want_grad = reference_cross_entropy(x.double(), target)
+    tolerance = TOLERANCE[dtype]
+    other = (target + 1) % classes
+    index = torch.stack([target, target] if place == 0 else [other, other, target, target], 1)
+    weights = torch.zeros(index.shape)
+    weights[:, place] = 1
+    logp, _, grad = selected(device, x, index, layout, weights)
+    torch.testing.assert_close(-logp[:, place], want_loss, rtol=min(tolerance, 1e-5), atol=0)
+    assert torch.equal(logp[:, place], logp[:, place + 1])
+    low = torch.finfo(dtype).tiny if dtype == torch.float16 else 0
+    torch.testing.assert_close(-grad, want_grad, rtol=tolerance, atol=low * tolerance)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("classes", [3, 900, 9000])
+@pytest.mark.parametrize("name", [n for n in LARGE_ROWS if n not in ("smoothed", "largest-smoothed", "z-loss")])
+def test_selective_log_softmax_of_large_logits(device, layout, classes, name):
+    x, options = LARGE_ROWS[name](classes)
+    index = torch.tensor([[0, classes - 1], [classes - 1, 1]])
+    logp, entropy, grad = selected(device, x, index, layout, **options)
+    z = x.double().requires_grad_()
+    capped = options.get("softcap", 0)
+    s = (capped * torch.tanh(z / capped) if capped else z) / options.get("temperature", 1)
+    log_p = s.log_softmax(1)
+    want = log_p.gather(1, index)
+    (want_grad,) = torch.autograd.grad(want.sum(), z)
+    torch.testing.assert_close(logp, want.detach().float().double(), rtol=3e-6, atol=0)
+    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(1).detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(grad, want_grad, rtol=1e-5, atol=1e-5 * float(want_grad.abs().amax()))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", LONG_COLUMNS)
+def test_selective_log_softmax_of_long_rows(device, layout, name):
+    x = LONG_COLUMNS[name]()
+    index = torch.randint(x.shape[1] * 9 // 10, x.shape[1], x.shape[:1])
+    logp, entropy, _ = selected(device, x, index, layout)
+    log_p = x.double().log_softmax(1)
+    torch.testing.assert_close(logp, log_p.gather(1, index[:, None])[:, 0], rtol=2e-7, atol=0)
+    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum(1), rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_entropy_of_one_possible_class_is_zero(device, layout):
+    x = torch.full((3, 500), float("-inf"))
+    x[0, 7] = -1e12
+    x[1] = torch.randn(500)
+    x[1, 7] = 300
+    x[2] = -1e30
+    x[2, 7] = 5
+    for index in (7, 8):
+        logp, entropy, _ = selected(device, x, torch.full((3, 1), index), layout)
+        assert (entropy == 0).all()
+        assert (logp == 0).all() if index == 7 else (logp < -290).all()

@@ -51,14 +51,7 @@ __device__ inline ExpSum<A, kLinear> join(ExpSum<A, kLinear> a, ExpSum<A, kLinea
 // Adds kCount z but for number `own`: one exp2 each; with their coefficients u(k).
 template <int kCount, class A, bool kLinear, class U>
 __device__ inline void add(ExpSum<A, kLinear>& s, A (&z)[kCount], int own, const Logits<A>& logits, const U& u) {
-  A max = z[0];
-#pragma unroll
-  for (int k = 1; k < kCount; ++k) max = fmax(z[k], max);  // passes NaN by
-  if (max > s.limit || (!kLinear && unsigned(own) < kCount)) {
-    if (max > s.limit) s.raise_reference(max, logits);
-#pragma unroll
-    for (int k = 0; k < kCount && !kLinear; ++k) z[k] = k == own ? -infinity<A>() : z[k];
-  }
+  prepare(s, z, kLinear ? -1 : own, logits);
   A sum = 0, linear = 0, mass = 0;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {

@@ -29,15 +29,16 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
     for (int64_t k = lane; k < count; k += kRowThreads) total += double(grad_logp[k]);
     total = row_reduce<kRowThreads>(total, [](double a, double b) { return a + b; });
     const SelectiveGrad<A> f = selective_grad<A>(p, row, total);
+    const A half_m = f.m * A(0.5);
     const bool has_entropy = p.grad_entropy != nullptr, has_cap = exponent.capped;
     map_row<kRowThreads>(x, p.rows.stride_n, g, p.grad_rows.stride_n, n, [&](int64_t, A v) {
-      const A capped = exponent.cap(v), t = exponent(capped, f.m);
+      const A capped = exponent.cap(v), t = exponent(capped, half_m);
       const A grad = exp2_of(t) * (has_entropy ? -f.level - f.slope * (t - f.mean) : -f.level);
       return has_cap ? grad * (A(1) - capped * capped) : grad;
     });
     row_barrier<kRowThreads>();
     for (int64_t k = lane; k < count; k += kRowThreads) {
-      const int64_t c = index_of(p, row, k);
+      const int64_t c = asked_class(p, row, k);
       double grad = 0;
       bool is_first = true;  // of those that ask for this class
       for (int64_t j = 0; j < count; ++j) {
@@ -46,11 +47,13 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
         grad += double(grad_logp[j]);
       }
       if (!is_first) continue;
-      const A capped = exponent.cap(to_acc(x[c * p.rows.stride_n])), t = exponent(capped, f.m);
-      // Not from f.level: a p that is rounded to 1 must leave exactly nothing.
-      const double probability = double(exp2_of(t)) / double(f.sum), slope = double(f.slope) * double(f.sum);
-      double of_class = (grad - probability * total) / p.transform.temperature;
-      if (has_entropy) of_class -= probability * slope * (double(t) - double(f.mean));
+      const A capped = exponent.cap(to_acc(x[c * p.rows.stride_n])), t = exponent(capped, half_m), term = exp2_of(t);
+      const double probability = double(term) / double(f.sum);
+      // 1 - probability, with all its digits of a class that has most.
+      const double complement =
+          2 * term > f.sum ? double(static_cast<const A*>(p.row_others)[row]) / double(f.sum) : 1 - probability;
+      double of_class = (grad * complement - (total - grad) * probability) / p.transform.temperature;
+      if (has_entropy) of_class -= double(term) * double(f.slope) * (double(t) - double(f.mean));
       if (has_cap) of_class *= 1 - double(capped) * double(capped);
       g[c * p.grad_rows.stride_n] = from_acc<T>(A(of_class));
     }

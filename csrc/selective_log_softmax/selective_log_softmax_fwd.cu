@@ -1,119 +1,154 @@
 // Log-probabilities at given classes and entropy, forward on CUDA. [CUDA]
 //
-// Each logit is read once: every thread keeps the sums of its part (selective_log_softmax_cpu-inl.h tells which) with a
-// running reference point, an integer, so that sums are joined by powers of two.
+// Each logit is read once: every thread keeps the sums of its part, with a reference that begins as the own class' logit.
+// The own class is the one that index names first; if index names another one that has more than half of the
+// probability, the row is summed once more without that, so that its log-probability has all its digits.
+#include "common/cuda/compensated.cuh"
+#include "common/cuda/kept_row.cuh"
 #include "common/cuda/reduce.cuh"
 #include "selective_log_softmax/exponent.cuh"
 
 namespace tse {
 namespace {
 
-// With t = s · log2(e) - m: sum = Σ 2^t, largest = t of the largest logit, linear = Σ 2^t (t - largest).
-// m = -inf: nothing but -inf was added, or NaN, which sum then shows.
-template <class A>
-struct EntropySum {
-  A m = -infinity<A>();
-  A sum = 0;
-  A largest = 0;
-  A linear = 0;
+// sum = Σ 2^t, linear = Σ 2^t t with t = (z - m) · exponent_scale of the logits added. With kEntropy m is the largest of
+// them and of the own class, so that of one possible class linear is 0, and elsewhere nothing cancels.
+template <class A, bool kEntropy>
+struct EntropySum : Reference<A> {
+  Compensated<A> sum, linear;
+
+  static __device__ A margin(const Exponent<A>& exponent) { return kEntropy ? A(0) : exponent.margin; }
+  __device__ void raise_reference(A to, const Exponent<A>& exponent) {
+    if (!this->is_none()) {
+      const A t = exponent(this->m(), to * A(0.5)), factor = exp2_of(t);
+      if constexpr (kEntropy) {
+        linear.add(sum.value() * t);
+        linear.scale(factor);
+      }
+      sum.scale(factor);
+    }
+    this->set(to, margin(exponent));
+  }
 };
 
-// s against the reference point `m` and the exponent `largest` there, of a logit that is not smaller.
-template <class A>
-__device__ inline EntropySum<A> moved(const EntropySum<A>& s, A m, A largest) {
-  if (s.m == m && s.largest == largest) return s;
-  const bool empty = s.sum == 0;
-  const A down = s.m - m, scale = s.m == m ? A(1) : exp2_of(down);
-  EntropySum<A> r;
-  r.m = m;
-  r.largest = largest;
-  r.sum = empty ? A(0) : s.sum * scale;
-  r.linear = empty ? A(0) : (s.linear + s.sum * ((s.largest - largest) + (s.m == m ? A(0) : down))) * scale;
-  return r;
+template <class A, bool kEntropy>
+__device__ inline EntropySum<A, kEntropy> join(EntropySum<A, kEntropy> a, EntropySum<A, kEntropy> b,
+                                               const Exponent<A>& exponent) {
+  const A m = a.m() > b.m() ? a.m() : b.m();
+  if (a.m() < m) a.raise_reference(m, exponent);
+  if (b.m() < m) b.raise_reference(m, exponent);
+  a.sum.add(b.sum);
+  if constexpr (kEntropy) a.linear.add(b.linear);
+  return a;
 }
 
-template <class A>
-__device__ inline EntropySum<A> join(const EntropySum<A>& a, const EntropySum<A>& b) {
-  const bool a_first = a.m > b.m || (a.m == b.m && a.largest >= b.largest);  // the same pair in both lanes
-  const EntropySum<A> top = a_first ? a : b, low = moved(a_first ? b : a, top.m, top.largest);
-  return {top.m, top.sum + low.sum, top.largest, top.linear + low.linear};
-}
-
-// Adds count logits: one exp2 each, and one for the scaling.
+// Adds kCount logits but for number `own`: one exp2 each.
 template <int kCount, bool kEntropy, class T, class A>
-__device__ inline void add(EntropySum<A>& s, const T* x, const Exponent<A>& exponent) {
-  A v[kCount], max = -infinity<A>();
+__device__ inline void add(EntropySum<A, kEntropy>& s, const T* x, int own, const Exponent<A>& exponent) {
+  A z[kCount];
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-    v[k] = exponent.cap(to_acc(x[k]));
-    max = v[k] > max ? v[k] : max;
-  }
-  const A m = ceil(max * exponent.scale);
-  if (m > s.m) {
-    s = moved(s, m, kEntropy ? exponent(max, m) : A(0));
-  } else if (kEntropy && s.m != -infinity<A>()) {
-    const A t = exponent(max, s.m);
-    if (t > s.largest) s = moved(s, s.m, t);
-  }
-  const A reference = s.m == -infinity<A>() ? A(0) : s.m;
+  for (int k = 0; k < kCount; ++k) z[k] = exponent.cap(to_acc(x[k]));
+  prepare(s, z, own, exponent);
   A sum = 0, linear = 0;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
-    const A t = exponent(v[k], reference), term = exp2_of(t);
-    sum += term;
-    if (kEntropy) linear += term * (t - s.largest);
+    A t = exponent.exponent(z[k], s.half);
+    if (kEntropy) t = exponent.bounded_below(t);
+    const A term = exp2_of(t);
+    sum = k == 0 ? term : sum + term;
+    if (kEntropy) linear = fma(term, t, linear);
   }
-  s.sum += sum;
-  s.linear += linear;
+  s.sum.add(sum);
+  if (kEntropy) s.linear.add(linear);
 }
 
-// log p of a class with logit x. One that has nearly all of the probability is compared with the sum in the sum's own
-// arithmetic, so that a log-probability that must be 0 is 0.
-template <class A>
-__device__ inline A log_probability(const EntropySum<A>& s, A x, const Exponent<A>& exponent) {
-  if (x == -infinity<A>() && !exponent.capped) return s.sum > 0 ? -infinity<A>() : infinity<A>() - infinity<A>();
-  const A capped = exponent.cap(x), t = fma(capped, exponent.scale, -s.m), term = exp2_of(t);
-  const A l = term > s.sum * A(0.25) ? A(log2(term / s.sum)) : t - A(log2(s.sum));
-  return l > 0 ? A(0) : l * kLn2<A>;
-}
+// A row's sums without its own class, and their total.
+template <class A, bool kEntropy>
+struct RowSums : EntropySum<A, kEntropy> {
+  A own_t, own_term, others, total;
+};
 
-constexpr int kGroup = 16;
+template <class T>
+constexpr int kGroup = std::is_same_v<T, double> ? 8 : 16;  // elements of a strided row under way together
+
+// By all threads of the row.
+template <class T, int kRowThreads, bool kEntropy>
+__device__ inline RowSums<Acc<T>, kEntropy> sum_row(const SelectiveLogSoftmaxParams& p, const T* x, int64_t own,
+                                                    const Exponent<Acc<T>>& exponent) {
+  using A = Acc<T>;
+  using Index = std::conditional_t<kRowThreads == 1, int64_t, int>;  // kLongestKeptRow
+  const int64_t n = p.rows.n, stride = p.rows.stride_n;
+  EntropySum<A, kEntropy> s;
+  const A z_own = own < 0 ? A(0) : exponent.cap(to_acc(x[own * stride]));
+  if (own >= 0) s.set(z_own, s.margin(exponent));
+  const auto add_at = [&](int64_t i, const T* v, auto count) {
+    constexpr int kCount = decltype(count)::value;
+    const Index at = Index(own) - Index(i);
+    add<kCount>(s, v, at >= 0 && at < kCount ? int(at) : -1, exponent);
+  };
+  const auto scalar = [&](int64_t i, T v) { add_at(i, &v, std::integral_constant<int, 1>{}); };
+  if constexpr (kRowThreads == 1) {
+    int64_t i = 0;
+    for (; i + kGroup<T> <= n; i += kGroup<T>) {
+      T group[kGroup<T>];
+#pragma unroll
+      for (int k = 0; k < kGroup<T>; ++k) group[k] = x[(i + k) * stride];
+      add_at(i, group, std::integral_constant<int, kGroup<T>>{});
+    }
+    for (; i < n; ++i) scalar(i, x[i * stride]);
+  } else {
+    KeptRow<kRowThreads, T, 2>(x, n, stride).read(
+        false, [&](int64_t i, const Vec<T>& v) { add_at(i, v.v, std::integral_constant<int, Vec<T>::kSize>{}); },
+        scalar);
+  }
+  RowSums<A, kEntropy> r = {
+      row_reduce<kRowThreads>(s, [&](const auto& a, const auto& b) { return join(a, b, exponent); })};
+  r.own_t = own < 0 ? A(0) : exponent(z_own, r.half);
+  r.own_term = own < 0 ? A(0) : exp2_of(r.own_t);
+  r.others = r.sum.value();
+  r.total = r.others + r.own_term;
+  return r;
+}
 
 template <class T, int kRowThreads, bool kEntropy>
-__global__ void __launch_bounds__(kBlockThreads<kRowThreads>)
+__global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, kRowThreads>)
     selective_log_softmax_fwd_kernel(SelectiveLogSoftmaxParams p) {
   using A = Acc<T>;
   const Exponent<A> exponent(p.transform);
-  const int64_t rows = row_count(p.rows), n = p.rows.n;
+  const int64_t rows = row_count(p.rows);
   const int lane = threadIdx.x % kRowThreads;
   for (int64_t row = first_row<kRowThreads>(); row < rows; row += row_step<kRowThreads>()) {
     const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
-    EntropySum<A> s;
-    int64_t done = 0;
-    if constexpr (kRowThreads == 1) {  // groups of 16 bound the rounding of a sum over the whole row
-      for (; done + kGroup <= n; done += kGroup) {
-        T group[kGroup];
-#pragma unroll
-        for (int k = 0; k < kGroup; ++k) group[k] = x[(done + k) * p.rows.stride_n];
-        add<kGroup, kEntropy>(s, group, exponent);
+    const auto z_of = [&](int64_t c) { return exponent.cap(to_acc(x[c * p.rows.stride_n])); };
+    RowSums<A, kEntropy> s;
+    int64_t own = p.k > 0 ? asked_class(p, row, 0) : -1;
+    for (int pass = 0;; ++pass) {
+      s = sum_row<T, kRowThreads, kEntropy>(p, x, own, exponent);
+      if (pass == 1 || p.k <= 1 || 2 * s.own_term > s.total) break;
+      int64_t most = -1;
+      for (int64_t k = lane; k < p.k; k += kRowThreads) {
+        const int64_t c = asked_class(p, row, k);
+        if (c != own && 2 * exponent.term(z_of(c), s.half) > s.total) most = c;
       }
+      most = row_reduce<kRowThreads>(most, [](int64_t a, int64_t b) { return a > b ? a : b; });
+      if (most < 0) break;
+      own = most;
     }
-    const auto scalar = [&](int64_t, T v) { add<1, kEntropy>(s, &v, exponent); };
-    const auto vector = [&](int64_t, const Vec<T>& v) { add<Vec<T>::kSize, kEntropy>(s, v.v, exponent); };
-    for_each_in_row<kRowThreads>(x + done * p.rows.stride_n, n - done, p.rows.stride_n, vector, scalar);
-    s = row_reduce<kRowThreads>(s, [](const EntropySum<A>& a, const EntropySum<A>& b) { return join(a, b); });
+    const A log_total = log(s.total);
     for (int64_t k = lane; k < p.k; k += kRowThreads) {
-      const int64_t c = index_of(p, row, k);
-      device_assert(c >= 0 && c < n, "selective_log_softmax: index: expected a class in [0, C)");
-      static_cast<A*>(p.logp)[row * p.k + k] = log_probability(s, A(to_acc(x[c * p.rows.stride_n])), exponent);
+      const int64_t c = asked_class(p, row, k);
+      const A below = exponent.below(z_of(c), s.half);
+      static_cast<A*>(p.logp)[row * p.k + k] =
+          0 - (c == own ? negative_log(s.own_term, s.others, s.total, below) : log_total + below);
     }
     if (lane != 0) continue;
-    static_cast<A*>(p.row_m)[row] = s.m;
-    static_cast<A*>(p.row_sum)[row] = s.sum;
-    if (!kEntropy) continue;
-    const A mean = s.linear / s.sum;
-    static_cast<A*>(p.entropy)[row] = (A(log2(s.sum / exp2_of(s.largest))) - mean) * kLn2<A>;
-    static_cast<A*>(p.row_mean)[row] = s.largest + mean;
+    static_cast<A*>(p.row_m)[row] = s.m();
+    static_cast<A*>(p.row_sum)[row] = s.total;
+    static_cast<A*>(p.row_others)[row] = s.others;
+    if constexpr (!kEntropy) continue;
+    const A mean = (s.linear.value() + s.own_term * s.own_t) / s.total;
+    static_cast<A*>(p.entropy)[row] = (s.own_term == 1 ? A(log1p(s.others)) : log_total) - mean * kLn2<A>;
+    static_cast<A*>(p.row_mean)[row] = mean;
   }
 }
 
@@ -132,7 +167,7 @@ void launch_rows(const SelectiveLogSoftmaxParams& p, cudaStream_t stream) {
 template <class T>
 void launch_fwd(const SelectiveLogSoftmaxParams& p, cudaStream_t stream) {
   if (row_count(p.rows) == 0) return;
-  if (p.rows.stride_n != 1) launch_rows<T, 1>(p, stream);
+  if (p.rows.stride_n != 1 || p.rows.n > kLongestKeptRow) launch_rows<T, 1>(p, stream);
   else if (p.rows.n <= 1024) launch_rows<T, 32>(p, stream);
   else if (p.rows.n <= 8192) launch_rows<T, 128>(p, stream);
   else launch_rows<T, 512>(p, stream);

@@ -51,6 +51,20 @@ struct Logits {
   __device__ double lse(A m, A sum) const { return double(m) * double(slope) + double(log(sum)); }
 };
 
+// Raises the reference of a sum before kCount z are added, where they need it. Number `own` among them, if it is one, is
+// left out of the sum: as -inf.
+template <int kCount, class Sum, class A, class L>
+__device__ inline void prepare(Sum& s, A (&z)[kCount], int own, const L& logits) {
+  A max = z[0];
+#pragma unroll
+  for (int k = 1; k < kCount; ++k) max = fmax(z[k], max);  // passes NaN by
+  if (max > s.limit || unsigned(own) < kCount) {
+    if (max > s.limit) s.raise_reference(max, logits);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) z[k] = k == own ? -infinity<A>() : z[k];
+  }
+}
+
 // -log p of a class that has `term` of the sum, and all others `others`: of a class with most of the sum the digits of
 // a small loss, 0 without others, and never negative, as all logarithms are of 1 and more. below: slope · (m - z).
 template <class A>
