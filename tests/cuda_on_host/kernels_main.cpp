@@ -62,8 +62,8 @@ struct CrossEntropyCase {
   using A = Acc<T>;
   Matrix<T> x, g, q;
   std::vector<int64_t> target, predictions;
-  std::vector<A> weight, row_loss, grad_output, row_m, row_sum, row_mass, grad_lse;
-  std::vector<CrossEntropySums> sums;
+  std::vector<A> weight, row_loss, grad_output, row_m, row_sum, row_others, row_mass, grad_lse;
+  std::unique_ptr<char[]> scratch;
   double total_weight[2] = {NAN, NAN}, guess = 0;
   A loss = NAN, z_loss = NAN;
   CrossEntropyParams p{};
@@ -79,9 +79,9 @@ struct CrossEntropyCase {
         grad_output(reduction == Reduction::kNone ? count : 1),
         row_m(count, NAN),
         row_sum(count, NAN),
+        row_others(count, NAN),
         row_mass(count, NAN),
-        grad_lse(count),
-        sums(kCrossEntropySums) {
+        grad_lse(count) {
     std::mt19937 random(unsigned(n * 31 + count));
     std::normal_distribution<float> normal(0, 3);
     std::uniform_real_distribution<float> uniform(0.5f, 1.5f);
@@ -113,18 +113,20 @@ struct CrossEntropyCase {
     p.row_loss = row_loss.data();
     p.row_m = row_m.data();
     p.row_sum = row_sum.data();
+    p.row_others = row_others.data();
     p.row_mass = o.smoothing != 0 || o.probabilities ? row_mass.data() : nullptr;
     p.predictions = o.predictions ? predictions.data() : nullptr;
     p.loss = reduction == Reduction::kNone ? nullptr : &loss;
     p.z_loss = reduction == Reduction::kNone ? nullptr : &z_loss;
     p.total_weight = total_weight;
     p.guess = &guess;
-    p.sums = sums.data();
     p.grad_rows = g.rows;
     p.grad_input = g.data();
     p.grad_output = grad_output.data();
     p.grad_output_stride = reduction == Reduction::kNone;
     p.grad_lse = o.predictions ? grad_lse.data() : nullptr;
+    scratch.reset(new char[cross_entropy_scratch(p)]);
+    p.sums = reinterpret_cast<CrossEntropySums*>(scratch.get());
   }
 };
 
@@ -132,8 +134,8 @@ template <class T>
 void check_cross_entropy(int64_t count, int64_t n, int64_t offset, bool columns, Reduction reduction,
                          const Options& o = {}) {
   CrossEntropyCase<T> problem(count, n, offset, columns, reduction, o);
-  auto& [x, g, q, target, predictions, weight, row_loss, grad_output, row_m, row_sum, row_mass, grad_lse, sums,
-         total_weight, guess, loss, z_loss, p] = problem;
+  auto& [x, g, q, target, predictions, weight, row_loss, grad_output, row_m, row_sum, row_others, row_mass, grad_lse,
+         scratch, total_weight, guess, loss, z_loss, p] = problem;
   launch_cross_entropy_fwd(p, nullptr);
   if (reduction == Reduction::kNone) total_weight[0] = total_weight[1] = NAN;  // "none" has no divisor
   launch_cross_entropy_bwd(p, nullptr);
@@ -278,7 +280,8 @@ void check_selective_log_softmax(int64_t count, int64_t n, int64_t k, int64_t of
   for (int64_t& i : index) i = int64_t(random() % n);
   for (int64_t i = 0; i < count; ++i)
     for (int64_t c = 0; c < n; ++c) x.at(i, c) = from_acc<T>(A(normal(random)));
-  std::vector<A> logp(count * k, NAN), entropy(count, NAN), m(count, NAN), sum(count, NAN), mean(count, NAN);
+  std::vector<A> logp(count * k, NAN), entropy(count, NAN);
+  std::vector<A> m(count, NAN), sum(count, NAN), others(count, NAN), mean(count, NAN);
   std::vector<A> grad_logp(count * k), grad_entropy(count);
   for (A& v : grad_logp) v = normal(random);
   for (A& v : grad_entropy) v = normal(random);
@@ -291,6 +294,7 @@ void check_selective_log_softmax(int64_t count, int64_t n, int64_t k, int64_t of
   p.transform = {0.8, softcap};
   p.row_m = m.data();
   p.row_sum = sum.data();
+  p.row_others = others.data();
   p.row_mean = mean.data();
   p.logp = logp.data();
   p.entropy = entropy.data();
