@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from conftest import CUDA_ON_HOST
+from torch.profiler import ProfilerActivity, profile
 
 import torch_softmax_ext as tse
 
@@ -276,3 +278,30 @@ def test_entropy_of_one_possible_class_is_zero(device, layout):
         logp, entropy, _ = selected(device, x, torch.full((3, 1), index), layout)
         assert (entropy == 0).all()
         assert (logp == 0).all() if index == 7 else (logp < -290).all()
+
+
+@pytest.mark.skipif(not CUDA_ON_HOST, reason="of the CUDA kernels; a device-side assertion ends all work on a device")
+@pytest.mark.parametrize("bad", [-1, 50, 2**40])
+@pytest.mark.parametrize("classes_first", [False, True])
+def test_backward_reads_no_class_that_is_none(bad, classes_first):
+    ops = torch.ops.torch_softmax_ext
+    x = torch.randn(50, 4).t() if classes_first else torch.randn(4, 50)
+    good, target = torch.zeros(4, dtype=torch.long), torch.tensor([0, 1, bad, 2])
+    options = (None, -100, "mean", 0.0, 0.0, None, 1.0)
+    _, stats = ops._cross_entropy_forward(x, good, *options)
+    with pytest.raises(RuntimeError, match="cross_entropy: target: expected a class index"):
+        ops._cross_entropy_backward(torch.ones(()), None, x, target, stats, *options)
+    _, _, stats = ops._selective_log_softmax_forward(x, good, 1.0, None, False)
+    with pytest.raises(RuntimeError, match="selective_log_softmax: index: expected a class"):
+        ops._selective_log_softmax_backward(torch.ones(4), None, x, target, stats, 1.0, None)
+
+
+@pytest.mark.skipif(not CUDA_ON_HOST, reason="of the CUDA kernels, counted by torch's allocator")
+@pytest.mark.parametrize("shape", [(8, 10), (4000, 10), (8, 3000)])
+def test_scratch_is_of_the_size_of_the_grid(shape):
+    x, target = torch.randn(shape), torch.randint(0, shape[1], shape[:1])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        tse.cross_entropy(x, target)
+    allocated = [e.cpu_memory_usage for e in profiled.events() if e.name == "aten::empty"]
+    statistics = 4 * 4 * shape[0] + 3 * 8
+    assert sum(allocated) <= statistics + 16 * 4 * 32 + 200  # 32 bytes for each of 4 multiprocessors' 16 blocks

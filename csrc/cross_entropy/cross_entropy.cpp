@@ -38,8 +38,8 @@ bool has_mass(const at::Tensor& target, const CrossEntropyOptions& options) {
 }
 
 // The statistics of forward for backward, in one tensor: three doubles (total_weight and guess of CrossEntropyParams),
-// then row_m, row_sum, row_others, with has_mass row_mass, and for mean and sum row_loss, in the loss' dtype: each tensor
-// more is measurable in a small call. The size in doubles:
+// then row_m, row_sum, row_others, with has_mass row_mass, and for mean and sum row_loss, in the loss' dtype: each
+// tensor more is measurable in a small call. The size in doubles:
 constexpr int64_t kStatsOfAll = 3;
 template <class Int>
 Int stats_size(const Int& rows, bool is_double, bool mass, bool reduce) {

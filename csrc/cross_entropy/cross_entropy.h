@@ -161,7 +161,7 @@ void cross_entropy_bwd_blocks(const CrossEntropyParams& p, int64_t row, int64_t 
 void launch_cross_entropy_fwd(const CrossEntropyParams& p, cudaStream_t stream);
 void launch_cross_entropy_bwd(const CrossEntropyParams& p, cudaStream_t stream);
 void launch_cross_entropy_rescale(const CrossEntropyParams& p, cudaStream_t stream);
-int64_t cross_entropy_scratch(const CrossEntropyParams& p);   // bytes that forward needs
+int64_t cross_entropy_scratch(const CrossEntropyParams& p);  // bytes that forward needs
 CrossEntropyState* cross_entropy_state(cudaStream_t stream);  // nullptr: none left
 
 }  // namespace tse

@@ -1,10 +1,10 @@
 // Cross-entropy forward on CUDA. [CUDA]
 //
 // Each logit is read once: every thread keeps the sum of the terms of its part, with a reference that begins as the own
-// class' logit and is raised where terms get large. Where grad_output is known or guessed, the row stays on chip and its
-// gradient is written at once. For mean and sum each block adds the losses of its rows in double, and the last one to
-// finish the sums of the blocks: a fixed order on one card. One launch, but for the divisor of a mean over many rows.
-// Log-probabilities are never stored.
+// class' logit and is raised where terms get large. Where grad_output is known or guessed, the row stays on chip and
+// its gradient is written at once. For mean and sum each block adds the losses of its rows in double, and the last one
+// to finish the sums of the blocks: a fixed order on one card. One launch, but for the divisor of a mean over many
+// rows. Log-probabilities are never stored.
 #include "common/cuda/reduce.cuh"
 #include "common/cuda/stream_state.cuh"
 #include "cross_entropy/exp_sum.cuh"
@@ -196,8 +196,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
       if constexpr (kRowThreads == 32) __syncwarp();  // all lanes have read the own class' logit
       s = row_reduce<kRowThreads>(s, [&](const auto& a, const auto& b) { return join(a, b, logits); });
       if constexpr (kGeneral) {
-        if (p.predictions != nullptr)
-          best = row_reduce<kRowThreads>(best, [](auto a, auto b) { return better(a, b); });
+        if (p.predictions != nullptr) best = row_reduce<kRowThreads>(best, [](auto a, auto b) { return better(a, b); });
       }
     }
     const A z_own = logits.cap(own.logit), own_term = own.index < 0 ? A(0) : logits.term(z_own, s.half);

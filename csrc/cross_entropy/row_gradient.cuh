@@ -33,7 +33,8 @@ __device__ inline int64_t class_of_most(const CrossEntropyParams& p, int64_t row
 
 // Of a counted row. All threads of the row come here.
 template <class T, int kRowThreads, bool kGeneral>
-__device__ inline OwnClass<T, kRowThreads> own_class(const CrossEntropyParams& p, int64_t row, const T* x, int64_t target) {
+__device__ inline OwnClass<T, kRowThreads> own_class(const CrossEntropyParams& p, int64_t row, const T* x,
+                                                     int64_t target) {
   using A = Acc<T>;
   device_assert(p.target == nullptr || (target >= 0 && target < p.rows.n),
                 "cross_entropy: target: expected a class index or ignore_index");
@@ -87,7 +88,8 @@ struct RowGradient {
 
 // A row of logits; where an element takes much, or a row has few, registers are for that, or for more rows.
 template <class T, int kRowThreads, bool kGeneral>
-using LogitRow = KeptRow<kRowThreads, T, kGeneral ? (kRowThreads == 32 || sizeof(T) == 2 ? 1 : 2) : (kRowThreads == 32 ? 2 : 4)>;
+using LogitRow =
+    KeptRow<kRowThreads, T, kGeneral ? (kRowThreads == 32 || sizeof(T) == 2 ? 1 : 2) : (kRowThreads == 32 ? 2 : 4)>;
 
 // Writes the gradient of a counted row.
 template <class T, class Row, class Gradient>

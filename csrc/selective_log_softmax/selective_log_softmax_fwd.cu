@@ -1,7 +1,7 @@
 // Log-probabilities at given classes and entropy, forward on CUDA. [CUDA]
 //
-// Each logit is read once: every thread keeps the sums of its part, with a reference that begins as the own class' logit.
-// The own class is the one that index names first; if index names another one that has more than half of the
+// Each logit is read once: every thread keeps the sums of its part, with a reference that begins as the own class'
+// logit. The own class is the one that index names first; if index names another one that has more than half of the
 // probability, the row is summed once more without that, so that its log-probability has all its digits.
 #include "common/cuda/compensated.cuh"
 #include "common/cuda/kept_row.cuh"
@@ -11,8 +11,8 @@
 namespace tse {
 namespace {
 
-// sum = Σ 2^t, linear = Σ 2^t t with t = (z - m) · exponent_scale of the logits added. With kEntropy m is the largest of
-// them and of the own class, so that of one possible class linear is 0, and elsewhere nothing cancels.
+// sum = Σ 2^t, linear = Σ 2^t t with t = (z - m) · exponent_scale of the logits added. With kEntropy m is the largest
+// of them and of the own class, so that of one possible class linear is 0, and elsewhere nothing cancels.
 template <class A, bool kEntropy>
 struct EntropySum : Reference<A> {
   Compensated<A> sum, linear;
@@ -97,9 +97,10 @@ __device__ inline RowSums<Acc<T>, kEntropy> sum_row(const SelectiveLogSoftmaxPar
     }
     for (; i < n; ++i) scalar(i, x[i * stride]);
   } else {
-    KeptRow<kRowThreads, T, 2>(x, n, stride).read(
-        false, [&](int64_t i, const Vec<T>& v) { add_at(i, v.v, std::integral_constant<int, Vec<T>::kSize>{}); },
-        scalar);
+    KeptRow<kRowThreads, T, 2>(x, n, stride)
+        .read(
+            false, [&](int64_t i, const Vec<T>& v) { add_at(i, v.v, std::integral_constant<int, Vec<T>::kSize>{}); },
+            scalar);
   }
   RowSums<A, kEntropy> r = {
       row_reduce<kRowThreads>(s, [&](const auto& a, const auto& b) { return join(a, b, exponent); })};

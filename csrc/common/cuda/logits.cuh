@@ -8,7 +8,8 @@ namespace tse {
 __device__ inline float exp2_of(float x) { return fast_exp2(x); }
 __device__ inline double exp2_of(double x) { return exp2(x); }
 
-// Terms of a sum may be so large, in base 2, before the sum's reference is raised: raising is rare, and costs a rounding.
+// Terms of a sum may be so large, in base 2, before the sum's reference is raised: raising is rare, and costs a
+// rounding.
 constexpr int kLargestExponent = 16;
 
 // The m of Σ exp(s - slope · m), held as m / 2: half of a difference of finite logits is finite. A sum begins with the
@@ -51,8 +52,8 @@ struct Logits {
   __device__ double lse(A m, A sum) const { return double(m) * double(slope) + double(log(sum)); }
 };
 
-// Raises the reference of a sum before kCount z are added, where they need it. Number `own` among them, if it is one, is
-// left out of the sum: as -inf.
+// Raises the reference of a sum before kCount z are added, where they need it. Number `own` among them, if it is one,
+// is left out of the sum: as -inf.
 template <int kCount, class Sum, class A, class L>
 __device__ inline void prepare(Sum& s, A (&z)[kCount], int own, const L& logits) {
   A max = z[0];
