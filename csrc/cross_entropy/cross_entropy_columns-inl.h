@@ -9,14 +9,16 @@ constexpr int64_t kColumns = 2048;
 constexpr int kClassesAtOnce = 4;  // so many share one pass over the columns' sums
 constexpr int64_t kColumnElements = 65536;  // of the copy: half of L2 in fp32
 constexpr int64_t kColumnTerms = 64;        // of a sum in the type; their sums are added in double
-constexpr double kLargestSum = 0x1p32;
+template <class A>
+constexpr A kLargestSum = A(0x1p32);
 
 // The losses of a vector of rows, from term, z and weight of their own class; of contiguous rows, too.
 template <class T>
 inline Vec<T> losses_of(const CrossEntropyParams& p, Vec<T> m, Vec<T> others, Vec<T> term, Vec<T> z, Vec<T> weight) {
   using A = Acc<T>;
   const A slope = A(p.transform.slope());
-  Vec<T> loss = negative_log<T>(term, others, m - z, slope) * weight;
+  const Vec<T> below = m * A(0.5) - z * A(0.5);  // half of a difference of finite logits is finite
+  Vec<T> loss = negative_log<T>(term, others, below, 2 * slope) * weight;
   if (p.z_loss_weight != 0 && p.reduction == Reduction::kNone) {
     const Vec<T> lse = m * slope + log2(others + term) * kLn2<A>;
     loss += A(p.z_loss_weight) * lse * lse;
@@ -55,7 +57,7 @@ struct ColumnTile {
   using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
   int64_t width;  // a multiple of the lanes
   std::unique_ptr<T[]> logits;  // (n, width)
-  alignas(64) A m[kColumns] = {}, part[kColumns] = {}, others[kColumns] = {}, sum[kColumns] = {};
+  alignas(64) A m[kColumns] = {}, others[kColumns] = {}, sum[kColumns] = {};
   alignas(64) A own[kColumns] = {}, at_own[kColumns] = {}, term[kColumns] = {};  // weight, z and term of the own class
   alignas(64) A scale[kColumns] = {}, of_own[kColumns] = {};  // of grad_scales
   alignas(64) double total[kColumns] = {};
@@ -88,6 +90,13 @@ inline void set_targets(const CrossEntropyParams& p, int64_t row, int64_t count,
     store(tile.own + j, tile.is_counted(j) ? splat<Vec<T>>(1) : Vec<T>{});
 }
 
+// The logits of the own classes; of an ignored row any.
+template <class T>
+inline void load_own(const T* x, int64_t n, int64_t stride, int64_t count, ColumnTile<T>& tile) {
+  for (int64_t j = 0; n > 0 && j < count; ++j)
+    tile.at_own[j] = load_one(x + (tile.target[j] < 0 ? 0 : tile.target[j]) * stride + j);
+}
+
 // Adds classes [c, c + kClasses) to the columns' sums, and leaves a copy of their logits for backward.
 template <int kClasses, class T>
 [[gnu::flatten]] inline void add_classes(const T* x, int64_t c, int64_t n, int64_t stride, int64_t count,
@@ -105,7 +114,7 @@ template <int kClasses, class T>
       if (copy != nullptr) store(copy + (c + k) * tile.width + j, v);
       sum += tile.is_target(j, c + k) ? Vec<T>{} : logits.term(v, m);
     }
-    store(tile.part + j, load(tile.part + j) + sum);
+    store(tile.others + j, load(tile.others + j) + sum);
   }
 }
 
@@ -115,19 +124,25 @@ inline bool add_columns(const T* x, int64_t n, int64_t stride, int64_t count, co
                         ColumnTile<T>& tile) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   const int64_t used = (count + kLanes - 1) / kLanes * kLanes;
-  std::fill_n(tile.total, used, 0.0);
+  const bool is_short = n <= kColumnTerms;  // one part
+  if (!is_short) std::fill_n(tile.total, used, 0.0);
+  std::fill_n(tile.others, used, Acc<T>(0));
   for (int64_t begin = 0; begin < n; begin += kColumnTerms) {
-    std::fill_n(tile.part, used, Acc<T>(0));
     const int64_t end = std::min(begin + kColumnTerms, n);
     int64_t c = begin;
     for (; c + kClassesAtOnce <= end; c += kClassesAtOnce)
       add_classes<kClassesAtOnce>(x, c, n, stride, count, logits, tile);
     for (; c < end; ++c) add_classes<1>(x, c, n, stride, count, logits, tile);
-    for (int64_t j = 0; j < used; ++j) tile.total[j] += double(tile.part[j]);
+    for (int64_t j = 0; !is_short && j < used; ++j) {
+      tile.total[j] += double(tile.others[j]);
+      tile.others[j] = 0;
+    }
   }
-  bool inside = true;
-  for (int64_t j = 0; j < count; ++j) inside &= tile.total[j] <= kLargestSum || tile.target[j] < 0;
-  return inside;
+  for (int64_t j = 0; !is_short && j < used; ++j) tile.others[j] = Acc<T>(tile.total[j]);
+  Vec<T> outside = {};
+  for (int64_t j = 0; j < count; j += kLanes)
+    outside += tile.is_counted(j) & ~(load(tile.others + j) <= kLargestSum<Acc<T>>) ? splat<Vec<T>>(1) : Vec<T>{};
+  return reduce_add(outside) == 0;
 }
 
 // The reference is the larger of the first class' logit and the own one: terms need not be below 1, only far from
@@ -138,25 +153,25 @@ inline void fwd_columns(const T* x, int64_t n, int64_t stride, int64_t count, co
                         ColumnTile<T>& tile) {
   using A = Acc<T>;
   const A low = -std::numeric_limits<A>::infinity();
-  for (int64_t j = 0; j < count; ++j) {
-    if (tile.target[j] < 0) continue;
-    tile.at_own[j] = load_one(x + tile.target[j] * stride + j);
-    tile.m[j] = std::max(load_one(x + j), tile.at_own[j]);
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  load_own(x, n, stride, count, tile);
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const Vec<T> first = n == 0 ? Vec<T>{} : j + kLanes <= count ? load(x + j) : load_part(x + j, count - j, A(0));
+    store(tile.m + j, vmax(load(tile.at_own + j), first));  // of NaN the first
   }
   if (!add_columns(x, n, stride, count, logits, tile)) {
     for (int64_t j = 0; j < count; ++j) {
-      if (tile.total[j] <= kLargestSum || tile.target[j] < 0) continue;
+      if (tile.others[j] <= kLargestSum<A> || tile.target[j] < 0) continue;
       A max = low;
       for (int64_t c = 0; c < n; ++c) max = std::max(max, load_one(x + c * stride + j));  // NaN aside
       tile.m[j] = max == low ? A(0) : max;
     }
     add_columns(x, n, stride, count, logits, tile);
   }
-  for (int64_t j = 0; j < count; j += Accumulate<T>::kLanes)
-    store(tile.term + j, logits.term(load(tile.at_own + j), load(tile.m + j)));
-  for (int64_t j = 0; j < count; ++j) {
-    tile.others[j] = A(tile.total[j]);
-    tile.sum[j] = A(tile.total[j] + double(tile.term[j]));
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const Vec<T> term = logits.term(load(tile.at_own + j), load(tile.m + j));
+    store(tile.term + j, term);
+    store(tile.sum + j, load(tile.others + j) + term);
   }
 }
 
@@ -213,8 +228,7 @@ inline void bwd_column_rows(const CrossEntropyParams& p, int64_t row, int64_t co
     std::memcpy(tile.m, static_cast<const A*>(p.row_m) + row, count * sizeof(A));
     std::memcpy(tile.sum, static_cast<const A*>(p.row_sum) + row, count * sizeof(A));
     std::memcpy(tile.others, static_cast<const A*>(p.row_others) + row, count * sizeof(A));
-    for (int64_t j = 0; j < count; ++j)
-      if (tile.target[j] >= 0) tile.at_own[j] = load_one(input + tile.target[j] * p.rows.stride_n + j);
+    load_own(input, p.rows.n, p.rows.stride_n, count, tile);
     for (int64_t j = 0; j < count; j += Accumulate<T>::kLanes)
       store(tile.term + j, logits.term(load(tile.at_own + j), load(tile.m + j)));
   }

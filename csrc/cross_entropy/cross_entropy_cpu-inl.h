@@ -49,13 +49,15 @@ template <class T>
 inline int64_t own_class(const CrossEntropyParams& p, int64_t row) {
   const int64_t target = target_of(p, row);
   if (p.probabilities == nullptr) return is_counted(p, target) ? target : -1;
-  constexpr int kLanes = Accumulate<T>::kLanes;
   const T* q = static_cast<const T*>(p.probabilities) + row_offset(p.probabilities_rows, row);
-  const int64_t n = p.rows.n;
-  int64_t i = 0;
-  while (i + kLanes <= n && mask_above(load(q + i), Acc<T>(0.5)) == 0) i += kLanes;
-  while (i < n && !(load_one(q + i) > Acc<T>(0.5))) ++i;
-  return i < n ? i : -1;
+  constexpr int64_t kStep = 512;
+  for (int64_t begin = 0; begin < p.rows.n; begin += kStep) {
+    const int64_t end = std::min(begin + kStep, p.rows.n);
+    if (!(block_max(q + begin, end - begin) > Acc<T>(0.5))) continue;
+    for (int64_t i = begin; i < end; ++i)
+      if (load_one(q + i) > Acc<T>(0.5)) return i;
+  }
+  return -1;
 }
 
 // What backward needs to know of a row.
@@ -131,13 +133,12 @@ template <class T, class L>
 
 // Completes the sums of a row that is counted; of one that is not they are nothing. Returns the whole sum.
 template <class T, class L>
-inline double finish_row_general(const CrossEntropyParams& p, int64_t row, const BlockSum& s, const T* x,
+inline double finish_row_general(const CrossEntropyParams& p, int64_t row, int64_t own, const BlockSum& s, const T* x,
                                  const L& logits) {
   using A = Acc<T>;
   const A m = A(s.m);
   double loss = 0, sum = s.sum, mass = 0;
   if (is_counted(p, target_of(p, row))) {
-    const int64_t own = own_class<T>(p, row);
     double of_own = 0;
     if (own >= 0) {
       const A z = logits.z_of(x + own);
@@ -199,8 +200,8 @@ struct RowLosses {
 };
 
 template <class T, bool kGeneral, bool kFromKept = false, class L>
-inline void finish_row_grad(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end, const L& logits,
-                            const Acc<T>* kept = nullptr) {
+inline void finish_row_grad(const CrossEntropyParams& p, int64_t row, int64_t own, int64_t begin, int64_t end,
+                            const L& logits, const Acc<T>* kept = nullptr) {
   using A = Acc<T>;
   const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
   T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
@@ -208,11 +209,10 @@ inline void finish_row_grad(const CrossEntropyParams& p, int64_t row, int64_t be
   if (!is_counted(p, target)) return std::fill(g + begin, g + end, T{}), void();
   if constexpr (kGeneral) {
     const Coefficients<T> coefficients(p, row);
-    const int64_t own = own_class<T>(p, row);
     const A of_own = own < 0 ? A(0) : weight_of<A>(p, target) + coefficients.at(own);
     grad_row_general(x, g, begin, end, own, RowGrad<A>(p, row, of_own), logits, coefficients);
   } else {
-    grad_row<kFromKept>(x, g, begin, end, target, RowGrad<A>(p, row, weight_of<A>(p, target)), logits, kept);
+    grad_row<kFromKept>(x, g, begin, end, own, RowGrad<A>(p, row, weight_of<A>(p, target)), logits, kept);
   }
 }
 
@@ -258,9 +258,9 @@ void contiguous_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
     const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
     // The logits of an ignored row are not even read.
     const bool counted = is_counted(p, target_of(p, row));
+    const int64_t own = counted ? own_class<T>(p, row) : -1;
     if constexpr (kForward && kBackward && !kGeneral) {
       if (counted && keeps) {
-        const int64_t own = target_of(p, row);
         const Acc<T> reference = row_reference(x, n, own, logits);
         BlockSum s = kNothing, sums[kKept / kBlock];
         for (int64_t b = 0; b * kBlock < n; ++b) {
@@ -270,10 +270,10 @@ void contiguous_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
         }
         losses.add(p, row, s, x, logits);
         for (int64_t b = 0; b * kBlock < n; ++b) {
-          const int64_t i = b * kBlock, behind = std::min(i + kBlock, n);
+          const int64_t i = b * kBlock, end = std::min(i + kBlock, n);
           // Terms against another reference are rounded otherwise: not the bits that backward alone would compute.
-          if (sums[b].m == s.m) finish_row_grad<T, kGeneral, true>(p, row, i, behind, logits, kept);
-          else finish_row_grad<T, kGeneral>(p, row, i, behind, logits);
+          if (sums[b].m == s.m) finish_row_grad<T, kGeneral, true>(p, row, own, i, end, logits, kept);
+          else finish_row_grad<T, kGeneral>(p, row, own, i, end, logits);
         }
         continue;
       }
@@ -281,17 +281,16 @@ void contiguous_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
     if (kForward) {
       BlockSum s = kNothing;
       if (counted && n > 0) {
-        const int64_t own = own_class<T>(p, row);
         const Acc<T> reference = row_reference(x, n, own, logits);
         for (int64_t b = 0; b * kBlock < n; ++b)
           s = logits.join(s, row_block_sum<kGeneral>(p, row, x, b, own, reference, logits));
       }
       double sum;
-      if constexpr (kGeneral) sum = finish_row_general(p, row, s, x, logits);
+      if constexpr (kGeneral) sum = finish_row_general(p, row, own, s, x, logits);
       else sum = losses.add(p, row, s, x, logits);
       if (p.predictions != nullptr) p.predictions[row] = counted ? row_argmax(x, n, sum != sum) : p.ignore_index;
     }
-    if (kBackward) finish_row_grad<T, kGeneral>(p, row, 0, n, logits);
+    if (kBackward) finish_row_grad<T, kGeneral>(p, row, own, 0, n, logits);
   }
   if (losses.count > 0) losses.finish(p, logits);
 }
@@ -337,7 +336,7 @@ void finish_blocks(const CrossEntropyParams& p, int64_t row, const BlockSum* sum
   BlockSum s = kNothing;
   for (int64_t b = 0; b * kBlock < p.rows.n; ++b) s = logits.join(s, sums[b]);
   if constexpr (kGeneral) {
-    finish_row_general(p, row, s, x, logits);
+    finish_row_general(p, row, own_class<T>(p, row), s, x, logits);
   } else {
     RowLosses<T> losses;
     losses.add(p, row, s, x, logits);
@@ -347,7 +346,7 @@ void finish_blocks(const CrossEntropyParams& p, int64_t row, const BlockSum* sum
 
 template <class T, bool kGeneral>
 void bwd_blocks(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end) {
-  finish_row_grad<T, kGeneral>(p, row, begin * kBlock, std::min(end * kBlock, p.rows.n),
+  finish_row_grad<T, kGeneral>(p, row, own_class<T>(p, row), begin * kBlock, std::min(end * kBlock, p.rows.n),
                                Logits<T, kGeneral>(p.transform));
 }
 

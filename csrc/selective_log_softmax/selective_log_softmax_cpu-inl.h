@@ -35,50 +35,22 @@ template <bool kEntropy, bool kCapped, class T>
 [[gnu::flatten]] inline EntropySum block_sums(const T* x, int64_t n, int64_t own, Acc<T> row_reference,
                                               const Logits<T>& logits) {
   using A = Acc<T>;
-  constexpr int kLanes = Accumulate<T>::kLanes;
   EntropySum result;
   const Vec<T> lowest = splat<Vec<T>>(kLowestExponent<A>);
   const Vec<T> max = kEntropy ? logits.cap(splat<Vec<T>>(block_max(x, n))) : Vec<T>{};
   const BlockSum s = block_sums_by(x, n, row_reference, logits, [&](A m) {
     const Vec<T> reference = splat<Vec<T>>(m), largest = vmax(lowest, logits.exponent(max, reference));
-    Vec<T> s0 = {}, s1 = {}, s2 = {}, s3 = {}, l0 = {}, l1 = {}, l2 = {}, l3 = {};
-    const auto add = [&](Vec<T> v, Vec<T>& sum, Vec<T>& linear, int64_t count) {
+    Vec<T> sum[4] = {}, linear[4] = {};
+    for_vectors(x, n, own, [&](int k, int64_t, Vec<T> v, int64_t, auto used) {
       Vec<T> t = logits.exponent(kCapped ? logits.cap(v) : v, reference);
       if (kEntropy) t = vmax(lowest, t);
-      const Vec<T> term = first_lanes(exp2<T>(t), count);
-      sum += term;
-      if (kEntropy) linear += term * (t - largest);
-    };
-    const auto add2 = [&](const T* p, Vec<T>& a, Vec<T>& b, Vec<T>& c, Vec<T>& d) {
-      const Pair<Vec<T>> v = load2(p);
-      add(v.a, a, c, kLanes);
-      add(v.b, b, d, kLanes);
-    };
-    for_groups<4 * kLanes>(
-        x, n, own,
-        [&](const T* p, int64_t) {
-          add2(p, s0, s1, l0, l1);
-          add2(p + 2 * kLanes, s2, s3, l2, l3);
-        },
-        [&](const T* p, int64_t, int64_t count) {
-          int64_t k = 0;
-          if (2 * kLanes <= count) add2(p, s0, s1, l0, l1), k = 2 * kLanes;
-          for (; k < count; k += kLanes) {
-            const int64_t lanes = std::min<int64_t>(kLanes, count - k);
-            add(lanes == kLanes ? load(p + k) : load_part(p + k, lanes, -std::numeric_limits<A>::infinity()), s0, l0,
-                lanes);
-          }
-        });
+      const Vec<T> term = chosen(used, exp2<T>(t));
+      sum[k] += term;
+      if (kEntropy) linear[k] += term * (t - largest);
+    });
     result.largest = double(largest[0]);
-    result.linear = double(reduce_add((l0 + l1) + (l2 + l3)));
-    BlockSum total = {double(m), double(reduce_add((s0 + s1) + (s2 + s3)))};
-    if (kCapped && own >= 0 && own < n) {  // -inf in its place has the smallest of all terms, but has one
-      Vec<T> none = {}, linear = {};
-      add(splat<Vec<T>>(-std::numeric_limits<A>::infinity()), none, linear, 1);
-      total.sum -= double(none[0]);
-      result.linear -= double(linear[0]);
-    }
-    return total;
+    result.linear = double(reduce_add((linear[0] + linear[1]) + (linear[2] + linear[3])));
+    return BlockSum{double(m), double(reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])))};
   });
   result.m = s.m;
   result.sum = s.sum;

@@ -73,58 +73,18 @@ inline Pair<Vec<T>> terms2(const T* x, Vec<T> m, const L& logits) {
   return {logits.term(v.a, m), logits.term(v.b, m)};
 }
 
-// Calls whole(p, i) for elements [i, i + kGroup) of a block, at p, and rest(p, i, count) for what is left. Where the
-// own class is among them, p is a copy that has -inf in its place.
-template <int kGroup, class T, class Whole, class Rest>
-[[gnu::always_inline]] inline void for_groups(const T* x, int64_t n, int64_t own, const Whole& whole,
-                                              const Rest& rest) {
-  const int64_t groups = n / kGroup * kGroup, special = own < 0 || own >= n ? n : own / kGroup * kGroup;
-  T copy[kGroup];
-  const auto without_own = [&](int64_t count) {
-    std::copy_n(x + special, count, copy);
-    store_one(copy + (own - special), -std::numeric_limits<Acc<T>>::infinity());
-    return copy;
-  };
-  int64_t i = 0;
-  for (; i < std::min(special, groups); i += kGroup) whole(x + i, i);
-  if (special < groups) {
-    whole(without_own(kGroup), i);
-    for (i += kGroup; i < groups; i += kGroup) whole(x + i, i);
-  }
-  if (i < n) rest(special == i ? without_own(n - i) : x + i, i, n - i);
-}
-
 // Σ of the terms, logits without softcap. They are kept for backward if kKeep: whole pairs as terms2 gives them, then
 // the rest.
 template <bool kKeep, class T, class L>
 [[gnu::flatten]] inline Acc<T> block_sum(const T* x, int64_t n, int64_t own, Acc<T> m, const L& logits, Acc<T>* kept) {
-  constexpr int kLanes = Accumulate<T>::kLanes;
   const Vec<T> reference = splat<Vec<T>>(m);
-  Vec<T> s0 = {}, s1 = {}, s2 = {}, s3 = {};
-  const auto add2 = [&](const T* p, int64_t i, Vec<T>& a, Vec<T>& b) {
-    const Pair<Vec<T>> t = terms2(p, reference, logits);
-    if (kKeep) store(kept + i, t.a), store(kept + i + kLanes, t.b);
-    a += t.a;
-    b += t.b;
-  };
-  for_groups<4 * kLanes>(
-      x, n, own,
-      [&](const T* p, int64_t i) {
-        add2(p, i, s0, s1);
-        add2(p + 2 * kLanes, i + 2 * kLanes, s2, s3);
-      },
-      [&](const T* p, int64_t i, int64_t count) {
-        int64_t k = 0;
-        if (2 * kLanes <= count) add2(p, i, s0, s1), k = 2 * kLanes;
-        for (; k < count; k += kLanes) {
-          const Vec<T> v =
-              k + kLanes <= count ? load(p + k) : load_part(p + k, count - k, -std::numeric_limits<Acc<T>>::infinity());
-          const Vec<T> t = logits.term(v, reference);
-          if (kKeep) store(kept + i + k, t);
-          s0 += t;
-        }
-      });
-  return reduce_add((s0 + s1) + (s2 + s3));
+  Vec<T> sum[4] = {};
+  for_vectors(x, n, own, [&](int k, int64_t i, Vec<T> v, int64_t, auto used) {
+    const Vec<T> t = logits.term(v, reference);
+    if (kKeep) store(kept + i, t);
+    sum[k] += chosen(used, t);
+  });
+  return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 // The sums of a block by sum(m), against the row's reference where that serves, else against its own.
@@ -154,33 +114,23 @@ inline BlockSum block_exp_sum(const T* x, int64_t n, int64_t own, Acc<T> row_ref
 template <class T, class L, class U>
 [[gnu::flatten]] inline BlockSum block_linear_sum(const T* x, int64_t n, int64_t own, Acc<T> row_reference,
                                                   const L& logits, const U& u) {
-  using A = Acc<T>;
-  constexpr int kLanes = Accumulate<T>::kLanes;
-  return block_sums_by(x, n, row_reference, logits, [&](A m) {
+  constexpr int64_t kShortSum = 32 * Accumulate<T>::kLanes;  // terms of linear may be large and alike
+  return block_sums_by(x, n, row_reference, logits, [&](Acc<T> m) {
     const Vec<T> reference = splat<Vec<T>>(m);
     BlockSum total = {double(m), 0};
-    constexpr int64_t kShortSum = 32 * kLanes;  // terms of linear may be large and alike
     for (int64_t begin = 0; begin < n; begin += kShortSum) {
-      Vec<T> sum = {}, linear = {}, mass = {};
-      const auto add = [&](Vec<T> v, Vec<T> c, int64_t count, int64_t own_lane) {
-        const Vec<T> d = logits.cap(v) - reference;
-        Vec<T> term = first_lanes(exp2<T>(d * logits.scale), count), weighted = first_lanes(c * d, count);
-        if (uint64_t(own_lane) < kLanes) {
-          term[own_lane] = 0;
-          weighted[own_lane] = 0;
-          c[own_lane] = 0;
-        }
-        sum += term;
-        linear += weighted;
-        mass += c;
-      };
-      const int64_t end = std::min(begin + kShortSum, n);
-      int64_t i = begin;
-      for (; i + kLanes <= end; i += kLanes) add(load(x + i), u(i, kLanes), kLanes, own - i);
-      if (i < end) add(load_part(x + i, end - i, A(0)), u(i, end - i), end - i, own - i);
-      total.sum += double(reduce_add(sum));
-      total.linear += double(reduce_add(linear));
-      total.mass += double(reduce_add(mass));
+      Vec<T> sum[4] = {}, linear[4] = {}, mass[4] = {};
+      for_vectors</*kInOrder=*/true>(x + begin, std::min(kShortSum, n - begin), own - begin,
+                                     [&](int k, int64_t i, Vec<T> v, int64_t count, auto used) {
+                                       const Vec<T> d = logits.cap(v) - reference, c = u(begin + i, count);
+                                       sum[k] += chosen(used, exp2<T>(d * logits.scale));
+                                       linear[k] += chosen(used, c * d);
+                                       mass[k] += chosen(used, c);
+                                     });
+      const auto all = [](const Vec<T>(&of)[4]) { return double(reduce_add((of[0] + of[1]) + (of[2] + of[3]))); };
+      total.sum += all(sum);
+      total.linear += all(linear);
+      total.mass += all(mass);
     }
     return total;
   });

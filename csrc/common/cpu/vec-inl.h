@@ -142,19 +142,29 @@ inline void store(T* p, VecF v) {
   std::memcpy(p, &h, sizeof h);
 }
 
-// Which lanes of a comparison are before `count`.
+// The lanes' numbers, to be compared: before `count`, all but one.
 template <class V, size_t... lane>
-inline auto lanes_before(int64_t count, std::index_sequence<lane...>) {
+inline auto lane_numbers(std::index_sequence<lane...>) {
   using Lanes = decltype(V{} > V{});
   using Lane = std::remove_cv_t<std::remove_reference_t<decltype(Lanes{}[0])>>;
-  return Lanes{Lane(lane)...} < Lanes{} + Lane(count);
+  return Lanes{Lane(lane)...};
+}
+template <class V>
+inline auto lane_numbers() {
+  return lane_numbers<V>(std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>{});
 }
 template <class V>
 inline auto lanes_before(int64_t count) {
-  return lanes_before<V>(count, std::make_index_sequence<sizeof(V) / sizeof(V{}[0])>{});
+  const auto numbers = lane_numbers<V>();
+  return numbers < numbers - numbers + decltype(numbers[0] + 0)(count);
+}
+template <class V>
+inline auto lanes_but(int64_t lane) {
+  const auto numbers = lane_numbers<V>();
+  return numbers != numbers - numbers + decltype(numbers[0] + 0)(lane);
 }
 
-// The first `count` lanes, and 0 behind them.
+// The first `count` lanes, and 0 after them.
 template <class V>
 inline V first_lanes(V v, int64_t count) {
   return lanes_before<V>(count) ? v : V{};
@@ -232,6 +242,54 @@ inline Pair<VecF> load2(const BFloat16* p) {
 inline void store2(BFloat16* p, Pair<VecF> v) {
   const VecU u = (rounded_bits(v.a) >> 16) | (rounded_bits(v.b) & 0xffff0000u);
   std::memcpy(p, &u, sizeof u);
+}
+
+// Calls add(k, i, v, count, used) for the vectors v of a row, whose elements begin at i, k being one of four sums that
+// take turns. Of the last vector the elements after `count` are -inf. used: which lanes count, all but those and the
+// element `own`, if there is one. kInOrder: v holds elements [i, i + kLanes), else the two of a pair are as load2's.
+struct AllLanes {};
+template <class V>
+inline V chosen(AllLanes, V v) {
+  return v;
+}
+template <class Lanes, class V>
+inline V chosen(Lanes used, V v) {
+  return used ? v : V{};
+}
+template <bool kInOrder = false, class T, class Add>
+[[gnu::always_inline]] inline void for_vectors(const T* x, int64_t n, int64_t own, const Add& add) {
+  constexpr int kLanes = Accumulate<T>::kLanes, kGroup = 4 * kLanes;
+  constexpr bool kEvenOdd = !kInOrder && std::is_same_v<T, BFloat16>;
+  const auto pair = [&](int64_t i) {
+    if constexpr (kInOrder) return Pair<Vec<T>>{load(x + i), load(x + i + kLanes)};
+    else return load2(x + i);
+  };
+  const auto whole = [&](int k, int64_t i) {
+    const Pair<Vec<T>> v = pair(i);
+    add(k, i, v.a, kLanes, AllLanes{});
+    add(k + 1, i + kLanes, v.b, kLanes, AllLanes{});
+  };
+  const auto without_own = [&](int k, int64_t i) {
+    const Pair<Vec<T>> v = pair(i);
+    const int64_t at = own - i;
+    add(k, i, v.a, kLanes, lanes_but<Vec<T>>(!kEvenOdd ? at : (at & 1) == 0 ? at >> 1 : -1));
+    add(k + 1, i + kLanes, v.b, kLanes, lanes_but<Vec<T>>(!kEvenOdd ? at - kLanes : (at & 1) != 0 ? at >> 1 : -1));
+  };
+  if (own < 0 || own >= n) own = -1;
+  const int64_t groups = n / kGroup * kGroup, special = own < 0 || own >= groups ? groups : own / kGroup * kGroup;
+  int64_t i = 0;
+  for (; i < special; i += kGroup) whole(0, i), whole(2, i + 2 * kLanes);
+  if (special < groups) {
+    without_own(0, i), without_own(2, i + 2 * kLanes);
+    for (i += kGroup; i < groups; i += kGroup) whole(0, i), whole(2, i + 2 * kLanes);
+  }
+  if (i + 2 * kLanes <= n) without_own(0, i), i += 2 * kLanes;
+  for (; i < n; i += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, n - i);
+    const Vec<T> v =
+        count == kLanes ? load(x + i) : load_part(x + i, count, -std::numeric_limits<Acc<T>>::infinity());
+    add(0, i, v, count, lanes_before<Vec<T>>(count) & lanes_but<Vec<T>>(own - i));
+  }
 }
 
 inline float load_one(const float* p) { return *p; }
