@@ -41,10 +41,10 @@ void check_backward(const OptionalTensor& grad_logp, const OptionalTensor& grad_
   const auto rows = input.sym_sizes().slice(0, input.dim() - 1);
   if (grad_logp.has_value()) check_handed(kOp, "grad_logp", *grad_logp, input, type, index.sym_sizes());
   if (grad_entropy.has_value()) check_handed(kOp, "grad_entropy", *grad_entropy, input, type, rows);
-  const bool entropy = stats.dim() == 2 && stats.sym_size(0) == 3;
+  const bool entropy = stats.dim() == 2 && stats.sym_size(0) == 4;
   TSE_CHECK(entropy || !grad_entropy.has_value(), kOp, "stats", "expected those of a forward with entropy, got shape ",
             stats.sym_sizes());
-  const c10::SymInt sizes[] = {entropy ? 3 : 2, c10::multiply_integers(rows)};
+  const c10::SymInt sizes[] = {entropy ? 4 : 3, c10::multiply_integers(rows)};
   check_handed(kOp, "stats", stats, input, type, sizes);
 }
 
