@@ -110,27 +110,38 @@ inline BlockSum block_exp_sum(const T* x, int64_t n, int64_t own, Acc<T> row_ref
   });
 }
 
-// With softcap or coefficients, too: u(i, count) are those of elements [i, i + count).
+// With softcap or coefficients, too: u(i, count) are those of elements [i, i + count). One vector at a time, in order:
+// with tanh in it, more of them would not fit into registers.
 template <class T, class L, class U>
 [[gnu::flatten]] inline BlockSum block_linear_sum(const T* x, int64_t n, int64_t own, Acc<T> row_reference,
                                                   const L& logits, const U& u) {
-  constexpr int64_t kShortSum = 32 * Accumulate<T>::kLanes;  // terms of linear may be large and alike
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  constexpr int64_t kShortSum = 32 * kLanes;  // terms of linear may be large and alike
   return block_sums_by(x, n, row_reference, logits, [&](Acc<T> m) {
     const Vec<T> reference = splat<Vec<T>>(m);
     BlockSum total = {double(m), 0};
     for (int64_t begin = 0; begin < n; begin += kShortSum) {
-      Vec<T> sum[4] = {}, linear[4] = {}, mass[4] = {};
-      for_vectors</*kInOrder=*/true>(x + begin, std::min(kShortSum, n - begin), own - begin,
-                                     [&](int k, int64_t i, Vec<T> v, int64_t count, auto used) {
-                                       const Vec<T> d = logits.cap(v) - reference, c = u(begin + i, count);
-                                       sum[k] += chosen(used, exp2<T>(d * logits.scale));
-                                       linear[k] += chosen(used, c * d);
-                                       mass[k] += chosen(used, c);
-                                     });
-      const auto all = [](const Vec<T>(&of)[4]) { return double(reduce_add((of[0] + of[1]) + (of[2] + of[3]))); };
-      total.sum += all(sum);
-      total.linear += all(linear);
-      total.mass += all(mass);
+      Vec<T> sum = {}, linear = {}, mass = {};
+      const auto add = [&](Vec<T> v, Vec<T> c, auto used) {
+        const Vec<T> d = logits.cap(v) - reference;
+        sum += chosen(used, exp2<T>(d * logits.scale));
+        linear += chosen(used, c * d);
+        mass += chosen(used, c);
+      };
+      const int64_t end = std::min(begin + kShortSum, n);
+      for (int64_t i = begin; i < end; i += kLanes) {
+        const int64_t count = end - i;
+        if (count >= kLanes && uint64_t(own - i) >= kLanes) {
+          add(load(x + i), u(i, kLanes), AllLanes{});
+        } else {
+          const auto used = lanes_before<Vec<T>>(count) & lanes_but<Vec<T>>(own - i);
+          add(count < kLanes ? load_part(x + i, count, Acc<T>(0)) : load(x + i),
+              u(i, std::min<int64_t>(count, kLanes)), used);
+        }
+      }
+      total.sum += double(reduce_add(sum));
+      total.linear += double(reduce_add(linear));
+      total.mass += double(reduce_add(mass));
     }
     return total;
   });

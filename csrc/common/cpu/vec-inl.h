@@ -246,7 +246,7 @@ inline void store2(BFloat16* p, Pair<VecF> v) {
 
 // Calls add(k, i, v, count, used) for the vectors v of a row, whose elements begin at i, k being one of four sums that
 // take turns. Of the last vector the elements after `count` are -inf. used: which lanes count, all but those and the
-// element `own`, if there is one. kInOrder: v holds elements [i, i + kLanes), else the two of a pair are as load2's.
+// element `own`, if there is one. The two vectors of a pair hold what load2's do.
 struct AllLanes {};
 template <class V>
 inline V chosen(AllLanes, V v) {
@@ -256,21 +256,17 @@ template <class Lanes, class V>
 inline V chosen(Lanes used, V v) {
   return used ? v : V{};
 }
-template <bool kInOrder = false, class T, class Add>
+template <class T, class Add>
 [[gnu::always_inline]] inline void for_vectors(const T* x, int64_t n, int64_t own, const Add& add) {
   constexpr int kLanes = Accumulate<T>::kLanes, kGroup = 4 * kLanes;
-  constexpr bool kEvenOdd = !kInOrder && std::is_same_v<T, BFloat16>;
-  const auto pair = [&](int64_t i) {
-    if constexpr (kInOrder) return Pair<Vec<T>>{load(x + i), load(x + i + kLanes)};
-    else return load2(x + i);
-  };
+  constexpr bool kEvenOdd = std::is_same_v<T, BFloat16>;
   const auto whole = [&](int k, int64_t i) {
-    const Pair<Vec<T>> v = pair(i);
+    const Pair<Vec<T>> v = load2(x + i);
     add(k, i, v.a, kLanes, AllLanes{});
     add(k + 1, i + kLanes, v.b, kLanes, AllLanes{});
   };
   const auto without_own = [&](int k, int64_t i) {
-    const Pair<Vec<T>> v = pair(i);
+    const Pair<Vec<T>> v = load2(x + i);
     const int64_t at = own - i;
     add(k, i, v.a, kLanes, lanes_but<Vec<T>>(!kEvenOdd ? at : (at & 1) == 0 ? at >> 1 : -1));
     add(k + 1, i + kLanes, v.b, kLanes, lanes_but<Vec<T>>(!kEvenOdd ? at - kLanes : (at & 1) != 0 ? at >> 1 : -1));
