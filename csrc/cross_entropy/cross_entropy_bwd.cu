@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
                                    ? shared_grad[0]
                                    : row_grad_output<A>(p, grad_output[row * p.grad_output_stride], p.total_weight);
     const auto own = own_class<T, kRowThreads, kGeneral>(p, row, x, target);
-    write_gradient(p, LogitRow<T, kRowThreads, kGeneral>(x, n, p.rows.stride_n), g, own.index,
-                   RowGradient<T, kRowThreads, kGeneral>(p, logits, row, s, own, grad));
+    const KeptRow<kRowThreads, T, kLogitLoads<kRowThreads, kGeneral>> logits_of_row(x, n, p.rows.stride_n);
+    write_gradient(p, logits_of_row, g, own.index, RowGradient<T, kRowThreads, kGeneral>(p, logits, row, s, own, grad));
   }
 }
 

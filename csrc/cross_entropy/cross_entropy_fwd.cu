@@ -160,7 +160,8 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
 
   for (int64_t row = first_row<kRowThreads>(); row < rows; row += row_step<kRowThreads>()) {
     const T* x = input + row_offset(p.rows, row);
-    const LogitRow<T, kRowThreads, kGeneral> logits_of_row(
+    constexpr int kLoads = kGeneral && sizeof(T) == 2 ? 1 : kLogitLoads<kRowThreads, kGeneral>;
+    const KeptRow<kRowThreads, T, kLoads> logits_of_row(
         x, n, stride, kept + threadIdx.x / kRowThreads * launch.kept_vectors, launch.kept_vectors);
     const int64_t target = target_of(p, row);
     const bool counted = is_counted(p, target);

@@ -86,10 +86,9 @@ struct RowGradient {
   __device__ A times_slope(A grad, A z) const { return logits.capped ? grad * (1 - z * z) : grad; }
 };
 
-// A row of logits; where an element takes much, or a row has few, registers are for that, or for more rows.
-template <class T, int kRowThreads, bool kGeneral>
-using LogitRow =
-    KeptRow<kRowThreads, T, kGeneral ? (kRowThreads == 32 || sizeof(T) == 2 ? 1 : 2) : (kRowThreads == 32 ? 2 : 4)>;
+// Loads under way of a thread; where an element takes much, or a row has few, registers are for that, or for more rows.
+template <int kRowThreads, bool kGeneral>
+constexpr int kLogitLoads = (kGeneral ? 2 : 4) / (kRowThreads == 32 ? 2 : 1);
 
 // Writes the gradient of a counted row.
 template <class T, class Row, class Gradient>
