@@ -38,11 +38,15 @@ print(*grows(function))
 """
 
 FORWARD = "return [{call}]"
-BACKWARD = "x.requires_grad_(); y = {call}; return [y.detach(), *torch.autograd.grad(y, x, torch.ones(()).expand_as(y))]"
+BACKWARD = """x.requires_grad_()
+    y = {call}
+    return [y.detach(), *torch.autograd.grad(y, x, torch.ones(()).expand_as(y))]
+"""
 
 SPARSEMAX = ("x", "(torch.randn(size, 16),)", "tse.sparsemax(x, 0)")
 ROW = ("x", "(torch.randn(size, 2)[:, 0],)", "tse.sparsemax(x)")
 IMAGE = ("x, t", "(torch.randn(2, size, 16), torch.zeros(2, 16, dtype=torch.long))", "tse.cross_entropy(x, t{options})")
+SMOOTHED = ", label_smoothing=0.1"
 
 
 @for_cpu
@@ -56,7 +60,7 @@ IMAGE = ("x, t", "(torch.randn(2, size, 16), torch.zeros(2, 16, dtype=torch.long
         pytest.param(ROW, 2 * 10**7, FORWARD, "", 2 * 8 * 10**7, id="sparsemax-one-strided-row"),
         pytest.param(IMAGE, 5 * 10**5, FORWARD, "", 2 * 2 * MIB, id="cross-entropy-image"),
         pytest.param(IMAGE, 5 * 10**5, BACKWARD, "", 2 * 2 * MIB, id="cross-entropy-image-backward"),
-        pytest.param(IMAGE, 5 * 10**5, BACKWARD, ", label_smoothing=0.1", 2 * 2 * MIB, id="cross-entropy-image-smoothing"),
+        pytest.param(IMAGE, 5 * 10**5, BACKWARD, SMOOTHED, 2 * 2 * MIB, id="cross-entropy-image-smoothing"),
     ],
 )
 def test_scratch_is_bounded(case, size, body, options, bound):

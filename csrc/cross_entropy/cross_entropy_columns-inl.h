@@ -8,7 +8,7 @@
 constexpr int64_t kColumns = 2048;
 constexpr int kClassesAtOnce = 4;  // so many share one pass over the columns' sums
 constexpr int64_t kColumnElements = 65536;  // of the copy: half of L2 in fp32
-constexpr int64_t kColumnTerms = 64;        // of a sum in the type; their sums are added in double
+constexpr int64_t kColumnTerms = 64;  // of a sum in the type; their sums are added in double
 template <class A>
 constexpr A kLargestSum = A(0x1p32);
 

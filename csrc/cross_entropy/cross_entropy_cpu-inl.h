@@ -73,9 +73,7 @@ struct RowGrad {
         own(own),
         factors(grad_factors<A>(p, row, p.z_loss_weight == 0 ? 0 : lse_of(p.transform, m, sum))) {}
   A scale() const { return A(factors.level(own, mass) / double(sum)); }
-  A at_own(double term) const {
-    return A(factors.at_own(own, mass, term / double(sum), double(others) / double(sum)));
-  }
+  A at_own(double term) const { return A(factors.at_own(own, mass, term / double(sum), double(others) / double(sum))); }
 };
 
 // The gradient of elements [begin, end) of a row: from x, or from the terms that forward kept.

@@ -160,8 +160,7 @@ template <class T, bool kForward, bool kBackward, bool kGeneral>
       store(sum, all);
       store(mass, of_others);
       V loss = losses_of<T>(p, load(m), s, term_own, z_own, load(weight));
-      if constexpr (kGeneral)
-        loss += of_others * (log2(all) * kLn2<A>) - linear * A(logits.slope);
+      if constexpr (kGeneral) loss += of_others * (log2(all) * kLn2<A>)-linear * A(logits.slope);
       const auto put = [&](void* array, V v) {
         A* to = static_cast<A*>(array) + row;
         if (count == kLanes) store(to, v);

@@ -1,10 +1,10 @@
 // Rows of selective log-softmax on the CPU. [per ISA]
 //
 // Forward reads each logit once from memory, backward once more. The own class of a row (exp_sum-inl.h) is the one that
-// index names first, or another one that it names and that has more than half of the probability: then the row is summed
-// once more, from cache. So a log-probability next to 0 has all its digits, and one that must be 0 is 0.
-// The entropy is Σ p (log p[largest] - log p) - log p[largest], two sums of terms that are not negative: of a row with
-// one possible class it is exactly 0. So a block's largest logit is looked for first, while the block comes into L1.
+// index names first, or another one that it names and that has more than half of the probability: then the row is
+// summed once more, from cache. So a log-probability next to 0 has all its digits, and one that must be 0 is 0. The
+// entropy is Σ p (log p[largest] - log p) - log p[largest], two sums of terms that are not negative: of a row with one
+// possible class it is exactly 0. So a block's largest logit is looked for first, while the block comes into L1.
 #include "common/cpu/exp_sum-inl.h"
 
 // Part of a row: BlockSum's m and sum, t of the largest logit, and Σ 2^t (t - largest), with t = (z - m) · scale.
@@ -105,9 +105,7 @@ void fwd_rows_of(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end)
   const Logits<T> logits(p.transform);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
-    const auto sums = [&](int64_t own) {
-      return RowSums<T>::template of<kEntropy, kCapped>(x, p.rows.n, own, logits);
-    };
+    const auto sums = [&](int64_t own) { return RowSums<T>::template of<kEntropy, kCapped>(x, p.rows.n, own, logits); };
     RowSums<T> s = sums(p.k > 0 ? index_of(p, row, 0) : -1);
     for (int64_t k = 1; k < p.k && !(s.own_term > s.all / 2); ++k) {
       const int64_t c = index_of(p, row, k);
@@ -120,7 +118,8 @@ void fwd_rows_of(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end)
     static_cast<A*>(p.row_others)[row] = A(s.sum);
     if (!kEntropy) continue;
     const double largest_term = exp2<T>(splat<Vec<T>>(A(s.largest)))[0], mean = s.linear / s.all;
-    const double log_largest = s.own_term == largest_term ? std::log1p(s.sum / s.own_term) : std::log(s.all / largest_term);
+    const double log_largest =
+        s.own_term == largest_term ? std::log1p(s.sum / s.own_term) : std::log(s.all / largest_term);
     static_cast<A*>(p.entropy)[row] = A(log_largest - mean * double(kLn2<A>));
     static_cast<A*>(p.row_mean)[row] = A(s.largest + mean);
   }
@@ -214,9 +213,11 @@ void bwd(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end) {
       double grad = 0;
       for (; k < count && asked[k].index == c; ++k) grad += asked[k].grad;
       const double z = logits.z_of(x + c), sum = f.sum;
-      const Vec<T> t = vmax(splat<Vec<T>>(kLowestExponent<A>), logits.exponent(splat<Vec<T>>(A(z)), splat<Vec<T>>(f.m)));
+      const Vec<T> t =
+          vmax(splat<Vec<T>>(kLowestExponent<A>), logits.exponent(splat<Vec<T>>(A(z)), splat<Vec<T>>(f.m)));
       const double term = exp2<T>(t)[0], probability = term / sum;
-      const double complement = term > sum / 2 ? double(static_cast<const A*>(p.row_others)[row]) / sum : 1 - probability;
+      const double complement =
+          term > sum / 2 ? double(static_cast<const A*>(p.row_others)[row]) / sum : 1 - probability;
       double of_class = (grad * complement - (total - grad) * probability) / p.transform.temperature;
       if (p.grad_entropy != nullptr) of_class -= term * double(f.slope) * (double(t[0]) - double(f.mean));
       store_one(g + c, A(logits.capped ? of_class * (1 - z * z) : of_class));

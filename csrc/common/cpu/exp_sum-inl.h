@@ -135,8 +135,8 @@ template <class T, class L, class U>
           add(load(x + i), u(i, kLanes), AllLanes{});
         } else {
           const auto used = lanes_before<Vec<T>>(count) & lanes_but<Vec<T>>(own - i);
-          add(count < kLanes ? load_part(x + i, count, Acc<T>(0)) : load(x + i),
-              u(i, std::min<int64_t>(count, kLanes)), used);
+          add(count < kLanes ? load_part(x + i, count, Acc<T>(0)) : load(x + i), u(i, std::min<int64_t>(count, kLanes)),
+              used);
         }
       }
       total.sum += double(reduce_add(sum));

@@ -1,8 +1,8 @@
 // Logarithm and hyperbolic tangent of vectors. [per ISA]
 
-// log2(1 + r) in the lanes where is_small, which needs -1/4 <= r < 1/3, else log2(x) of a positive normal x. The exponent
-// of x is taken apart; of the mantissa 1 + r it is 2 / ln 2 · atanh(r / (2 + r)). Relative error 1e-7, of fp64 4e-16, next
-// to 1, too. 0 gives -inf; infinity and NaN give no number.
+// log2(1 + r) in the lanes where is_small, which needs -1/4 <= r < 1/3, else log2(x) of a positive normal x. The
+// exponent of x is taken apart; of the mantissa 1 + r it is 2 / ln 2 · atanh(r / (2 + r)). Relative error 1e-7, of fp64
+// 4e-16, next to 1, too. 0 gives -inf; infinity and NaN give no number.
 template <class Mask>
 inline VecF log2_1p_or(Mask is_small, VecF r, VecF x) {
   VecI bits;

@@ -17,10 +17,10 @@ struct Tile {
 
   // Room for so many rows at once that they use whole lines of the tensor, too, but for no more than `most`, nor than
   // fit beside the other tiles. Rows lie an odd number of lines apart: not all in one set of the cache.
-  Tile(int64_t n, int64_t most, int64_t tiles)
-      : n(n), stride(((n + kInLine - 1) / kInLine | 1) * kInLine) {
+  Tile(int64_t n, int64_t most, int64_t tiles) : n(n), stride(((n + kInLine - 1) / kInLine | 1) * kInLine) {
     const int64_t fit = kTileBytes / tiles / (stride * int64_t(sizeof(T)));
-    rows = std::min(std::max(kInLine, kTileElements / stride / kInLine * kInLine), (most + kLanes - 1) / kLanes * kLanes);
+    rows =
+        std::min(std::max(kInLine, kTileElements / stride / kInLine * kInLine), (most + kLanes - 1) / kLanes * kLanes);
     if (rows > fit) rows = fit < kLanes ? std::max<int64_t>(fit, 1) : fit / kLanes * kLanes;
     memory.reset(new Line[rows * stride / kInLine]);
   }

@@ -282,8 +282,7 @@ template <class T, class Add>
   if (i + 2 * kLanes <= n) without_own(0, i), i += 2 * kLanes;
   for (; i < n; i += kLanes) {
     const int64_t count = std::min<int64_t>(kLanes, n - i);
-    const Vec<T> v =
-        count == kLanes ? load(x + i) : load_part(x + i, count, -std::numeric_limits<Acc<T>>::infinity());
+    const Vec<T> v = count == kLanes ? load(x + i) : load_part(x + i, count, -std::numeric_limits<Acc<T>>::infinity());
     add(0, i, v, count, lanes_before<Vec<T>>(count) & lanes_but<Vec<T>>(own - i));
   }
 }
@@ -366,9 +365,9 @@ inline VecD multiply_subtract(VecD x, VecD y, VecD m) {
 #endif
 
 // 2^t for logits of type T: an exponent i near t, and a minimax polynomial for 2^f of the rest f, of relative error
-// 1e-7, and one degree less, 3e-6, for half types; exactly 1 at 0, which is where a row's largest term is. -inf gives 0, NaN gives NaN. AVX-512 takes t rounded down, is
-// gradual below 2^-126 and infinite above 2^128; the others take the nearest, give 0 up to 2^-126.5 and infinity above
-// 2^127.5.
+// 1e-7, and one degree less, 3e-6, for half types; exactly 1 at 0, which is where a row's largest term is. -inf gives
+// 0, NaN gives NaN. AVX-512 takes t rounded down, is gradual below 2^-126 and infinite above 2^128; the others take the
+// nearest, give 0 up to 2^-126.5 and infinity above 2^127.5.
 #if TSE_ISA == 2
 template <class T>
 inline VecF exp2(VecF t) {
