@@ -52,7 +52,7 @@ struct Matrix {
 };
 
 struct Options {
-  bool weight = false, probabilities = false, predictions = false;
+  bool weight = false, probabilities = false, predictions = false, tied = false;
   double smoothing = 0, z = 0, softcap = 0, temperature = 1;
 };
 
@@ -88,7 +88,7 @@ struct CrossEntropyCase {
     for (A& w : weight) w = uniform(random);
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t c = 0; c < n; ++c) {
-        x.at(i, c) = from_acc<T>(A(normal(random)));
+        x.at(i, c) = from_acc<T>(o.tied ? A(c % 3) * A(0.3) : A(normal(random)));
         q.at(i, c) = from_acc<T>(A(uniform(random) / n));
       }
       target[i] = i == 1 ? -100 : int64_t(random() % n);
@@ -478,6 +478,7 @@ int main(int argc, char** argv) {
       check_gradients_in_forward<__half>(1100);
       for (int64_t n : {200, 9000}) check_gradients_in_forward<__nv_bfloat16>(n);
       check_gradient_in_forward<float>(9000, 5, 0, false, Reduction::kMean, {.weight = true});  // counted beforehand
+      check_cross_entropy<float>(1, 1000000, 0, true, Reduction::kNone, {.tied = true});
       check_all<float>({1, 5, 33, 1000, 1030, 12030, 12300});
       check_all<double>({7, 1030});
       check_all<__half>({8, 1031});
