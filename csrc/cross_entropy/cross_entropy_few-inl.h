@@ -145,12 +145,12 @@ template <class T, bool kForward, bool kBackward, bool kGeneral>
     store(term, term_own);
     V s = {}, linear = {}, of_others = {};
     for (int64_t c = 0; c < n; ++c) {
-      const V d = z[c] - reference;
+      const V half = logits.half_difference(z[c], reference);
       const Mask is_own = own_lanes == Mask{} + Index(c);
-      z[c] = exp2<T>(d * logits.scale);
+      z[c] = exp2<T>(half * logits.twice_scale);
       if constexpr (kForward) s += is_own ? V{} : z[c];
       if constexpr (kForward && kGeneral) {
-        linear += is_own ? V{} : u[c] * d;
+        linear += is_own ? V{} : u[c] * half;
         of_others += is_own ? V{} : u[c];
       }
     }
@@ -160,7 +160,10 @@ template <class T, bool kForward, bool kBackward, bool kGeneral>
       store(sum, all);
       store(mass, of_others);
       V loss = losses_of<T>(p, load(m), s, term_own, z_own, load(weight));
-      if constexpr (kGeneral) loss += of_others * (log2(all) * kLn2<A>)-linear * A(logits.slope);
+      if constexpr (kGeneral) {
+        const V log_sum = log2(all) * kLn2<A>, below = linear * A(logits.slope) * A(2);
+        loss += of_others * log_sum - below;
+      }
       const auto put = [&](void* array, V v) {
         A* to = static_cast<A*>(array) + row;
         if (count == kLanes) store(to, v);

@@ -15,11 +15,12 @@ constexpr BlockSum kNothing = {-std::numeric_limits<double>::infinity(), 0};
 template <class T, bool kMayCap = true>
 struct Logits {
   using A = Acc<T>;
-  Vec<T> scale, inverse_cap;
+  Vec<T> scale, twice_scale, inverse_cap;
   double slope;
   bool capped;
   explicit Logits(const LogitTransform& t)
       : scale(splat<Vec<T>>(t.exponent_scale<A>())),
+        twice_scale(splat<Vec<T>>(bounded<A>(2 * double(scale[0])))),
         inverse_cap(splat<Vec<T>>(t.softcap > 0 ? A(1 / t.softcap) : A(0))),
         slope(t.slope()),
         capped(kMayCap && t.softcap > 0) {}
@@ -31,6 +32,8 @@ struct Logits {
   A z_of(const T* x) const { return cap(splat<Vec<T>>(load_one(x)))[0]; }
 
   Vec<T> exponent(Vec<T> z, Vec<T> m) const { return (z - m) * scale; }
+  // (z - m) / 2, which is finite where z and m are; times twice_scale the exponent.
+  Vec<T> half_difference(Vec<T> z, Vec<T> m) const { return z * A(0.5) - m * A(0.5); }
   Vec<T> term(Vec<T> z, Vec<T> m) const { return exp2<T>(exponent(z, m)); }
   A term_of(A z, A m) const { return term(splat<Vec<T>>(z), splat<Vec<T>>(m))[0]; }  // the bits that it has in a sum
 
@@ -123,9 +126,9 @@ template <class T, class L, class U>
     for (int64_t begin = 0; begin < n; begin += kShortSum) {
       Vec<T> sum = {}, linear = {}, mass = {};
       const auto add = [&](Vec<T> v, Vec<T> c, auto used) {
-        const Vec<T> d = logits.cap(v) - reference;
-        sum += chosen(used, exp2<T>(d * logits.scale));
-        linear += chosen(used, c * d);
+        const Vec<T> half = logits.half_difference(logits.cap(v), reference);
+        sum += chosen(used, exp2<T>(half * logits.twice_scale));
+        linear += chosen(used, c * half);
         mass += chosen(used, c);
       };
       const int64_t end = std::min(begin + kShortSum, n);
@@ -140,7 +143,7 @@ template <class T, class L, class U>
         }
       }
       total.sum += double(reduce_add(sum));
-      total.linear += double(reduce_add(linear));
+      total.linear += 2 * double(reduce_add(linear));
       total.mass += double(reduce_add(mass));
     }
     return total;
