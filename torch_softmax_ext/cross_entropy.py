@@ -57,7 +57,7 @@ def cross_entropy(
 
     Args:
         input: logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, …, dk)``; float32, float64, float16 or bfloat16; any
-            strides. Half types are computed in float32. Numbers beyond ±2.3e38 count as infinite.
+            strides. Half types are computed in float32. Finite logits may be of any size.
         target: class indices of shape ``()``, ``(N)`` or ``(N, d1, …, dk)``; int64, int32 or uint8; in ``[0, C)`` or
             ``ignore_index``. Or class probabilities of ``input``'s shape, floating point, differentiable, too; of
             another dtype than ``input`` both are computed in the wider one.
