@@ -19,7 +19,7 @@ for_cpu = pytest.mark.not_on_host  # a test of the CPU kernels
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 
 DEVICES = [pytest.param("cpu", id="cuda_on_host" if CUDA_ON_HOST else "cpu")]
-if torch.cuda.is_available():
+if torch.cuda.is_available() and not CUDA_ON_HOST:
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
 
 
@@ -35,6 +35,8 @@ def _seed():
 
 def is_of_use(item):
     """On the host executor what a device computes with kernels of its own; elsewhere all that needs no missing GPU."""
+    if item.get_closest_marker("on_host"):
+        return CUDA_ON_HOST
     if not CUDA_ON_HOST:
         return torch.cuda.is_available() or not item.get_closest_marker("gpu")
     if "device" not in item.fixturenames or item.get_closest_marker("not_on_host"):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import CUDA_ON_HOST
 from torch.profiler import ProfilerActivity, profile
 
 import torch_softmax_ext as tse
@@ -280,7 +279,7 @@ def test_entropy_of_one_possible_class_is_zero(device, layout):
         assert (logp == 0).all() if index == 7 else (logp < -290).all()
 
 
-@pytest.mark.skipif(not CUDA_ON_HOST, reason="of the CUDA kernels; a device-side assertion ends all work on a device")
+@pytest.mark.on_host  # on a GPU a device-side assertion ends all work
 @pytest.mark.parametrize("bad", [-1, 50, 2**40])
 @pytest.mark.parametrize("classes_first", [False, True])
 def test_backward_reads_no_class_that_is_none(bad, classes_first):
@@ -296,7 +295,7 @@ def test_backward_reads_no_class_that_is_none(bad, classes_first):
         ops._selective_log_softmax_backward(torch.ones(4), None, x, target, stats, 1.0, None)
 
 
-@pytest.mark.skipif(not CUDA_ON_HOST, reason="of the CUDA kernels, counted by torch's allocator")
+@pytest.mark.on_host
 @pytest.mark.parametrize("shape", [(8, 10), (4000, 10), (8, 3000)])
 def test_scratch_is_of_the_size_of_the_grid(shape):
     x, target = torch.randn(shape), torch.randint(0, shape[1], shape[:1])

@@ -144,11 +144,11 @@ PLANTS = {
         ("plain", r"probability\["),
     ),
     "elements-before-the-vectors-forgotten": (
-        (SPARSEMAX_FWD, r"^      own\.add\(\(loose - m\) - t\);$", ""),
+        (SPARSEMAX_FWD, r"^      add\(loose\);$", ""),
         ("plain", r"probability\["),
     ),
     "nan-kept-from-the-dead": (
-        (SPARSEMAX_FWD, r"rest != rest \? rest : A\(0\)", "A(0)"),
+        (SPARSEMAX_FWD, r"tau\.t != tau\.t \? tau\.t : A\(0\)", "A(0)"),
         ("plain", r"probability\["),
     ),
     "dead-vectors-of-a-living-group-not-kept": (
@@ -156,8 +156,12 @@ PLANTS = {
         ("plain", r"probability\["),
     ),
     "rows-of-a-warp-part": (
-        (SPARSEMAX_FWD, r"if \(!__any_sync\(0xffffffffu, goes_on\)\) return step;", "if (!goes_on) return step;"),
+        (SPARSEMAX_FWD, r"if \(!any_goes_on\) return;", "if (!goes_on) return;"),
         ("plain", "deadlock|waits for a lane|stand at"),
+    ),
+    "no-barrier-after-the-step": (
+        (SPARSEMAX_FWD, r"(search\[0\]\.step\(s\);\n)      __syncthreads\(\);", r"\1"),
+        ("tsan", "data race"),
     ),
     "gradient-of-a-vector-behind-those-kept": (
         (
@@ -180,6 +184,12 @@ PLANTS = {
         ("plain", "deadlock|waits for a lane|stand at"),
     ),
 }
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_planted_bug_has_its_place(name):
+    (file, pattern, _), _ = PLANTS[name]
+    assert len(re.findall(pattern, (build.CSRC / file).read_text(), flags=re.M)) == 1
 
 
 def bank_conflicts(plant=None):

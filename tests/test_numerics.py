@@ -154,3 +154,14 @@ def test_weights_that_cancel(layout, device):
 
     want = gradient(F.cross_entropy, x.detach().double().requires_grad_(), weight.double())
     torch.testing.assert_close(gradient(tse.cross_entropy, x, weight).double(), want, rtol=1e-4, atol=1e-22)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4, -1e12])
+def test_gradient_of_probabilities_of_large_logits(offset, device):
+    x = torch.randn(5, 30, device=device) + offset
+    target = torch.randn(5, 30, device=device).softmax(1).requires_grad_()
+
+    def gradient(x, target):
+        return torch.autograd.grad(tse.cross_entropy(x, target, reduction="sum"), target)[0]
+
+    torch.testing.assert_close(gradient(x, target), -x.double().log_softmax(1).float(), rtol=1e-5, atol=1e-5)

@@ -211,3 +211,22 @@ def test_memory(return_entropy):
     step()
     assert peak_memory(forward) < 0.01 * x.nbytes
     assert x.nbytes <= peak_memory(step) < 1.01 * x.nbytes
+
+
+@dtypes
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_blocks_far_apart(device, dtype, options):
+    """A block of large negative logits, NaN in a block of its own: the other blocks are as they are alone."""
+    lowest = torch.finfo(dtype).min
+    x = (torch.randn(4, 8192, dtype=torch.float64) * 20).to(device, dtype)
+    x[1, :4096] = lowest
+    x[2, 4096:] = lowest
+    x[3, 8191] = float("nan")
+    index = torch.tensor([[0, 5000], [5000, 4100], [0, 7], [0, 1]], device=device)
+    weights = torch.ones(4, 2, device=device), torch.ones(4, device=device)
+    got = gradient(both, x, index, weights, **options)
+    want = gradient(reference, x.double(), index, [w.double() for w in weights], **options)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+        torch.testing.assert_close(a[:3].double(), b[:3], rtol=2e-2 if a.dtype == dtype else 2e-5, atol=2e-5)
+    assert torch.equal(got[0].nan_to_num(), tse.selective_log_softmax(x, index, **options).nan_to_num())

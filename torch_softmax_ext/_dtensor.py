@@ -6,6 +6,7 @@ themselves, whose divisors are those of the rows they see, are replicated with r
 dimension raises.
 """
 
+import math
 import sys
 
 import torch
@@ -27,13 +28,14 @@ def _mean_as_sum(target, rows, weight, options):
     options = {**options, "reduction": "sum"}
     if target.is_floating_point():
         return options, rows
-    counted = target.int() != options["ignore_index"]
+    counted = target.long() != options["ignore_index"]
     count = counted.sum()
     if weight is None:
         return options, count
-    total = (weight[target.int().where(counted, 0)] * counted).sum()
+    total = (weight[target.long().where(counted, 0)] * counted).sum()
     if options["z_loss_weight"] != 0:
-        options["z_loss_weight"] *= (total / count).full_tensor().item()
+        ratio = (total / count).full_tensor().item()
+        options["z_loss_weight"] *= ratio if math.isfinite(ratio) else 1  # where nothing counts the mean is NaN anyway
     return options, total
 
 
@@ -55,7 +57,7 @@ def metrics(op, input, target, weight, options):
     if target.is_floating_point():
         right, count = predictions == target.argmax(min(1, input.dim() - 1)), rows
     else:
-        counted = target.int() != options["ignore_index"]
+        counted = target.long() != options["ignore_index"]
         right, count = (predictions == target) & counted, counted.sum()
     return loss, z_loss, lse, (right.sum() / count).float(), predictions
 

@@ -5,6 +5,8 @@ that it has seen change as a tensor (its ``SymFloat``), as long as all that is d
 So each private operator has a twin with its three numbers in a float64 tensor on the CPU, which is read when it runs.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ _ANY = (0.5, 1.0, 1.0)  # shapes depend on none of them
 
 
 def _define_twin(name: str) -> None:
-    """``name`` with "numbers" in the place of its three: z_loss_weight, softcap (0: None), temperature."""
+    """``name`` with "numbers" in the place of its three: z_loss_weight, softcap (NaN: None), temperature."""
     overload = getattr(_ops, name).default
     schema = str(overload._schema).removeprefix("torch_softmax_ext::")
     three = "float z_loss_weight, float? softcap, float temperature"
@@ -23,7 +25,8 @@ def _define_twin(name: str) -> None:
     position = [a.name for a in overload._schema.arguments].index("z_loss_weight" if has_z_loss else "temperature")
 
     def expanded(args, z_loss_weight, softcap, temperature):
-        values = (z_loss_weight, softcap or None, temperature) if has_z_loss else (temperature, softcap or None)
+        softcap = None if math.isnan(softcap) else softcap
+        values = (z_loss_weight, softcap, temperature) if has_z_loss else (temperature, softcap)
         return overload(*args[:position], *values, *args[position + 1 :])
 
     def run(*args):
@@ -66,7 +69,7 @@ def _tensor(z_loss_weight, softcap, temperature) -> Tensor:
             return one * number
         return torch.as_tensor(number).detach().to("cpu", torch.float64).reshape(())
 
-    return torch.stack([to_tensor(n) for n in (z_loss_weight, 0.0 if softcap is None else softcap, temperature)])
+    return torch.stack([to_tensor(n) for n in (z_loss_weight, math.nan if softcap is None else softcap, temperature)])
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -2,7 +2,17 @@
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Callable
+
+import torch
+
+
+def _register(name: str, register: Callable[[], None]) -> None:
+    try:
+        register()
+    except Exception as error:  # of a version of torch that we do not know: its import must not fail for our rules
+        warnings.warn(f"torch_softmax_ext: no rules for {name} in torch {torch.__version__}: {error!r}", stacklevel=2)
 
 
 class _Finder:
@@ -19,7 +29,7 @@ class _Finder:
 
             def exec_module(module):
                 execute(module)
-                self.register()
+                _register(self.name, self.register)
 
             spec.loader.exec_module = exec_module
         return spec
@@ -28,6 +38,6 @@ class _Finder:
 def when_imported(name: str, register: Callable[[], None]) -> None:
     """Calls ``register`` now where the module is there already, else after its import."""
     if name in sys.modules:
-        register()
+        _register(name, register)
     else:
         sys.meta_path.insert(0, _Finder(name, register))

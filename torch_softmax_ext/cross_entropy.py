@@ -256,7 +256,7 @@ def _vmap(info, in_dims, input, target, weight=None, *, ignore_index=-100, reduc
         t = t.int()
     shape = t.shape if indices else x.select(min(2, x.dim() - 1), 0).shape
     if x.dim() == 2:  # (C) each, whose target may be of shape () or (1)
-        x, t = x.unsqueeze(1), t.reshape(size, 1) if indices else t.unsqueeze(1)
+        x, t, shape = x.unsqueeze(1), t.reshape(size, 1) if indices else t.unsqueeze(1), (size,)
     x, t = x.flatten(0, 1), t.flatten(0, 1)
 
     def row_sums(z_loss_weight, smoothing):

@@ -154,6 +154,7 @@ bool needs_classes_inside(const at::Tensor& input, const at::Tensor& target, con
 
 // The shape of what there is one of for each row.
 c10::SymDimVector row_sizes(const at::Tensor& input, const at::Tensor& target) {
+  if (input.dim() == 1) return {};  // of a target of shape (1), too
   c10::SymDimVector sizes(target.sym_sizes().begin(), target.sym_sizes().end());
   if (target.is_floating_point()) sizes.erase(sizes.begin() + class_dim(input));
   return sizes;
@@ -296,7 +297,8 @@ Metrics cross_entropy_metrics_forward(const at::Tensor& input, const at::Tensor&
   if (target.is_floating_point()) {
     right = r.predictions == target.argmax(class_dim(input));
   } else {
-    const at::Tensor indices = class_indices(target), ignored = indices == options.ignore_index;
+    const at::Tensor indices = target.to(at::kLong).reshape(lse.sizes());  // ignore_index may need 64 bits
+    const at::Tensor ignored = indices == options.ignore_index;
     lse.masked_fill_(ignored, 0);
     right = (r.predictions == indices).logical_and_(ignored.logical_not());
   }

@@ -5,6 +5,7 @@
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/log_softmax.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/zeros.h>
@@ -116,16 +117,6 @@ Composed composed(const at::Tensor& input, const at::Tensor& target, const Cross
     if (code == at::Reduction::Mean) c.z_loss = c.z_loss / counted.sum();
     if (options.z_loss_weight != 0) c.loss = c.loss + c.z_loss;
   }
-  if (indices && input.dim() == 1) {
-    const auto as_target = [&](at::Tensor& t) {
-      if (t.defined()) t = t.reshape_symint(target.sym_sizes());
-    };
-    as_target(c.lse);
-    if (code == at::Reduction::None) {
-      as_target(c.loss);
-      as_target(c.z_loss);
-    }
-  }
   return c;
 }
 
@@ -134,7 +125,7 @@ at::Tensor target_gradient(const at::Tensor& grad_output, const at::Tensor& inpu
                            const at::Tensor& stats, const CrossEntropyOptions& options) {
   const int64_t dim = class_dim(input);
   const at::Tensor s = transformed(input, options);
-  at::Tensor grad = at::logsumexp(s, dim, /*keepdim=*/true) - s;
+  at::Tensor grad = at::log_softmax(s, dim).neg();
   if (options.weight.has_value()) {
     c10::SymDimVector sizes(input.dim(), 1);
     sizes[dim] = input.sym_size(dim);

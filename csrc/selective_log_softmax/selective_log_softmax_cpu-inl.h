@@ -15,18 +15,17 @@ struct EntropySum {
   double linear = 0;
 };
 
+// Against the larger reference, as sums without entropy are joined: with the same bits.
 inline EntropySum join(EntropySum a, EntropySum b, double scale) {
-  const auto is_lower = [&](const EntropySum& l, const EntropySum& r) {
-    return (l.m == r.m ? 0 : (l.m - r.m) * scale) + l.largest < r.largest;
-  };
-  if (a.m == -std::numeric_limits<double>::infinity() || is_lower(a, b)) std::swap(a, b);
-  if (b.m == -std::numeric_limits<double>::infinity()) return a;
+  if (b.m > a.m) std::swap(a, b);
   const double down = a.m == b.m ? 0 : (b.m - a.m) * scale, factor = std::exp2(down);
-  if (b.linear != 0) a.linear += factor * b.linear;
-  if (b.sum != 0) {
-    a.linear += factor * b.sum * (down + (b.largest - a.largest));
-    a.sum += factor * b.sum;
-  }
+  const double sum = a.sum;
+  if (b.sum != 0) a.sum += factor * b.sum;
+  if (factor == 0 || b.m == -std::numeric_limits<double>::infinity()) return a;  // NaN alone is in the sum
+  const double largest = std::max(a.largest, b.largest + down);
+  a.linear += sum * (a.largest - largest);
+  if (b.linear != 0 || b.sum != 0) a.linear += factor * (b.linear + b.sum * (b.largest + down - largest));
+  a.largest = largest;
   return a;
 }
 
@@ -39,7 +38,8 @@ template <bool kEntropy, bool kCapped, class T>
   const Vec<T> lowest = splat<Vec<T>>(kLowestExponent<A>);
   const Vec<T> max = kEntropy ? logits.cap(splat<Vec<T>>(block_max(x, n))) : Vec<T>{};
   const BlockSum s = block_sums_by(x, n, row_reference, logits, [&](A m) {
-    const Vec<T> reference = splat<Vec<T>>(m), largest = vmax(lowest, logits.exponent(max, reference));
+    const Vec<T> reference = splat<Vec<T>>(m);
+    const Vec<T> largest = kEntropy ? vmax(lowest, logits.exponent(max, reference)) : Vec<T>{};
     Vec<T> sum[4] = {}, linear[4] = {};
     for_vectors(x, n, own, [&](int k, int64_t, Vec<T> v, int64_t, auto used) {
       Vec<T> t = logits.exponent(kCapped ? logits.cap(v) : v, reference);
@@ -69,18 +69,9 @@ struct RowSums : EntropySum {
     const A reference = row_reference(x, n, own, logits);
     const double scale = double(logits.scale[0]);
     RowSums r;
-    if constexpr (!kEntropy && !kCapped) {
-      BlockSum s = kNothing;
-      for (int64_t i = 0; i < n; i += kBlock)
-        s = logits.join(s, block_exp_sum(x + i, std::min(kBlock, n - i), own - i, reference, logits));
-      r.m = s.m;
-      r.sum = s.sum;
-    } else {
-      EntropySum s;
-      for (int64_t i = 0; i < n; i += kBlock)
-        s = join(s, block_sums<kEntropy, kCapped>(x + i, std::min(kBlock, n - i), own - i, reference, logits), scale);
-      static_cast<EntropySum&>(r) = s;
-    }
+    EntropySum& s = r;
+    for (int64_t i = 0; i < n; i += kBlock)
+      s = join(s, block_sums<kEntropy, kCapped>(x + i, std::min(kBlock, n - i), own - i, reference, logits), scale);
     r.own = own;
     if (own >= 0) {
       const A z = logits.z_of(x + own);

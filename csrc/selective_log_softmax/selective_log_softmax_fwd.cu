@@ -11,13 +11,13 @@
 namespace tse {
 namespace {
 
-// sum = Σ 2^t, linear = Σ 2^t t with t = (z - m) · exponent_scale of the logits added. With kEntropy m is the largest
-// of them and of the own class, so that of one possible class linear is 0, and elsewhere nothing cancels.
+// sum = Σ 2^t, linear = Σ 2^t t with t = (z - m) · exponent_scale of the logits added. m is the largest of them and of
+// the own class, so that of one possible class linear is 0, and elsewhere nothing cancels; without kEntropy, too, so
+// that the sum has the same bits.
 template <class A, bool kEntropy>
 struct EntropySum : Reference<A> {
   Compensated<A> sum, linear;
 
-  static __device__ A margin(const Exponent<A>& exponent) { return kEntropy ? A(0) : exponent.margin; }
   __device__ void raise_reference(A to, const Exponent<A>& exponent) {
     if (!this->is_none()) {
       const A t = exponent(this->m(), to * A(0.5)), factor = exp2_of(t);
@@ -27,7 +27,7 @@ struct EntropySum : Reference<A> {
       }
       sum.scale(factor);
     }
-    this->set(to, margin(exponent));
+    this->set(to, A(0));
   }
 };
 
@@ -80,7 +80,7 @@ __device__ inline RowSums<Acc<T>, kEntropy> sum_row(const SelectiveLogSoftmaxPar
   const int64_t n = p.rows.n, stride = p.rows.stride_n;
   EntropySum<A, kEntropy> s;
   const A z_own = own < 0 ? A(0) : exponent.cap(to_acc(x[own * stride]));
-  if (own >= 0) s.set(z_own, s.margin(exponent));
+  if (own >= 0) s.set(z_own, A(0));
   const auto add_at = [&](int64_t i, const T* v, auto count) {
     constexpr int kCount = decltype(count)::value;
     const Index at = Index(own) - Index(i);

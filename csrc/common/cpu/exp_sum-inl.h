@@ -120,6 +120,7 @@ template <class T, class L, class U>
                                                   const L& logits, const U& u) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   constexpr int64_t kShortSum = 32 * kLanes;  // terms of linear may be large and alike
+  if (own < 0 || own >= n) own = -1;
   return block_sums_by(x, n, row_reference, logits, [&](Acc<T> m) {
     const Vec<T> reference = splat<Vec<T>>(m);
     BlockSum total = {double(m), 0};
