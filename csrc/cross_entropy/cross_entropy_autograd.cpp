@@ -92,7 +92,9 @@ struct Composed {
   at::Tensor loss, z_loss, lse;
 };
 
-Composed composed(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options, bool metrics) {
+// may_ignore: whether some target may be ignored.
+Composed composed(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options, bool metrics,
+                  bool may_ignore = true) {
   check_cross_entropy(input, target, options);
   const auto code = static_cast<int64_t>(parse_reduction("cross_entropy", options.reduction));
   const bool indices = !target.is_floating_point();
@@ -100,8 +102,9 @@ Composed composed(const at::Tensor& input, const at::Tensor& target, const Cross
   if (indices) {
     // One row may have its target as () or as (1), which torch's own backward does not know.
     t = (input.dim() == 1 ? target.reshape({}) : target).to(at::kLong);
-    // An ignored row's gradient is 0 even where its logits are not finite.
-    x = x.masked_fill(t.eq(options.ignore_index).unsqueeze(class_dim(input)), 0);
+    // An ignored row's gradient is 0 even where its logits are not finite. The mask is a fifth of a small double
+    // backward.
+    if (may_ignore) x = x.masked_fill(t.eq(options.ignore_index).unsqueeze(class_dim(input)), 0);
   }
   const at::Tensor s = transformed(x, options);
   if (!indices) t = target.to(s.scalar_type());
@@ -202,8 +205,12 @@ GradOutputGuess& guess_for(std::string_view reduction) {
 
 // Gradients of loss, z-loss and lse, differentiable again; of target, too, where it is asked for.
 variable_list differentiable_gradients(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
-                                       const CrossEntropyOptions& options, const variable_list& grad_outputs) {
-  const Composed c = composed(input, target, options, /*metrics=*/grad_outputs.size() > 1);
+                                       const at::Tensor& stats, const CrossEntropyOptions& options,
+                                       const variable_list& grad_outputs) {
+  const bool all_count =
+      is_plain_cpu(stats) && is_plain_cpu(input) &&
+      stats.const_data_ptr<double>()[1] * double(input.size(class_dim(input))) == double(input.numel());
+  const Composed c = composed(input, target, options, /*metrics=*/grad_outputs.size() > 1, /*may_ignore=*/!all_count);
   const at::Tensor outputs[] = {c.loss, c.z_loss, c.lse};
   variable_list differentiated, gradients, inputs = {input};
   for (size_t i = 0; i < grad_outputs.size() && i < 3; ++i) {
@@ -254,7 +261,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
     const CrossEntropyOptions options = saved_options(ctx, saved, 3);
     const at::Tensor &grad_output = grad_outputs[0], &input = saved[0], &target = saved[1];
     if (at::GradMode::is_enabled())  // somebody will differentiate this gradient
-      return differentiable_gradients(ctx, input, target, options, grad_outputs);
+      return differentiable_gradients(ctx, input, target, saved[2], options, grad_outputs);
     at::Tensor grad_input, grad_target;
     if (target.is_floating_point() && ctx->needs_input_grad(1))
       grad_target = target_gradient(grad_output, input, target, saved[2], options);
@@ -304,7 +311,7 @@ struct CrossEntropyMetrics : torch::autograd::Function<CrossEntropyMetrics> {
     const at::Tensor &input = saved[0], &target = saved[1], &lse = saved[3];
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return {{}, {}, {}, {}};
     if (at::GradMode::is_enabled()) {
-      variable_list gradients = differentiable_gradients(ctx, input, target, options, grads);
+      variable_list gradients = differentiable_gradients(ctx, input, target, saved[2], options, grads);
       gradients.resize(4);
       return gradients;
     }
