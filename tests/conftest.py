@@ -46,7 +46,7 @@ def is_of_use(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselects what is of no use: a skip is for what is missing, so that the few that there are get read."""
+    """Deselects tests that this run cannot use. Skips are left for missing tools, few enough to be read."""
     config.hook.pytest_deselected(items=[item for item in items if not is_of_use(item)])
     items[:] = [item for item in items if is_of_use(item)]
     items.sort(key=lambda item: not any(item.iter_markers("long")) and not any(item.iter_markers("full")))

@@ -76,7 +76,7 @@ def cross_entropy(
             in backward of such a use, and where it was saved by somebody before. Double backward then raises. Without
             effect under ``torch.compile``, which plans memory itself, for float16, whose gradients would underflow
             before a loss scale arrives, for a target that requires grad, and for class probabilities of another dtype
-            than ``input``. Not for ``torch.func.vmap``. An infinite incoming gradient makes ignored rows NaN, too.
+            than ``input``. Not for ``torch.func.vmap``. An infinite ``grad_output`` makes ignored rows NaN, too.
 
     Returns:
         The loss in float32 (float64 for float64 logits): a scalar, or one number a row, of the shape of class indices,

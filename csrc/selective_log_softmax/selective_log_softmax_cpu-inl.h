@@ -4,7 +4,7 @@
 // index names first, or another one that it names and that has more than half of the probability: then the row is
 // summed once more, from cache. So a log-probability next to 0 has all its digits, and one that must be 0 is 0. The
 // entropy is Σ p (log p[largest] - log p) - log p[largest], two sums of terms that are not negative: of a row with one
-// possible class it is exactly 0. So a block's largest logit is looked for first, while the block comes into L1.
+// possible class it is exactly 0. So a block's largest logit is found first, which also loads the block into L1.
 #include "common/cpu/exp_sum-inl.h"
 
 // Part of a row: BlockSum's m and sum, t of the largest logit, and Σ 2^t (t - largest), with t = (z - m) · scale.
