@@ -160,7 +160,7 @@ def draw(runs, maps, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--steps", type=int, default=120, help="training steps of each run")
+    parser.add_argument("--steps", type=int, default=40, help="training steps of each run")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument(
         "--compile", choices=["both", "yes", "no"], default="both",
