@@ -55,7 +55,7 @@ def test_sanitizers_find_nothing(mode, order):
 
 
 REDUCE = "common/cuda/reduce.cuh"
-SPARSEMAX_FWD, SPARSEMAX_BWD = "entmax/entmax_fwd.cu", "entmax/entmax_bwd.cu"
+SPARSEMAX_FWD, SPARSEMAX_BWD = "sparsemax/sparsemax_fwd.cu", "sparsemax/sparsemax_bwd.cu"
 STATE = "common/cuda/stream_state.cuh"
 PLANTS = {
     # name: (file, pattern, replacement), who must find it, with what words
@@ -172,7 +172,7 @@ PLANTS = {
         ("plain", "sparsemax gradient"),
     ),
     "past-the-loose-elements": (
-        ("entmax/row_parts.cuh", r"return i < n \? i : -1;", "return i <= n ? i : -1;"),
+        ("sparsemax/row_parts.cuh", r"return i < n \? i : -1;", "return i <= n ? i : -1;"),
         ("asan", "heap-buffer-overflow"),
     ),
     "no-barrier-before-the-asked-classes": (
@@ -217,7 +217,7 @@ def test_a_planted_bank_conflict_is_found():
     found = bank_conflicts((SPARSEMAX_FWD, pattern, replacement))
     assert found
     assert set(found.values()) == {2}
-    assert all(line.startswith("entmax_fwd.cu:") for line in found)
+    assert all(line.startswith("sparsemax_fwd.cu:") for line in found)
 
 
 @full

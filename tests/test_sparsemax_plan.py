@@ -1,4 +1,4 @@
-"""Where sparsemax keeps a row on cards that are not there: csrc/entmax/sparsemax_plan.h, compiled as C++."""
+"""Where sparsemax keeps a row on cards that are not there: csrc/sparsemax/sparsemax_plan.h, compiled as C++."""
 
 import subprocess
 
@@ -8,7 +8,7 @@ from test_cuda_limits import CARDS, CSRC, KIB
 PROGRAM = """
 #include <cstdio>
 #include <cstdlib>
-#include "entmax/sparsemax_plan.h"
+#include "sparsemax/sparsemax_plan.h"
 int main(int, char** v) {
   const auto number = [v](int i) { return std::atoll(v[i]); };
   const tse::DeviceLimits limits = {int(number(1)), int(number(2)), number(3), number(4)};

@@ -5,15 +5,15 @@ from torch_softmax_ext import _load
 _C = _load.load()  # first: registers torch.ops.torch_softmax_ext
 
 from torch_softmax_ext import _dtensor, _flops  # noqa: E402, F401  (rules for torch's own tools)
-from torch_softmax_ext.cross_entropy import (  # noqa: E402
+from torch_softmax_ext._cross_entropy import (  # noqa: E402
     CrossEntropyLoss,
     CrossEntropyMetrics,
     cross_entropy,
     cross_entropy_with_metrics,
 )
-from torch_softmax_ext.entmax import Sparsemax, sparsemax  # noqa: E402
-from torch_softmax_ext.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy  # noqa: E402
-from torch_softmax_ext.selective_log_softmax import selective_log_softmax  # noqa: E402
+from torch_softmax_ext._linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy  # noqa: E402
+from torch_softmax_ext._selective_log_softmax import selective_log_softmax  # noqa: E402
+from torch_softmax_ext._sparsemax import Sparsemax, sparsemax  # noqa: E402
 
 __all__ = [
     "CrossEntropyLoss",

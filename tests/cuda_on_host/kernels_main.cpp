@@ -13,7 +13,7 @@
 
 #include "common/cuda/vec.cuh"
 #include "cross_entropy/cross_entropy.h"
-#include "entmax/entmax.h"
+#include "sparsemax/sparsemax.h"
 #include "selective_log_softmax/selective_log_softmax.h"
 
 using namespace tse;
@@ -352,7 +352,7 @@ void check_sparsemax(int64_t count, int64_t n, int64_t offset, bool columns, flo
       y.at(i, c) = from_acc<T>(A(-1));
       g.at(i, c) = from_acc<T>(A(normal(random)));
     }
-  EntmaxParams p{};
+  SparsemaxParams p{};
   p.dtype = kDType<T>;
   p.rows = x.rows;
   p.input = x.data();

@@ -9,8 +9,8 @@
 // tau and the row.
 
 #include "common/cpu/tile-inl.h"
-#include "entmax/sparsemax_newton-inl.h"
-#include "entmax/sparsemax_short-inl.h"
+#include "sparsemax/sparsemax_newton-inl.h"
+#include "sparsemax/sparsemax_short-inl.h"
 
 // Elements of a row that may be in the support, at most kMost, with room for a vector after them; and the maxima of all
 // parts of the row. Elements of a part are looked through together; each lane has the largest of its own.
@@ -163,7 +163,7 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candida
 // ---- rows ---------------------------------------------------------------------------------------------------------
 
 template <class T>
-void fwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
+void fwd_rows(const SparsemaxParams& p, int64_t begin, int64_t end) {
   const T* input = static_cast<const T*>(p.input);
   T* output = static_cast<T*>(p.output);
   const int64_t n = p.rows.n;
@@ -185,7 +185,7 @@ void fwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void bwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
+void bwd_rows(const SparsemaxParams& p, int64_t begin, int64_t end) {
   const T* output = static_cast<const T*>(p.output);
   const T* grad_output = static_cast<const T*>(p.grad_output);
   T* grad_input = static_cast<T*>(p.grad_input);
@@ -209,5 +209,9 @@ void bwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) {
   }
 }
 
-void sparsemax_fwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) { TSE_EACH_DTYPE(fwd_rows, p, begin, end) }
-void sparsemax_bwd_rows(const EntmaxParams& p, int64_t begin, int64_t end) { TSE_EACH_DTYPE(bwd_rows, p, begin, end) }
+void sparsemax_fwd_rows(const SparsemaxParams& p, int64_t begin, int64_t end) {
+  TSE_EACH_DTYPE(fwd_rows, p, begin, end)
+}
+void sparsemax_bwd_rows(const SparsemaxParams& p, int64_t begin, int64_t end) {
+  TSE_EACH_DTYPE(bwd_rows, p, begin, end)
+}

@@ -1,10 +1,10 @@
-// Sparse maps: sparsemax today; entmax15 and entmax(alpha) are the same family. [plain]
+// Sparsemax: what the host entry hands to the kernels. [plain]
 #pragma once
 #include "common/types.h"
 
 namespace tse {
 
-struct EntmaxParams {
+struct SparsemaxParams {
   DType dtype;             // of every tensor; fp16 and bf16 are computed in fp32
   Rows rows;               // of input
   const void* input;       // (rows, n)
@@ -19,11 +19,11 @@ struct EntmaxParams {
 };
 
 // CPU: rows [begin, end).
-void sparsemax_fwd_rows(const EntmaxParams& p, int64_t begin, int64_t end);
-void sparsemax_bwd_rows(const EntmaxParams& p, int64_t begin, int64_t end);
+void sparsemax_fwd_rows(const SparsemaxParams& p, int64_t begin, int64_t end);
+void sparsemax_bwd_rows(const SparsemaxParams& p, int64_t begin, int64_t end);
 
 // CUDA: all rows, on `stream`, no synchronisation.
-void launch_sparsemax_fwd(const EntmaxParams& p, cudaStream_t stream);
-void launch_sparsemax_bwd(const EntmaxParams& p, cudaStream_t stream);
+void launch_sparsemax_fwd(const SparsemaxParams& p, cudaStream_t stream);
+void launch_sparsemax_bwd(const SparsemaxParams& p, cudaStream_t stream);
 
 }  // namespace tse

@@ -1,5 +1,5 @@
 // Newton's steps of sparsemax over one row, and what writes it. [per ISA]
-#include "entmax/sparsemax_vec-inl.h"
+#include "sparsemax/sparsemax_vec-inl.h"
 
 constexpr int64_t kBlock = 1024;  // elements whose sums are taken in the type
 constexpr double kClose = 5e-4;   // f - 1 from where Newton's step, which leaves about half its square, is the last
