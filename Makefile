@@ -47,10 +47,10 @@ bench: $(VENV)/.built ## measure against eager, torch.compile and entmax; writes
 	python -m benchmarks
 
 cuda-report: $(VENV)/.built ## registers, spills, 16-byte accesses, issue budget and occupancy of the CUDA kernels, without a GPU
-	python -m benchmarks.cuda_report
+	python -m tools.cuda_report
 
 gpu: ## on a machine with a GPU, nvcc and torch: build for its card, test, sanitize, measure; at most 8 minutes, offline
-	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m tools.gpu
 
 clean: ## remove the environment and all that was built
 	rm -rf $(VENV) build demo *.egg-info torch_softmax_ext/*.so .pytest_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from cuda_on_host import build
 
-from benchmarks import cuda_report, cuda_sass
+from tools import cuda_report, cuda_sass
 
 needs_nvcc = pytest.mark.skipif(not cuda_report.available(), reason="no CUDA toolkit, or no cuobjdump")
 

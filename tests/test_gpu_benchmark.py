@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cuda, gpu, report
+from benchmarks import cuda, report
+from tools import gpu
 from torch_softmax_ext.testing import SPECS
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,7 @@ def run(*arguments):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("module", [("benchmarks.gpu",), ("benchmarks", "--device", "cuda")], ids=str)
+@pytest.mark.parametrize("module", [("tools.gpu",), ("benchmarks", "--device", "cuda")], ids=str)
 def test_without_a_gpu_one_line_says_so(module):
     got = run(*module)
     assert got.returncode != 0
@@ -35,7 +36,7 @@ def test_the_steps_fit_in_their_time():
     names = [step.name for step in gpu.steps("9.0", 480)]
     assert names == ["build", "tests", "memcheck", "racecheck", "benchmark"]
     assert gpu.benchmark_step(200).command[-1] == "160"
-    assert "compute-sanitizer" in run("benchmarks.gpu", "--list").stdout
+    assert "compute-sanitizer" in run("tools.gpu", "--list").stdout
 
 
 def test_a_step_that_fails_does_not_stop_the_next(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels, without a GPU: ``python -m benchmarks.cuda_report``.
+"""What the compiler made of the CUDA kernels, without a GPU: ``python -m tools.cuda_report``.
 
 For each kernel registers, spills, shared memory and threads of a block; of its instructions the 16-byte loads and
 stores, the narrower ones, and ex2; of its main loop the instructions, those per 16-byte access, the share that they
@@ -18,7 +18,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks import cuda_sass
+from tools import cuda_sass
 
 ROOT = Path(__file__).parent.parent
 COUNTED = {
@@ -91,7 +91,7 @@ def resident_threads(launches):
     """{card: threads of a multiprocessor} for each (threads, registers, static bytes, dynamic bytes) of a block."""
     with tempfile.TemporaryDirectory() as folder:
         program = f"{folder}/occupancy"
-        source = str(ROOT / "benchmarks" / "cuda_occupancy.cpp")
+        source = str(ROOT / "tools" / "cuda_occupancy.cpp")
         subprocess.run(["g++", "-w", f"-I{cuda_home()}/include", source, "-o", program], check=True)
         lines = "\n".join(" ".join(map(str, launch)) for launch in launches)
         out = subprocess.run([program], input=lines, capture_output=True, text=True, check=True).stdout.splitlines()
