@@ -33,7 +33,7 @@ at::Tensor sparsemax(const at::Tensor& input, int64_t dim) {
   const at::Tensor output = with_huge_pages(at::empty_like(input));
   if (input.numel() == 0) return output;
   const RowTensor x = as_rows(input, dim), y = as_rows(output, dim);
-  SparsemaxParams p{};
+  RowMapParams p{};
   p.dtype = dtype_of(input);
   p.rows = x.rows;
   p.input = x.tensor.const_data_ptr();
@@ -58,7 +58,7 @@ at::Tensor sparsemax_backward(const at::Tensor& grad_output, const at::Tensor& o
   // CUDA kernels read g by 16 bytes where they read the output so; an expanded g costs a copy.
   if (use_cuda(output) && y.rows.stride_n == 1 && g.rows.stride_n != 1)
     g = as_rows(at::empty_like(output).copy_(grad_output), dim);
-  SparsemaxParams p{};
+  RowMapParams p{};
   p.dtype = dtype_of(output);
   p.output_rows = y.rows;
   p.output = const_cast<void*>(y.tensor.const_data_ptr());

@@ -46,14 +46,14 @@ struct Row {
   const T* y;
   const T* g;
   T* out;
-  __device__ Row(const SparsemaxParams& p, int64_t row)
+  __device__ Row(const RowMapParams& p, int64_t row)
       : y(static_cast<const T*>(p.output) + row_offset(p.output_rows, row)),
         g(static_cast<const T*>(p.grad_output) + row_offset(p.grad_output_rows, row)),
         out(static_cast<T*>(p.grad_input) + row_offset(p.grad_input_rows, row)) {}
 };
 
 template <class T, int kLanes, int kElements>
-__global__ void __launch_bounds__(kSmallBlock) sparsemax_bwd_lanes_kernel(SparsemaxParams p) {
+__global__ void __launch_bounds__(kSmallBlock) sparsemax_bwd_lanes_kernel(RowMapParams p) {
   using A = Acc<T>;
   constexpr int kSize = Vec<T>::kSize, kVectors = kElements / kSize;
   const int64_t rows = row_count(p.output_rows);
@@ -101,7 +101,7 @@ constexpr int64_t kKeptBytes = sizeof(Vec<T>) + 1;
 
 template <class T, int kRowThreads>
 __global__ void __launch_bounds__(kRowThreads, kResidentThreads / kRowThreads)
-    sparsemax_bwd_kernel(SparsemaxParams p, int kept) {
+    sparsemax_bwd_kernel(RowMapParams p, int kept) {
   using A = Acc<T>;
   constexpr int kSize = Vec<T>::kSize;
   TSE_DYNAMIC_SHARED(Vec<T>, kept_g);  // each thread reads back only what it wrote
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kRowThreads, kResidentThreads / kRowThreads)
 
 // Neighbouring rows whose elements are not: a thread each.
 template <class T>
-__global__ void __launch_bounds__(kSmallBlock) sparsemax_bwd_columns_kernel(SparsemaxParams p) {
+__global__ void __launch_bounds__(kSmallBlock) sparsemax_bwd_columns_kernel(RowMapParams p) {
   using A = Acc<T>;
   const int64_t rows = row_count(p.output_rows), n = p.output_rows.n;
   const int64_t y_stride = p.output_rows.stride_n, g_stride = p.grad_output_rows.stride_n;
@@ -181,19 +181,19 @@ __global__ void __launch_bounds__(kSmallBlock) sparsemax_bwd_columns_kernel(Spar
 }
 
 template <class T, int kLanes, int kElements>
-void launch_lanes(const SparsemaxParams& p, cudaStream_t stream) {
+void launch_lanes(const RowMapParams& p, cudaStream_t stream) {
   launch("sparsemax_bwd_lanes_kernel", sparsemax_bwd_lanes_kernel<T, kLanes, kElements>,
          grid_for(row_count(p.output_rows), kRowsPerBlock<kLanes>), kSmallBlock, 0, stream, p);
 }
 
 template <class T, int kRowThreads>
-void launch_block(const SparsemaxParams& p, int kept, cudaStream_t stream) {
+void launch_block(const RowMapParams& p, int kept, cudaStream_t stream) {
   launch("sparsemax_bwd_kernel", sparsemax_bwd_kernel<T, kRowThreads>, grid_for(row_count(p.output_rows), 1),
          kRowThreads, kept * kKeptBytes<T>, stream, p, kept);
 }
 
 template <class T>
-void launch_bwd(const SparsemaxParams& p, cudaStream_t stream) {
+void launch_bwd(const RowMapParams& p, cudaStream_t stream) {
   if (row_count(p.output_rows) == 0) return;
   const SparsemaxPlan plan = plan_sparsemax(device_limits(), p.output_rows.n, sizeof(T), kKeptBytes<T>);
   if (p.output_rows.stride_n != 1 || p.grad_input_rows.stride_n != 1 || plan.row_threads == 1)
@@ -210,8 +210,6 @@ void launch_bwd(const SparsemaxParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-void launch_sparsemax_bwd(const SparsemaxParams& p, cudaStream_t stream) {
-  TSE_LAUNCH_BY_DTYPE(p, launch_bwd, p, stream)
-}
+void launch_sparsemax_bwd(const RowMapParams& p, cudaStream_t stream) { TSE_LAUNCH_BY_DTYPE(p, launch_bwd, p, stream) }
 
 }  // namespace tse

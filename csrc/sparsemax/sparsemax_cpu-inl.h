@@ -163,7 +163,7 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candida
 // ---- rows ---------------------------------------------------------------------------------------------------------
 
 template <class T>
-void fwd_rows(const SparsemaxParams& p, int64_t begin, int64_t end) {
+void fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   const T* input = static_cast<const T*>(p.input);
   T* output = static_cast<T*>(p.output);
   const int64_t n = p.rows.n;
@@ -185,7 +185,7 @@ void fwd_rows(const SparsemaxParams& p, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void bwd_rows(const SparsemaxParams& p, int64_t begin, int64_t end) {
+void bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   const T* output = static_cast<const T*>(p.output);
   const T* grad_output = static_cast<const T*>(p.grad_output);
   T* grad_input = static_cast<T*>(p.grad_input);
@@ -209,9 +209,5 @@ void bwd_rows(const SparsemaxParams& p, int64_t begin, int64_t end) {
   }
 }
 
-void sparsemax_fwd_rows(const SparsemaxParams& p, int64_t begin, int64_t end) {
-  TSE_EACH_DTYPE(fwd_rows, p, begin, end)
-}
-void sparsemax_bwd_rows(const SparsemaxParams& p, int64_t begin, int64_t end) {
-  TSE_EACH_DTYPE(bwd_rows, p, begin, end)
-}
+void sparsemax_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) { TSE_EACH_DTYPE(fwd_rows, p, begin, end) }
+void sparsemax_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) { TSE_EACH_DTYPE(bwd_rows, p, begin, end) }

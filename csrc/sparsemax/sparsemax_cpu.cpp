@@ -7,10 +7,10 @@
 
 namespace tse {
 
-void sparsemax_fwd_rows(const SparsemaxParams& p, int64_t begin, int64_t end) {
+void sparsemax_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   TSE_CALL_ISA(sparsemax_fwd_rows, p, begin, end);
 }
-void sparsemax_bwd_rows(const SparsemaxParams& p, int64_t begin, int64_t end) {
+void sparsemax_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   TSE_CALL_ISA(sparsemax_bwd_rows, p, begin, end);
 }
 

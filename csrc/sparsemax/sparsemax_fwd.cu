@@ -59,8 +59,7 @@ __device__ inline void newton(const A (&z)[kCount], Threshold<A>& tau) {
 }
 
 template <class T, int kLanes, int kElements>
-__global__ void __launch_bounds__(kSmallBlock, kBlocksAtLeast<T, kLanes>)
-    sparsemax_fwd_lanes_kernel(SparsemaxParams p) {
+__global__ void __launch_bounds__(kSmallBlock, kBlocksAtLeast<T, kLanes>) sparsemax_fwd_lanes_kernel(RowMapParams p) {
   using A = Acc<T>;
   constexpr int kSize = Vec<T>::kSize, kVectors = kElements / kSize;
   const int64_t rows = row_count(p.rows);
@@ -107,7 +106,7 @@ constexpr int kBatch = sizeof(T) == 2 ? 3 : 4;
 
 template <class T, int kRowThreads>
 __global__ void __launch_bounds__(kRowThreads, kResidentThreads / kRowThreads)
-    sparsemax_fwd_kernel(SparsemaxParams p, int kept) {
+    sparsemax_fwd_kernel(RowMapParams p, int kept) {
   using A = Acc<T>;
   constexpr int kSize = Vec<T>::kSize;
   TSE_DYNAMIC_SHARED(Vec<T>, cache);  // each thread reads back only what it wrote
@@ -198,7 +197,7 @@ __global__ void __launch_bounds__(kRowThreads, kResidentThreads / kRowThreads)
 // ---- neighbouring rows whose elements are not: a thread each ------------------------------------------------------
 
 template <class T>
-__global__ void __launch_bounds__(kSmallBlock) sparsemax_fwd_columns_kernel(SparsemaxParams p) {
+__global__ void __launch_bounds__(kSmallBlock) sparsemax_fwd_columns_kernel(RowMapParams p) {
   using A = Acc<T>;
   const int64_t rows = row_count(p.rows), n = p.rows.n, stride = p.rows.stride_n;
   for (int64_t row = first_row<1>(); row < rows; row += row_step<1>()) {
@@ -224,19 +223,19 @@ __global__ void __launch_bounds__(kSmallBlock) sparsemax_fwd_columns_kernel(Spar
 }
 
 template <class T, int kLanes, int kElements>
-void launch_lanes(const SparsemaxParams& p, cudaStream_t stream) {
+void launch_lanes(const RowMapParams& p, cudaStream_t stream) {
   launch("sparsemax_fwd_lanes_kernel", sparsemax_fwd_lanes_kernel<T, kLanes, kElements>,
          grid_for(row_count(p.rows), kRowsPerBlock<kLanes>), kSmallBlock, 0, stream, p);
 }
 
 template <class T, int kRowThreads>
-void launch_block(const SparsemaxParams& p, int kept, cudaStream_t stream) {
+void launch_block(const RowMapParams& p, int kept, cudaStream_t stream) {
   launch("sparsemax_fwd_kernel", sparsemax_fwd_kernel<T, kRowThreads>, grid_for(row_count(p.rows), 1), kRowThreads,
          kept * sizeof(Vec<T>), stream, p, kept);
 }
 
 template <class T>
-void launch_fwd(const SparsemaxParams& p, cudaStream_t stream) {
+void launch_fwd(const RowMapParams& p, cudaStream_t stream) {
   if (row_count(p.rows) == 0) return;
   const SparsemaxPlan plan = plan_sparsemax(device_limits(), p.rows.n, sizeof(T), sizeof(Vec<T>));
   if (p.rows.stride_n != 1 || p.output_rows.stride_n != 1 || plan.row_threads == 1)
@@ -253,8 +252,6 @@ void launch_fwd(const SparsemaxParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-void launch_sparsemax_fwd(const SparsemaxParams& p, cudaStream_t stream) {
-  TSE_LAUNCH_BY_DTYPE(p, launch_fwd, p, stream)
-}
+void launch_sparsemax_fwd(const RowMapParams& p, cudaStream_t stream) { TSE_LAUNCH_BY_DTYPE(p, launch_fwd, p, stream) }
 
 }  // namespace tse

@@ -13,8 +13,8 @@
 
 #include "common/cuda/vec.cuh"
 #include "cross_entropy/cross_entropy.h"
-#include "sparsemax/sparsemax.h"
 #include "selective_log_softmax/selective_log_softmax.h"
+#include "sparsemax/sparsemax.h"
 
 using namespace tse;
 
@@ -352,7 +352,7 @@ void check_sparsemax(int64_t count, int64_t n, int64_t offset, bool columns, flo
       y.at(i, c) = from_acc<T>(A(-1));
       g.at(i, c) = from_acc<T>(A(normal(random)));
     }
-  SparsemaxParams p{};
+  RowMapParams p{};
   p.dtype = kDType<T>;
   p.rows = x.rows;
   p.input = x.data();
