@@ -4,17 +4,14 @@ python -m benchmarks                       everything, with the default and with
 python -m benchmarks --only 32000          rows whose name contains this
 python -m benchmarks --device cuda         on a GPU, beside Liger, Quack and flash-attn where they are installed
 python -m benchmarks --device cuda --list  the rows that would be measured; needs no GPU
-python -m benchmarks compare A.json B.json two runs side by side
-python -m benchmarks goals A.json          the goals on CPU, what was reached, and why not more
-python -m benchmarks readme A.json B.json  the README's tables: A's rows, and of B those that A lacks
+python -m benchmarks compare --base DIR    this tree against another one that is built, interleaved; CPU
+python -m benchmarks docs                  writes the tables of README.md and docs/benchmarks.md from all results
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler's greetings
 
@@ -23,42 +20,29 @@ def main():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", nargs="?", choices=["run", "compare", "goals", "readme"], default="run")
-    parser.add_argument("files", nargs="*", help="the JSON files of compare, goals and readme")
+    parser.add_argument("command", nargs="?", choices=["run", "compare", "docs"], default="run")
+    parser.add_argument("--base", help="compare: the folder of the other tree")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--skip", nargs="*", default=[], help="providers to leave out")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count()))
     parser.add_argument("--rounds", type=int, default=7, help="times that every provider is timed")
     parser.add_argument("--allocator", choices=["both", "default", "warm"], default="both")
-    parser.add_argument("--name", help="of the files in benchmarks/results/")
+    parser.add_argument("--name", help="of the file in benchmarks/results/; by default the machine's")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--seconds", type=float, default=100, help="on a GPU: what does not fit is left out")
     parser.add_argument("--list", action="store_true", help="on a GPU: print the plan")
     args = parser.parse_args()
 
-    from benchmarks import cuda, goals, measure, report
+    from benchmarks import compare, cuda, goals, measure, report
     from torch_softmax_ext.testing import SPECS
 
     if args.command == "compare":
-        before, after = (json.loads(Path(f).read_text()) for f in args.files)
-        print(report.compare(before, after))
-        return
-    if args.command == "goals":
-        print(goals.table(json.loads(Path(args.files[0]).read_text())))
-        return
-    if args.command == "readme":
-        readme = Path(__file__).parent.parent / "README.md"
-        head, _, rest = readme.read_text().partition("<!-- speed -->\n")
-        tail = rest.partition("<!-- end of speed -->")[2]
-        if not args.files:
-            parser.error("readme: expected the JSON files of its tables")
-        tables, shown = [], set()
-        for file in args.files:
-            run = json.loads(Path(file).read_text())
-            run["rows"] = [r for r in run["rows"] if r["name"] not in shown]
-            shown |= {r["name"] for r in run["rows"]}
-            tables.append(report.markdown(run))
-        readme.write_text(head + "<!-- speed -->\n" + "\n".join(tables) + "<!-- end of speed -->" + tail)
+        if args.base is None:
+            parser.error("compare: expected --base, the folder of the other tree")
+        sys.exit(1 if compare.compare(SPECS, args.base, args.threads, args.rounds, args.only) else 0)
+    if args.command == "docs":
+        for path, text in report.documents(SPECS).items():
+            path.write_text(text)
         return
     if args.device == "cuda":
         if args.list:
@@ -66,7 +50,7 @@ def main():
             return
         cuda.require_device()
         run = cuda.measure(SPECS, args.seconds, args.only, args.skip)
-        report.write(run, measure.RESULTS / (args.name or cuda.file_name(run["environment"])), report.markdown(run))
+        report.write(run, report.RESULTS / (args.name or cuda.file_name(run["environment"])), report.markdown(run))
         return
     if args.allocator == "both":
         for allocator in ("default", "warm"):
@@ -76,8 +60,9 @@ def main():
         return
 
     run = measure.measure(SPECS, args.threads, args.rounds, args.only, args.skip)
-    table = report.markdown(run) + "\n" + goals.table(run)
-    report.write(run, measure.RESULTS / f"{args.name or 'cpu'}-{args.allocator}", table)
+    table = report.markdown(run) + "\n" + goals.table(run, SPECS)
+    name = f"{args.name}-{args.allocator}" if args.name else measure.file_name(run["environment"])
+    report.write(run, report.RESULTS / name, table)
 
 
 if __name__ == "__main__":

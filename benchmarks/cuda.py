@@ -1,10 +1,6 @@
-"""The benchmark on a GPU: shapes, peers, and times from CUDA events with a cold L2. Rows and providers are those of
-measure.py and providers.py; here is what a GPU does otherwise."""
+"""The benchmark on a GPU: times from CUDA events, with a cold L2."""
 
-import contextlib
-import dataclasses
 import datetime
-import importlib
 import importlib.metadata
 import math
 import platform
@@ -15,82 +11,13 @@ import time
 import torch
 
 import torch_softmax_ext as tse
-from benchmarks.measure import rows_of
-from benchmarks.providers import call, providers
+from benchmarks.providers import providers
+from benchmarks.rows import call, rows_of
 from torch_softmax_ext.testing.memory import peak_memory
-from torch_softmax_ext.testing.spec import BenchShape
 
-BF16, FP32 = torch.bfloat16, torch.float32
-VOCABULARIES = (32000, 50256, 50257, 128256, 151936, 262144)
-# Quack's published ones, 4.3 GB the largest.
-QUACK = (
-    *((32768, n) for n in (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)),
-    (16384, 131072),
-    (8192, 262144),
-)
-NONE = {"reduction": "none"}
-BOTH = ("forward", "forward+backward")
-SPARSE = ((1048576, 64), (131072, 512), (16384, 4096), (8192, 8192), (2048, 32000), (512, 131072))
-SHAPES = {
-    "cross_entropy": (
-        *(BenchShape((8192, n), BF16, modes=("forward+backward",)) for n in VOCABULARIES),
-        *(BenchShape(shape, BF16, label="none", options=NONE, modes=("forward",)) for shape in QUACK),
-        *(BenchShape((8192, n), BF16, label="none", options=NONE, modes=BOTH) for n in (32000, 128256)),
-        BenchShape((8192, 128256), BF16, modes=("accumulation",)),
-        BenchShape((4096, 128256), FP32, modes=BOTH),
-        BenchShape((8, 10), FP32, modes=BOTH),
-        BenchShape((256, 1000), FP32, modes=BOTH),
-    ),
-    "sparsemax": (
-        *(BenchShape(shape, BF16) for shape in SPARSE),
-        *(BenchShape(shape, FP32) for shape in SPARSE[2:]),
-        *(BenchShape(shape, BF16, scale=0.01) for shape in SPARSE[2:]),  # hundreds are in the support
-    ),
-    "selective_log_softmax": (BenchShape((8192, 151936), BF16, modes=BOTH),),
-}
 SMALL = 1 << 20  # bytes; below, a call costs what its launches cost, and is timed as a caller sees it
 WARM_UP, REPEATS, SECONDS_PER_PROVIDER = 3, 15, 0.4
 LATE = "compile"  # a compilation of seconds for each row: what time is left for, at the end
-
-
-def gpu_specs(specs):
-    return [dataclasses.replace(s, bench_shapes=SHAPES[s.name]) for s in specs if s.name in SHAPES]
-
-
-# ---- peers: in the environment or not -----------------------------------------------------------------------------
-
-
-def _liger(reduction):
-    function = importlib.import_module("liger_kernel.transformers.functional").liger_cross_entropy
-
-    def run(x, target):  # overwrites the logits: the same work, again and again
-        result = function(x, target, reduction=reduction)
-        return result[0] if isinstance(result, tuple) else result
-
-    return run
-
-
-def _quack(reduction):
-    function = importlib.import_module("quack.cross_entropy").cross_entropy
-    return lambda x, target: function(x, target, reduction=reduction)
-
-
-def _flash(reduction):
-    function = importlib.import_module("flash_attn.ops.triton.cross_entropy").cross_entropy_loss
-    return lambda x, target: function(x, target)[0] if reduction == "none" else function(x, target)[0].mean()
-
-
-PEERS = {"liger": ("liger_kernel", _liger), "quack": ("quack-kernels", _quack), "flash-attn": ("flash_attn", _flash)}
-
-
-def peers(spec, options):
-    """Of cross_entropy with nothing but a reduction. What is not installed is left out."""
-    found = {}
-    if spec.name == "cross_entropy" and not options.keys() - {"reduction"}:
-        for name, (_, make) in PEERS.items():
-            with contextlib.suppress(Exception):  # a peer may fail to import for reasons of its own
-                found[name] = make(options.get("reduction", "mean"))
-    return found
 
 
 def version(package):
@@ -100,7 +27,11 @@ def version(package):
         return "not installed"
 
 
-def environment():
+def peers(specs):
+    return {peer.name: version(peer.package) for spec in specs for peer in spec.bench_peers if "cuda" in peer.devices}
+
+
+def environment(specs):
     p = torch.cuda.get_device_properties(0)
     return {
         "date": datetime.date.today().isoformat(),
@@ -113,7 +44,7 @@ def environment():
         "cuda": torch.version.cuda,
         "torch_softmax_ext": tse.__version__,
         "python": platform.python_version(),
-        "peers": {name: version(package) for name, (package, _) in PEERS.items()} | {"triton": version("triton")},
+        "peers": peers(specs) | {"triton": version("triton")},
     }
 
 
@@ -180,11 +111,7 @@ class Row:
         self.seconds, self.peak, self.errors = {}, {}, {}
 
     def functions(self, late):
-        own = providers(self.spec, self.shape.options, self.shape.functions)
-        if late:
-            return {LATE: own[LATE]} if LATE in own else {}
-        ours = {name: own[name] for name in ("ours", "eager")}
-        return ours if self.mode == "in place" else ours | peers(self.spec, self.shape.options)
+        return {n: f for n, f in providers(self.spec, self.shape, "cuda").items() if (n == LATE) == late}
 
     def measure(self, clock, late=False):
         if self.bytes * 5 > torch.cuda.get_device_properties(0).total_memory:
@@ -198,7 +125,8 @@ class Row:
             self.seconds |= roofs(clock, x)
         for name, function in self.functions(late).items():
             try:
-                run = call(function, self.mode, x.clone() if name == "liger" else x, args)
+                logits = x if name in ("ours", "eager", LATE) else x.clone()  # some peers overwrite them
+                run = call(function, self.mode, logits, args)
                 self.seconds[name] = clock(run, self.bytes)
                 self.peak[name] = peak_memory(run, "cuda")
             except Exception as error:  # a peer that cannot: the others are still measured
@@ -225,7 +153,7 @@ class Row:
 
 
 def plan(specs, pattern=""):
-    return [Row(*row) for row in rows_of(gpu_specs(specs), pattern)]
+    return [Row(*row) for row in rows_of(specs, pattern, cuda=True)]
 
 
 def measure(specs, seconds, pattern="", skip=()):
@@ -238,7 +166,7 @@ def measure(specs, seconds, pattern="", skip=()):
             break
         print(f"[{number + 1}] {row.name}{' compile' if is_late else ''}", flush=True)
         row.measure(clock, is_late)
-    return {"environment": environment(), "rows": [r.result() for r in rows if "ours" in r.seconds]}
+    return {"environment": environment(specs), "rows": [r.result() for r in rows if "ours" in r.seconds]}
 
 
 def require_device():

@@ -2,7 +2,6 @@
 machine is everybody's."""
 
 import datetime
-import math
 import os
 import platform
 import resource
@@ -15,13 +14,13 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import torch_softmax_ext as tse
-from benchmarks.providers import call, engine, providers, roofs
-from benchmarks.report import NO_PEERS
+from benchmarks.goals import NO_PEERS
+from benchmarks.providers import engine, providers, roofs
+from benchmarks.rows import LARGE, call, rows_of, tensors_of
 from torch_softmax_ext.testing.memory import peak_memory
 
 # Memory that a call returns stays with the process, so that the next call finds it warm.
 WARM_ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"}
-LARGE = 1 << 22  # logits from which on the modes that save memory are measured
 
 
 def environment(threads):
@@ -78,24 +77,16 @@ def interleaved(calls, threads, rounds, seconds=0.02):
     return [{name: statistics.median(v) for name, v in of.items()} for of in (times, faults)]
 
 
-def rows_of(specs, pattern=""):
-    for spec in specs:
-        for shape in spec.bench_shapes:
-            for mode in spec.bench_modes:
-                if mode in ("accumulation", "in place") and math.prod(shape.shape) < LARGE:
-                    continue
-                if shape.modes is not None and mode not in shape.modes:
-                    continue
-                scale = "" if shape.scale == 1 else f" x{shape.scale}"
-                scale += f" {shape.label}" if shape.label else ""
-                name = f"{spec.name} {'x'.join(map(str, shape.shape))} {str(shape.dtype)[6:]}{scale} {mode}"
-                if pattern in name:
-                    yield name, spec, shape, mode
+def file_name(environment):
+    """One file for each class of machines and allocator: a new run replaces the last one."""
+    words = environment["cpu"].lower().replace("(r)", "").split()
+    allocator = "" if environment["allocator"] == "default" else f"-{environment['allocator']}"
+    return f"cpu-{words[0]}-{environment['isa']}{allocator}"
 
 
 def calls_of(spec, shape, mode, x, args, skip=()):
     """What is timed in a row, in this order: ours and variants of it, peers, torch's own least, roofs."""
-    functions = providers(spec, shape.options, shape.functions)
+    functions = providers(spec, shape)
     calls = {"ours": call(functions["ours"], mode, x, args)}
     if mode == "accumulation":
         calls["plain backward"] = call(functions["ours"], "forward+backward", x, args)
@@ -111,7 +102,7 @@ def calls_of(spec, shape, mode, x, args, skip=()):
         calls["relu"] = call(torch.relu, mode, x, ())
     if mode != "forward":
         calls["engine"] = engine(mode)
-    return calls | roofs(x, args)
+    return calls | roofs(spec, x, args)
 
 
 def measure(specs, threads, rounds=7, pattern="", skip=()):
@@ -122,10 +113,8 @@ def measure(specs, threads, rounds=7, pattern="", skip=()):
     bar = tqdm(list(rows_of(specs, pattern)), mininterval=1)
     for name, spec, shape, mode in bar:
         bar.set_description(name)
-        torch.manual_seed(0)
         torch._dynamo.reset()
-        x = (torch.randn(shape.shape) * shape.scale).to(shape.dtype)
-        args = (shape.args or spec.bench_args)(x)
+        x, args = tensors_of(spec, shape)
         calls = calls_of(spec, shape, mode, x, args, skip)
         seconds, faults = interleaved(calls, threads, rounds)
         large = spec.bench_bytes(x, *args) >= 1 << 18
@@ -143,6 +132,3 @@ def measure(specs, threads, rounds=7, pattern="", skip=()):
         row |= {"seconds": seconds, "page_faults": faults, "peak_bytes": memory}
         results.append(row)
     return {"environment": environment(threads), "rows": results}
-
-
-RESULTS = Path(__file__).parent / "results"

@@ -1,5 +1,6 @@
 """`make gpu` and the GPU's benchmark, as far as they go without one: the plan, its report, and how they fail."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from benchmarks import cuda, report
+from benchmarks.providers import providers
 from tools import gpu
-from torch_softmax_ext.testing import SPECS
+from torch_softmax_ext.testing import SPECS, Peer
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,9 +67,9 @@ def test_a_step_that_fails_does_not_stop_the_next(monkeypatch, capsys):
 
 def test_the_plan_has_the_shapes_that_peers_publish():
     rows = {row.name: row for row in cuda.plan(SPECS)}
-    for m, n in cuda.QUACK:
-        assert f"cross_entropy {m}x{n} bfloat16 none forward" in rows
-    for n in cuda.VOCABULARIES:
+    for n in (256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536):
+        assert f"cross_entropy 32768x{n} bfloat16 none forward" in rows
+    for n in (32000, 50256, 50257, 128256, 151936, 262144):
         assert f"cross_entropy 8192x{n} bfloat16 forward+backward" in rows
     for mode in ("forward", "backward"):
         lengths = {row.shape.shape[1] for row in rows.values() if row.spec.name == "sparsemax" and row.mode == mode}
@@ -90,15 +92,25 @@ def test_the_report_of_a_run(tmp_path, capsys):
     assert stem.name == "cuda-some-card-100"
     assert json.loads(stem.with_suffix(".json").read_text()) == made_up
     assert stem.with_suffix(".png").stat().st_size > 10000
-    table = stem.with_suffix(".md").read_text()
+    table = report.markdown(made_up)
     assert "Some Card 100" in table
-    assert "| sparsemax | 512×131072 bf16 | forward | 1.2 ms | 1.20 | 4.2 | 1.00 : 3.00 |" in table
+    assert "| sparsemax | 512×131072 bf16 | forward | 1.20 ms | 1.20 | 4.2 | 1.00 : 3.00 |" in table
     assert table.endswith(f"- {rows[0].name}: some-peer: OutOfMemoryError: no room\n")
     assert table in capsys.readouterr().out
 
 
-def test_peers_that_are_not_installed_are_left_out():
-    spec = next(s for s in SPECS if s.name == "cross_entropy")
-    assert set(cuda.peers(spec, {"reduction": "none"})) <= set(cuda.PEERS)
-    assert cuda.peers(spec, {"label_smoothing": 0.1}) == {}
+def test_peers_take_no_options_but_a_reduction():
+    (spec,) = (s for s in SPECS if s.name == "cross_entropy")
+    assert set(cuda.peers(SPECS)) == {"liger", "quack", "flash-attn"}
+    for peer in spec.bench_peers:
+        assert peer.make({"label_smoothing": 0.1}) is None
     assert cuda.version("no-such-package") == "not installed"
+
+
+def test_providers_are_those_of_the_device():
+    (spec,) = (s for s in SPECS if s.name == "cross_entropy")
+    peer = Peer("peer", "package", lambda options: lambda x, target: x, ("cuda",))
+    absent = Peer("absent", "package", lambda options: __import__("no_such_module"), ("cuda",))
+    spec = dataclasses.replace(spec, bench_peers=(peer, absent))
+    assert list(providers(spec, spec.bench_shapes[0])) == ["ours", "eager", "compile"]
+    assert list(providers(spec, spec.bench_shapes[0], "cuda")) == ["ours", "eager", "compile", "peer"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("csrc", "torch_softmax_ext", "tests", "benchmarks", "tools", "examples")
+SOURCES = ("csrc", "torch_softmax_ext", "tests", "benchmarks", "docs", "tools", "examples")
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
 
 

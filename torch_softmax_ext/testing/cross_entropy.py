@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 import torch_softmax_ext as tse
-from torch_softmax_ext.testing.spec import BenchShape, ErrorCase, OpSpec, Sample
+from torch_softmax_ext.testing.cross_entropy_bench import BENCH
+from torch_softmax_ext.testing.spec import ErrorCase, OpSpec, Sample
 
 _INF = float("inf")
 
@@ -361,13 +362,9 @@ _ERRORS = (
     ),
 )
 
-_TRAINING = ("forward+backward",)
 
-
-def _metrics(input, target):
-    """What cross_entropy_with_metrics returns, as one would write it in torch."""
-    predictions = input.argmax(1)
-    return F.cross_entropy(input, target), input.logsumexp(1), (predictions == target).float().mean(), predictions
+def _eager(options):
+    return _torch_op if options.keys() & {"z_loss_weight", "softcap", "temperature"} else F.cross_entropy
 
 
 SPEC = OpSpec(
@@ -378,30 +375,7 @@ SPEC = OpSpec(
     torch_op=_torch_op,
     samples=_samples,
     errors=_ERRORS,
-    bench_shapes=(
-        BenchShape((8, 10)),
-        BenchShape((4096, 10)),
-        BenchShape((256, 1000)),
-        BenchShape((4096, 1000)),
-        BenchShape((8, 21, 256, 256)),
-        BenchShape((1024, 32000)),
-        BenchShape((256, 128256)),
-        BenchShape((1024, 32000), torch.bfloat16),
-        BenchShape((256, 128256), torch.bfloat16),
-        BenchShape((1, 128256)),
-        BenchShape(
-            (1024, 32000), label="metrics", modes=("forward",), functions=(tse.cross_entropy_with_metrics, _metrics)
-        ),
-        BenchShape((1024, 32000), label="smoothing", options={"label_smoothing": 0.1}, modes=_TRAINING),
-        BenchShape((8, 150, 64, 64), label="smoothing", options={"label_smoothing": 0.1}, modes=_TRAINING),
-        BenchShape(
-            (1024, 32000), label="softcap, z-loss", options={"softcap": 30.0, "z_loss_weight": 1e-4}, modes=_TRAINING
-        ),
-        BenchShape(
-            (1024, 32000), label="probabilities", args=lambda x: (torch.rand_like(x).softmax(1),), modes=_TRAINING
-        ),
-    ),
-    bench_args=lambda x: (torch.randint(0, x.shape[1], (x.shape[0], *x.shape[2:])),),
-    bench_modes={"forward": "read", "forward+backward": "copy", "accumulation": "copy", "in place": "copy"},
     rows=lambda x, target: (x[:1], target[:1]),
+    bench_eager=_eager,
+    **BENCH,
 )

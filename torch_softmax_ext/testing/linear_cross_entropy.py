@@ -1,11 +1,13 @@
 """Specification of linear_cross_entropy."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
 import torch_softmax_ext as tse
 from torch_softmax_ext.testing.cross_entropy import SPEC as CROSS_ENTROPY
-from torch_softmax_ext.testing.spec import BenchShape, ErrorCase, OpSpec, Sample
+from torch_softmax_ext.testing.spec import BenchShape, ErrorCase, OpSpec, Peer, Sample
 
 
 def _logits(input, linear_weight, linear_bias):
@@ -163,6 +165,24 @@ def _bench_args_of(classes):
     return args
 
 
+def _products(x, linear_weight, target):
+    """The three matrix products: nearly all of the work."""
+    w = linear_weight.detach()
+
+    def run():
+        g = x @ w.t()
+        return g @ w, g.t() @ x
+
+    return {"products": run}
+
+
+def _chunked(options):
+    """torch 2.14."""
+    return functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+
+
+_LARGE = (("forward+backward", "faster", 1), ("forward+backward", "memory", 0.125))
+
 SPEC = OpSpec(
     name="linear_cross_entropy",
     op=tse.linear_cross_entropy,
@@ -172,15 +192,19 @@ SPEC = OpSpec(
     samples=_samples,
     errors=_ERRORS,
     bench_shapes=tuple(
-        BenchShape(shape, dtype, label=f"{classes} classes", args=_bench_args_of(classes))
-        for shape, classes, dtype in (
-            ((1024, 512), 8000, torch.float32),
-            ((1024, 512), 8000, torch.bfloat16),
-            ((4096, 1024), 32000, torch.float32),
+        BenchShape(shape, dtype, label=f"{classes} classes", args=_bench_args_of(classes), **more)
+        for shape, classes, dtype, more in (
+            ((1024, 512), 8000, torch.float32, {}),
+            ((1024, 512), 8000, torch.bfloat16, {}),
+            ((4096, 1024), 32000, torch.float32, {"goals": _LARGE, "front": ("forward+backward",)}),
         )
     ),
     bench_args=_bench_args,
     bench_modes={"forward+backward": "products"},
+    bench_eager=lambda options: lambda x, w, t: F.cross_entropy(F.linear(x, w), t),
+    bench_compiles=False,
+    bench_peers=(Peer("torch chunked", "torch", _chunked),),
+    bench_roofs=_products,
     bench_bytes=lambda x, linear_weight, target: x.shape[0] * linear_weight.shape[0] * x.itemsize,
     rows=lambda x, linear_weight, target: (x[:1], linear_weight, target[:1]),
     batch_invariant=False,

@@ -174,8 +174,14 @@ SPEC = OpSpec(
     torch_op=_torch_op,
     samples=_samples,
     errors=_ERRORS,
-    bench_shapes=(BenchShape((256, 1000)), BenchShape((512, 151936), torch.bfloat16)),
+    bench_shapes=(
+        BenchShape((256, 1000)),
+        BenchShape((512, 151936), torch.bfloat16, goals=(("forward", "eager", 0.25),), front=("forward+backward",)),
+    ),
+    bench_cuda_shapes=(BenchShape((8192, 151936), torch.bfloat16, front=("forward+backward",)),),
     bench_args=lambda x: (torch.randint(0, x.shape[-1], x.shape[:-1]),),
     bench_modes={"forward": "read", "forward+backward": "copy"},
+    # Rounded to the dtype of the logits.
+    bench_eager=lambda options: lambda x, index: x.log_softmax(-1).gather(-1, index.unsqueeze(-1)).squeeze(-1),
     rows=lambda x, index: (x[:1], index[:1]),
 )

@@ -3,7 +3,7 @@
 import torch
 
 import torch_softmax_ext as tse
-from torch_softmax_ext.testing.spec import BenchShape, ErrorCase, OpSpec, Sample
+from torch_softmax_ext.testing.spec import BenchShape, ErrorCase, OpSpec, Peer, Sample
 
 _INF = float("inf")
 
@@ -160,6 +160,41 @@ _ERRORS = (
     ),
 )
 
+
+def _bench_shapes():
+    for scale in (1.0, 0.01):  # at 0.01 hundreds of elements are in the support
+        for shape, limit in (((4096, 64), 4), ((1024, 512), 2), ((256, 8192), 2), ((64, 32000), 2), ((16, 131072), 2)):
+            goals = (("forward", "roof", limit), ("backward", "roof", 1.5))
+            front = {(1024, 512): ("forward",), (64, 32000): ("backward",)}.get(shape, ())
+            if scale != 1:
+                goals, front = (("forward", "σ = 1", 2),), ()
+            yield BenchShape(shape, scale=scale, goals=goals, front=front)
+    yield BenchShape((16, 512, 128), label="dim 1", options={"dim": 1})
+    yield BenchShape((1, 128256))
+    yield BenchShape((2, 1000000))
+
+
+def _bench_cuda_shapes():
+    shapes = ((1048576, 64), (131072, 512), (16384, 4096), (8192, 8192), (2048, 32000), (512, 131072))
+    fronts = {(131072, 512): ("forward",), (2048, 32000): ("backward",)}
+    for shape in shapes:
+        yield BenchShape(shape, torch.bfloat16, front=fronts.get(shape, ()))
+    for shape in shapes[2:]:
+        yield BenchShape(shape)
+    for shape in shapes[2:]:
+        front = ("forward",) if shape == (16384, 4096) else ()
+        yield BenchShape(shape, torch.bfloat16, scale=0.01, front=front)
+
+
+def _entmax(**k):
+    def make(options):
+        import entmax
+
+        return lambda x: entmax.sparsemax(x, dim=options.get("dim", -1), **k)
+
+    return make
+
+
 SPEC = OpSpec(
     name="sparsemax",
     op=tse.sparsemax,
@@ -168,16 +203,12 @@ SPEC = OpSpec(
     torch_op=_reference,
     samples=_samples,
     errors=_ERRORS,
-    bench_shapes=(
-        *(
-            BenchShape(shape, scale=scale)  # at 0.01 hundreds of elements are in the support
-            for scale in (1.0, 0.01)
-            for shape in ((4096, 64), (1024, 512), (256, 8192), (64, 32000), (16, 131072))
-        ),
-        BenchShape((16, 512, 128), label="dim 1", options={"dim": 1}),
-    ),
+    bench_shapes=tuple(_bench_shapes()),
+    bench_cuda_shapes=tuple(_bench_cuda_shapes()),
     bench_args=lambda x: (),
     bench_modes={"forward": "copy", "backward": "add"},
+    bench_peers=(Peer("entmax", "entmax", _entmax()), Peer("entmax k=64", "entmax", _entmax(k=64))),
+    bench_gates={"forward": 1.05},
     rows=lambda x: (x[:1],),
     differentiable=_differentiable,
 )

@@ -40,11 +40,25 @@ class BenchShape:
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     scale: float = 1.0  # standard deviation of the logits
-    label: str = ""  # of what follows, in tables
+    label: str = ""  # names what the fields below change
     options: dict = field(default_factory=dict)  # keywords of the call
-    args: Callable | None = None  # instead of the spec's bench_args
-    modes: tuple[str, ...] | None = None  # instead of all the spec's bench_modes
-    functions: tuple[Callable, Callable] | None = None  # ours and torch's, instead of the spec's
+    args: Callable | None = None  # replaces the spec's bench_args
+    modes: tuple[str, ...] | None = None  # those of the spec's bench_modes that are measured; None: all
+    functions: tuple[Callable, Callable] | None = None  # ours and torch's; replace the spec's
+    goals: tuple[tuple[str, str, float], ...] = ()  # (mode, measure, limit): benchmarks/goals.py
+    gates: dict[str, float] = field(default_factory=dict)  # replace the spec's bench_gates, mode by mode
+    front: tuple[str, ...] = ()  # modes that the README shows
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Another library's function for the same job. ``make(options)`` imports it and returns it, or raises where the
+    library is not installed, or returns None where it lacks one of the options."""
+
+    name: str
+    package: str  # whose version is reported
+    make: Callable
+    devices: tuple[str, ...] = ("cpu",)
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,12 @@ class OpSpec:
     differentiable: Callable | None = None
     dtypes: tuple[torch.dtype, ...] = FLOATING
     bench_bytes: Callable = lambda x, *args: x.nbytes  # of the logits
+    bench_cuda_shapes: tuple[BenchShape, ...] = ()
+    bench_eager: Callable | None = None  # (options) -> what a user has today, in input's dtype; None: torch_op
+    bench_compiles: bool = True  # False: torch.compile has nothing to fuse in it
+    bench_peers: tuple[Peer, ...] = ()
+    bench_roofs: Callable | None = None  # (input, *args) -> {name: function}; None: read, copy and add
+    bench_gates: dict[str, float] = field(default_factory=dict)  # mode -> most new / old: benchmarks/compare.py
     batch_invariant: bool = True  # False: of matrix products, whose sums depend on shape and threads
     autocasts: bool = False  # True: computes in the dtype of autocast
     has_kernels: bool = True  # False: computes with those of other operators
