@@ -23,7 +23,9 @@ def kind(path):
         return "cuda"
     if path.name.endswith("-inl.h") or path.name == "foreach_isa.h":
         return "isa"
-    if path.name.endswith("_cpu.cpp") or path.match("common/cpu/*") or path.name in ("types.h", "row_params.h", "exp_sum.h"):
+    if path.name.endswith("_cpu.cpp") or path.match("common/cpu/*"):
+        return "plain"
+    if path.name in ("types.h", "row_params.h", "exp_sum.h"):
         return "plain"
     if path.suffix == ".h" and path.parent.name != "common" and not path.name.endswith("_host.h"):
         return "plain"
