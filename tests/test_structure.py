@@ -1,5 +1,6 @@
 """The house rules that a test can hold: who includes what, and that every operator has all of its parts."""
 
+import pkgutil
 import re
 import subprocess
 from pathlib import Path
@@ -18,7 +19,7 @@ NAMESPACE = "torch_softmax_ext"
 
 
 def kind(path):
-    """What a file promises, by its name: csrc/README.md."""
+    """What a file promises, by its name: docs/architecture.md."""
     if path.suffix in (".cu", ".cuh") or path.match("common/cuda/*"):
         return "cuda"
     if path.name.endswith("-inl.h") or path.name == "foreach_isa.h":
@@ -121,33 +122,9 @@ def test_documentation_of_the_operator(spec):
         assert f"{argument.name}:" in spec.op.__doc__, f"{argument.name} is not documented"
 
 
-def test_the_feature_table_names_tests_that_exist():
-    text = (ROOT / "README.md").read_text()
-    table = text[text.index("<!-- features -->") : text.index("<!-- end of features -->")]
-    rows = [[c.strip() for c in line.strip("|\n").split("|")] for line in table.splitlines()[3:]]
-    assert len(rows) > 10
-    for feature, ours, test, *_ in rows:
-        if ours == "–":
-            continue
-        file, name = test.strip("`").split("::")
-        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), feature
-
-
-def test_the_readme_matrix_is_true():
-    """A row of the support matrix per operator; each ✓ stands for tests that run over every spec."""
-    text = (ROOT / "README.md").read_text()
-    table = text[text.index("<!-- support matrix -->") : text.index("<!-- end of support matrix -->")]
-    rows = {
-        r[0].strip(" `"): [c.strip() for c in r[1:]]
-        for r in (x.strip("|\n").split("|") for x in table.splitlines()[3:])
-    }
-    assert set(rows) == {s.name for s in SPECS}
-    header = [c.strip() for c in table.splitlines()[1].strip("|").split("|")][1:]
-    for spec in SPECS:
-        cells = dict(zip(header, rows[spec.name], strict=True))
-        have = {str(d).removeprefix("torch.").replace("float", "fp").replace("bfp", "bf") for d in spec.dtypes}
-        assert set(cells.pop("dtypes").split(", ")) == have
-        assert set(cells.values()) == {"✓"}
+def test_no_module_shadows_a_public_name():
+    modules = {m.name for m in pkgutil.iter_modules(tse.__path__)}
+    assert not modules & set(tse.__all__)
 
 
 def test_all_is_sorted_and_importable():
