@@ -1,1 +1,1 @@
-"""One driver over the operators' specs: ``python -m benchmarks --help``."""
+"""Measures every operator over its spec: ``python -m benchmarks --help``."""

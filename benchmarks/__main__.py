@@ -1,10 +1,10 @@
-"""Measures the operators against eager PyTorch, torch.compile and the peers that are installed.
+"""Measures the operators against eager PyTorch, torch.compile and installed peers.
 
 python -m benchmarks                       everything, with the default and with a warm allocator
 python -m benchmarks --only 32000          rows whose name contains this
 python -m benchmarks --device cuda         on a GPU, beside Liger, Quack and flash-attn where they are installed
 python -m benchmarks --device cuda --list  the rows that would be measured; needs no GPU
-python -m benchmarks compare --base DIR    this tree against another one that is built, interleaved; CPU
+python -m benchmarks compare --base DIR    this tree against another built one, interleaved; CPU
 python -m benchmarks docs                  writes the tables of README.md and docs/benchmarks.md from all results
 """
 
@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler's greetings
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the memory profiler
 
 
 def main():

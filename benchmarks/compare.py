@@ -1,8 +1,8 @@
 """Two builds of the library, interleaved in one run: ``python -m benchmarks compare --base <another checkout, built>``.
 
-Each tree has a worker, a process that imports the package from there and makes the same calls. Round by round first the
-one, then the other times its calls; the other one sleeps. Of a round the fastest block of calls counts, of all rounds
-the median. What is slower than its gate is named at the end, and the exit status says so.
+Each tree has a worker: a process that imports its package and makes the calls. Round by round the workers take turns,
+one sleeping while the other is timed. The fastest block of calls counts in a round, the median over the rounds. Rows
+over their gate are named at the end and make the exit status 1.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from benchmarks.goals import duration
 from benchmarks.rows import call, name_of, rows_of, tensors_of
 
 ROOT = Path(__file__).parent.parent
-GATES = {"forward": 1.10}  # most that new / old may be; of other modes OTHERWISE. Specs and shapes may say less or more
-OTHERWISE = 1.05
+GATES = {"forward": 1.10}  # new / old at most; specs and shapes override it
+OTHERWISE = 1.05  # other modes
 BLOCK, ROUND = 2e-3, 5e-2  # seconds of one timing, and of all timings of a round
 
 
@@ -46,7 +46,7 @@ def time_round(function):
 
 
 def prepare(specs, row):
-    """The call of a row; of a shape that this tree's specs lack, made of what the row says."""
+    """The call of a row. A shape that this tree's specs lack is built from the description."""
     spec = specs[row["operator"]]
     shapes = {name_of(spec, s, row["mode"]): s for s in spec.bench_shapes}
     shape = shapes.get(row["name"])
@@ -61,7 +61,7 @@ def prepare(specs, row):
 
 
 def worker(tree, threads):
-    """Answers each line of standard input with a time: of a new row, or, where the line is empty, of the last one."""
+    """Answers each line of standard input with a time: a line describes a row; an empty one repeats the last."""
     sys.path.insert(0, tree)
     import torch_softmax_ext
     from torch_softmax_ext.testing import SPECS
@@ -102,14 +102,14 @@ class Worker:
 
 
 def describe(name, spec, shape, mode):
-    """A row as JSON. Plain: its arguments are those of the spec, so that a tree without it can make it."""
+    """A row for JSON. Plain: built from the description alone, so that a tree without it can make it, too."""
     row = {"name": name, "operator": spec.name, "mode": mode, "shape": shape.shape, "dtype": str(shape.dtype)[6:]}
     row |= {"scale": shape.scale, "options": shape.options}
     return row | {"plain": shape.args is None and shape.functions is None}
 
 
 def measure(old, new, row, rounds):
-    """(seconds of the old tree, of the new one), or what one of them says against the row."""
+    """(seconds of the old tree, of the new one), or the error of one of them."""
     line = json.dumps(row)
     for worker in (old, new):
         if "error" in (answer := worker.ask(line)):
@@ -125,7 +125,7 @@ def measure(old, new, row, rounds):
 
 
 def compare(specs, base, threads, rounds, pattern):
-    """Prints a table as it goes; the names of the rows that are over their gate."""
+    """Prints a table row by row; returns the names of the rows that are over their gate."""
     base = Path(base).resolve()
     if not (base / "torch_softmax_ext").is_dir():
         raise SystemExit(f"compare: no torch_softmax_ext in {base}")

@@ -15,9 +15,9 @@ from benchmarks.providers import providers
 from benchmarks.rows import call, rows_of
 from torch_softmax_ext.testing.memory import peak_memory
 
-SMALL = 1 << 20  # bytes; below, a call costs what its launches cost, and is timed as a caller sees it
+SMALL = 1 << 20  # bytes; smaller calls are bound by their launches and timed as a caller sees them
 WARM_UP, REPEATS, SECONDS_PER_PROVIDER = 3, 15, 0.4
-LATE = "compile"  # a compilation of seconds for each row: what time is left for, at the end
+LATE = "compile"  # takes seconds a row: measured at the end, for as many rows as there is time
 
 
 def version(package):
@@ -52,16 +52,16 @@ def environment(specs):
 
 
 class Clock:
-    """Seconds of calls on the current device."""
+    """Times calls on the current device, in seconds."""
 
     def __init__(self):
-        # Written before each call: nothing is found in L2, and the calls of a step are under way before it is over.
+        # Written before each call: L2 is cold, and the call's launches are queued while the device is busy.
         self.flush = torch.empty(
             max(2 * torch.cuda.get_device_properties(0).L2_cache_size, 1 << 29) // 4, device="cuda"
         )
 
     def on_device(self, function):
-        """Median of single calls by events, on a device that has work to do when they are launched."""
+        """Median of single calls, by events."""
         for _ in range(WARM_UP):
             function()
         torch.cuda.synchronize()
@@ -77,7 +77,7 @@ class Clock:
         return statistics.median(times)
 
     def of_caller(self, function, calls=50):
-        """Median over rounds of back-to-back calls, the launches included: what a small call costs its caller."""
+        """Median over rounds of back-to-back calls, launches included."""
         for _ in range(WARM_UP):
             function()
         rounds = []
@@ -95,7 +95,7 @@ class Clock:
 
 
 def roofs(clock, x):
-    """Copying the input, half of that for reading it, and adding two such tensors into a third."""
+    """copy: of the input; read: half of that; add: two such tensors into a third."""
     a = x.reshape(-1).view(torch.int16 if x.element_size() == 2 else torch.int32)
     b = torch.empty_like(a)
     copy = clock.on_device(lambda: b.copy_(a))
@@ -103,7 +103,7 @@ def roofs(clock, x):
 
 
 class Row:
-    """One row of the plan: its tensors are made anew for each visit, the same every time."""
+    """One row of the plan. Its tensors are made anew, with the same values, each time it is measured."""
 
     def __init__(self, name, spec, shape, mode):
         self.name, self.spec, self.shape, self.mode = name, spec, shape, mode
@@ -125,11 +125,11 @@ class Row:
             self.seconds |= roofs(clock, x)
         for name, function in self.functions(late).items():
             try:
-                logits = x if name in ("ours", "eager", LATE) else x.clone()  # some peers overwrite them
+                logits = x if name in ("ours", "eager", LATE) else x.clone()  # some peers overwrite their input
                 run = call(function, self.mode, logits, args)
                 self.seconds[name] = clock(run, self.bytes)
                 self.peak[name] = peak_memory(run, "cuda")
-            except Exception as error:  # a peer that cannot: the others are still measured
+            except Exception as error:  # a peer failed: the others are still measured
                 self.errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
             torch.cuda.empty_cache()
 
@@ -157,7 +157,7 @@ def plan(specs, pattern=""):
 
 
 def measure(specs, seconds, pattern="", skip=()):
-    """As measure.measure. All rows without torch.compile, then as many compilations as the time allows."""
+    """A run as measure.measure returns it. All rows without torch.compile, then compilations while there is time."""
     end = time.monotonic() + seconds
     clock, rows = Clock(), plan(specs, pattern)
     late = [] if LATE in skip else rows

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from benchmarks.rows import rows_of
 
-# In "seconds" beside the providers. In cache: every row is the first one. Plain: with a gradient of 1 instead of 1/4.
-# relu: its backward moves the same bytes as ours. engine, roofs: see providers.py.
+# Entries of "seconds" that are no providers. In cache: every row is the first one. Plain: grad_output is 1, not 1/4.
+# relu: its backward moves the same bytes as ours. engine and roofs: providers.py.
 NO_PEERS = ("ours 1 thread", "ours in cache", "plain backward", "σ = 1", "relu", "engine")
 NO_PEERS += ("read", "copy", "add", "products")
 
@@ -19,7 +19,7 @@ def duration(seconds):
 
 
 def roof_of(row):
-    """Seconds that the row's bytes cost at least: each tensor that must be read or written, once."""
+    """Seconds to read or write once each tensor that must be."""
     return row["seconds"][row["roof"]]
 
 
@@ -67,7 +67,7 @@ def goals_of(specs):
 
 
 def beside(row):
-    """What the same run measured beside a missed goal, and what may explain it."""
+    """Measurements of the same run that may explain a missed goal."""
     s, parts = row["seconds"], []
     if s.get("ours in cache", s["ours"]) < s["ours"]:
         parts.append(f"{s['ours in cache'] / roof_of(row):.2f} × {row['roof']} where every row is the first one")
@@ -83,7 +83,7 @@ def beside(row):
 
 
 def table(run, specs):
-    """Markdown: every goal, what was reached, and what was measured beside the missed ones."""
+    """Markdown: every goal, the value reached, and what may explain the missed ones."""
     goals = goals_of(specs)
     lines = ["| row | goal | reached | |", "|---|--:|--:|---|"]
     for row in run["rows"]:

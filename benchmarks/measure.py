@@ -1,5 +1,5 @@
-"""Interleaved medians: every provider of a row is timed in turn, several times over, so that a slow minute of the
-machine is everybody's."""
+"""Interleaved medians: the providers of a row are timed in turn, several times over, so that a slow minute of the
+machine hits all of them."""
 
 import datetime
 import os
@@ -19,7 +19,7 @@ from benchmarks.providers import engine, providers, roofs
 from benchmarks.rows import LARGE, call, rows_of, tensors_of
 from torch_softmax_ext.testing.memory import peak_memory
 
-# Memory that a call returns stays with the process, so that the next call finds it warm.
+# Freed memory stays with the process, so that the next call needs no fresh pages.
 WARM_ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776"}
 
 
@@ -40,8 +40,7 @@ def environment(threads):
 
 
 class Clock:
-    """A Timer's clock that also counts the process's page faults: of its last two calls, which stand around the timed
-    ones, the difference. (The seconds in the kernel are not worth reading: they are sampled in ticks of 4 ms.)"""
+    """A Timer's clock that also counts the page faults between its last two calls, which enclose the timed ones."""
 
     def __init__(self):
         self.before = self.after = 0
@@ -55,15 +54,15 @@ class Clock:
 
 
 def interleaved(calls, threads, rounds, seconds=0.02):
-    """Median seconds and page faults a call of each of `calls`, {name: function}. A round is four turns, in which calls
-    of up to 50 ms are timed each time, longer ones once."""
+    """Median seconds and page faults per call, for each of `calls`, {name: function}. A round is four turns; calls of
+    more than 50 ms are timed in the first turn only."""
     timers, numbers, once_of, clock = {}, {}, {}, Clock()
     for name, function in calls.items():
         own = 1 if name.endswith("1 thread") else threads
         timers[name] = Timer("f()", globals={"f": function}, num_threads=own, timer=clock)
         once = timers[name].timeit(1).mean
         if once < 1:
-            timers[name].timeit(max(2, min(20, int(0.3 / once))))  # until malloc has settled where this size comes from
+            timers[name].timeit(max(2, min(20, int(0.3 / once))))  # until malloc's thresholds have settled
             once = timers[name].timeit(1).mean
         once_of[name] = once
         numbers[name] = max(1, int(seconds / 4 / max(once, 1e-7)))
@@ -78,14 +77,14 @@ def interleaved(calls, threads, rounds, seconds=0.02):
 
 
 def file_name(environment):
-    """One file for each class of machines and allocator: a new run replaces the last one."""
+    """One file per class of machines and allocator: a new run replaces the last one."""
     words = environment["cpu"].lower().replace("(r)", "").split()
     allocator = "" if environment["allocator"] == "default" else f"-{environment['allocator']}"
     return f"cpu-{words[0]}-{environment['isa']}{allocator}"
 
 
 def calls_of(spec, shape, mode, x, args, skip=()):
-    """What is timed in a row, in this order: ours and variants of it, peers, torch's own least, roofs."""
+    """What is timed in a row, in this order: ours and its variants, peers, torch's shortest backward pass, roofs."""
     functions = providers(spec, shape)
     calls = {"ours": call(functions["ours"], mode, x, args)}
     if mode == "accumulation":
@@ -96,7 +95,7 @@ def calls_of(spec, shape, mode, x, args, skip=()):
         calls["ours 1 thread"] = calls["ours"]
     if mode == "forward" and x.dim() == 2 and len(x) > 1:
         calls["ours in cache"] = call(functions["ours"], mode, x[:1].expand(x.shape), args)
-    peers = () if mode == "in place" else functions  # nobody else can
+    peers = () if mode == "in place" else functions  # which no peer does
     calls |= {n: call(functions[n], mode, x, args) for n in peers if n not in ("ours", *skip)}
     if mode == "backward":
         calls["relu"] = call(torch.relu, mode, x, ())
@@ -106,8 +105,8 @@ def calls_of(spec, shape, mode, x, args, skip=()):
 
 
 def measure(specs, threads, rounds=7, pattern="", skip=()):
-    """One dictionary a row: seconds and page faults of everything in `calls_of`, peak bytes of ours and the peers.
-    `skip`: peers to leave out."""
+    """A run: one dictionary a row, with seconds and page faults of everything in `calls_of` and the peak bytes of ours
+    and the peers. `skip`: peers to leave out."""
     torch.set_num_threads(threads)
     results = []
     bar = tqdm(list(rows_of(specs, pattern)), mininterval=1)

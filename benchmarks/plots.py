@@ -5,7 +5,7 @@ from benchmarks.report import dtype_name, machine
 
 
 def plot(run, path):
-    """Achieved share of the roof's bandwidth per row and provider."""
+    """Bandwidth as a share of the roof's, per row and provider."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -28,11 +28,11 @@ def plot(run, path):
     figure.savefig(path, dpi=110)
 
 
-TRAFFIC = {"read": 1, "copy": 2, "add": 3}  # of a roof, in units of the logits
+TRAFFIC = {"read": 1, "copy": 2, "add": 3}  # tensors of the logits' size that a roof moves
 
 
 def plot_roofline(run, path):
-    """Bytes that must be moved over time, by the length of a row, beside what a copy of the same logits reaches."""
+    """Necessary bytes over time, by row length, beside a copy of the same logits."""
     import matplotlib
 
     matplotlib.use("Agg")

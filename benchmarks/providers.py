@@ -1,4 +1,4 @@
-"""Who is measured: for each operator the functions that do the same work, and the roofs of the machine."""
+"""The functions that are measured, all doing the same work, and the roofs of the machine."""
 
 import contextlib
 import functools
@@ -7,7 +7,7 @@ import torch
 
 
 def providers(spec, shape, device="cpu"):
-    """{name: function(input, *args)}: ours, eager, torch.compile's of the same, then the peers that are installed."""
+    """{name: function(input, *args)}: ours, eager, torch.compile of eager, then the installed peers."""
     eager = spec.bench_eager(shape.options) if spec.bench_eager else spec.torch_op
     result = {"ours": functools.partial(spec.op, **shape.options), "eager": functools.partial(eager, **shape.options)}
     if shape.functions is not None:
@@ -23,8 +23,8 @@ def providers(spec, shape, device="cpu"):
 
 
 def roofs(spec, x, args=()):
-    """Those of the spec. Else: reading the input's bytes once, copying them into warm memory, and adding two such
-    tensors into a third: the least that such reads and writes cost (in place they can cost less)."""
+    """Those of the spec. Otherwise reading the input's bytes once, copying them into warm memory, and adding two such
+    tensors into a third."""
     if spec.bench_roofs:
         return spec.bench_roofs(x, *args)
     a = x.reshape(-1).view(torch.int16 if x.element_size() == 2 else torch.int32)
@@ -33,8 +33,7 @@ def roofs(spec, x, args=()):
 
 
 def engine(mode):
-    """The least of torch's own that goes through its autograd engine: of 80 numbers x.sum().backward(), or, for
-    `backward` alone, the gradient of -x."""
+    """torch's shortest backward pass: x.sum().backward() of 80 numbers; for `backward` alone, the gradient of -x."""
     leaf = torch.zeros(80, requires_grad=True)
     if mode == "backward":
         y, g = -leaf, torch.ones(80)

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-LARGE = 1 << 22  # logits from which on the modes that save memory are measured
+LARGE = 1 << 22  # elements; smaller rows leave out accumulation and in place
 
 
 def name_of(spec, shape, mode):
@@ -28,14 +28,14 @@ def rows_of(specs, pattern="", cuda=False):
 
 
 def tensors_of(spec, shape):
-    """The input of a row, and its further arguments; the same every time."""
+    """The input of a row and its further arguments; the same values every time."""
     torch.manual_seed(0)
     x = (torch.randn(shape.shape) * shape.scale).to(shape.dtype)
     return x, (shape.args or spec.bench_args)(x)
 
 
 class Computed(torch.autograd.Function):
-    """The same memory as a result of a computation, at no cost."""
+    """Makes a leaf the result of a computation, at no cost: what inplace_backward asks for."""
 
     @staticmethod
     def forward(ctx, x):
@@ -47,7 +47,7 @@ class Computed(torch.autograd.Function):
 
 
 def call(function, mode, x, args):
-    """A call without arguments that does the work of `mode`."""
+    """A function without arguments that does the work of `mode` once."""
     if mode == "forward":
 
         def run():
@@ -56,7 +56,7 @@ def call(function, mode, x, args):
 
         return run
     leaf = x.detach().requires_grad_()
-    if mode == "in place":  # the logits are overwritten with gradients, again and again: the same work
+    if mode == "in place":  # overwrites the logits with gradients; the next call does the same work on those
         leaf = x.clone().requires_grad_()
 
         def run():

@@ -1,4 +1,4 @@
-"""What the compiler made of the CUDA kernels must not get worse: spills, 16-byte accesses, occupancy."""
+"""The compiled CUDA kernels do not get worse: no spills, 16-byte accesses, occupancy, instructions per byte."""
 
 import inspect
 import json
@@ -13,7 +13,7 @@ from tools import cuda_report, cuda_sass
 needs_nvcc = pytest.mark.skipif(not cuda_report.available(), reason="no CUDA toolkit, or no cuobjdump")
 
 
-# A loop with two ways, a loop without wide accesses, and the branch to itself that ends functions.
+# A loop with two paths, a loop without wide accesses, and the branch to itself that ends functions.
 SASS = """
   /*0000*/                   MOV R1, c[0x0][0x28] ;    /* 0x00000a0000017a02 */
   /*0010*/                   LDG.E.128.STRONG R4, desc[UR4][R2.64] ;
@@ -32,16 +32,16 @@ SASS = """
 """
 
 
-def test_the_budget_of_a_loop():
+def test_budget_of_a_loop():
     (loop,) = cuda_sass.main_loops(cuda_sass.instructions_of(SASS))
     assert [x.address for x in loop] == [a for a in range(0x10, 0xB0, 0x10) if a != 0x80]
     shorter = [0x10, 0x20, 0x60, 0x70, 0x90, 0xA0]
-    assert [x.address for x in cuda_sass.cheapest_way(loop)] == shorter  # the other way has 7
+    assert [x.address for x in cuda_sass.cheapest_path(loop)] == shorter  # the other path has 7
     got = cuda_sass.budget(SASS)
     assert (got["loop"], got["per16"], got["busiest"]) == (6, 3.0, "mufu")
     assert got["budget"] == round(2 * 8 / (2 * 142), 2)
     assert cuda_sass.budget(SASS.replace("LDG.E.128", "LDG.E.64"))["budget"] == 0  # no main loop
-    # Two loads of which one is made, and the store: three instructions of 4 cycles for two accesses.
+    # Two loads, one of which runs, and the store: three instructions of 4 cycles for two accesses.
     either = SASS.replace("      FADD R4, R4, R5 ;", "@!P2 LDG.E.128 R4 ;").replace("      LDG", "@P2 LDG")
     assert cuda_sass.budget(either)["budget"] == round(3 * 4 / (2 * 142), 2)
 
@@ -57,7 +57,7 @@ def test_occupancy_of_known_blocks():
 
 @pytest.fixture(scope="module")
 def kernels():
-    """Compiled once, as the objects of the host executor are."""
+    """Cached like the objects of the host executor."""
     nvcc = f"{cuda_report.cuda_home()}/bin/nvcc"
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     texts = [p.read_text() for p in sorted(build.CSRC.rglob("*")) if p.suffix in (".h", ".cuh", ".cu")]
@@ -68,7 +68,7 @@ def kernels():
 
 @pytest.mark.full
 @needs_nvcc
-def test_every_kernel_is_there(kernels):
+def test_the_report_covers_every_operator(kernels):
     names = {k["kernel"].split("<")[0] for k in kernels}
     for operator in ("cross_entropy", "sparsemax", "selective_log_softmax"):
         assert {f"{operator}_fwd_kernel", f"{operator}_bwd_kernel"} <= names
@@ -77,8 +77,8 @@ def test_every_kernel_is_there(kernels):
 
 @pytest.mark.full
 @needs_nvcc
-def test_registers_suffice(kernels):
-    """No spills, and room for enough threads; fewer in fp64, which is for checking gradients."""
+def test_no_spills_and_enough_resident_threads(kernels):
+    """No spills, and room for enough threads; fewer in fp64, which serves to check gradients."""
     for k in kernels:
         assert k["spills"] == 0, k
         least = 256 if "<double" in k["kernel"] else 512
@@ -87,11 +87,11 @@ def test_registers_suffice(kernels):
 
 @pytest.mark.full
 @needs_nvcc
-def test_the_main_loop_can_be_issued(kernels):
-    """Within what an H100 issues while its memory moves the bytes. Kernels for options (`true`) do more by nature, and
-    those of short rows have all their work in the loop."""
+def test_main_loops_keep_up_with_memory(kernels):
+    """The loop takes less than what an H100 issues while its memory moves the bytes. Kernels with options (`true`) do
+    more work, and those for short rows do all of it in the loop."""
     for k in kernels:
-        if "<double" in k["kernel"]:  # for checking gradients
+        if "<double" in k["kernel"]:  # serves to check gradients
             continue
         allowed = 1.8 if k["kernel"].endswith("true>") else 0.8 if "_lanes_" in k["kernel"] else 0.7
         assert k["budget"] <= allowed, k
@@ -102,7 +102,7 @@ def test_the_main_loop_can_be_issued(kernels):
 def test_rows_are_read_and_written_by_16_bytes(kernels):
     for k in kernels:
         threads = re.search(r"_(?:fwd|bwd)(?:_lanes)?_kernel<[^,]*, (\d+)", k["kernel"])
-        if threads is None or threads[1] == "1":  # one thread a row: neighbouring rows are read together
+        if threads is None or threads[1] == "1":  # one thread a row: a warp reads 32 rows together
             continue
         assert k["ld128"] >= 1, k
         writes = "_bwd_" in k["kernel"] or k["kernel"].startswith("sparsemax")

@@ -1,4 +1,4 @@
-"""`make gpu` and the GPU's benchmark, as far as they go without one: the plan, its report, and how they fail."""
+"""`make gpu` and the CUDA benchmark without a GPU: the plan, the report, and how they fail."""
 
 import dataclasses
 import json
@@ -79,7 +79,7 @@ def test_the_plan_has_the_shapes_that_peers_publish():
 
 
 def test_the_report_of_a_run(tmp_path, capsys):
-    """Of a run whose numbers are made up."""
+    """Of made-up numbers."""
     environment = {"device": "Some Card 100", "torch": "2.14", "cuda": "13.0", "date": "2026-01-01"}
     rows = cuda.plan(SPECS, "sparsemax") + cuda.plan(SPECS, "cross_entropy 8192")
     for row in rows:

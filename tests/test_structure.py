@@ -1,4 +1,4 @@
-"""The house rules that a test can hold: who includes what, and that every operator has all of its parts."""
+"""House rules: what may include what, and that every operator has all of its parts."""
 
 import pkgutil
 import re
@@ -19,7 +19,7 @@ NAMESPACE = "torch_softmax_ext"
 
 
 def kind(path):
-    """What a file promises, by its name: docs/architecture.md."""
+    """[plain], [per ISA], [CUDA] or [torch] of docs/architecture.md, by the file's name."""
     if path.suffix in (".cu", ".cuh") or path.match("common/cuda/*"):
         return "cuda"
     if path.name.endswith("-inl.h") or path.name == "foreach_isa.h":
@@ -34,7 +34,7 @@ def kind(path):
 
 
 def includes(path, seen=None):
-    """All headers that a file reaches through the project's own, as they are written."""
+    """All headers that a file includes, directly or through the project's own headers."""
     seen = set() if seen is None else seen
     for name in re.findall(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', path.read_text(), re.M):
         if name in seen:
@@ -67,7 +67,7 @@ def test_only_launch_h_launches():
 
 @pytest.mark.parametrize("path", sorted(CSRC.rglob("*_cpu.cpp")), ids=lambda p: p.name)
 def test_kernels_are_cpp17(path):
-    """Which torch 2.11 compiles them as; later versions ask for C++20."""
+    """Torch 2.11 compiles extensions as C++17; later versions as C++20."""
     command = ["g++", "-std=c++17", "-fsyntax-only", "-I", CSRC, path]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[:2000]
@@ -81,7 +81,7 @@ def schemas():
     return [s for s in torch._C._jit_get_all_schemas() if s.name.startswith(NAMESPACE + "::")]
 
 
-# What has several results does not fit an OpSpec, and has tests of its own.
+# Operators with several results do not fit an OpSpec and have their own tests.
 SEVERAL_RESULTS = {  # operator: (function, tests)
     "cross_entropy_with_metrics": ("cross_entropy_with_metrics", "test_cross_entropy_metrics.py"),
     "selective_log_softmax_with_entropy": ("selective_log_softmax", "test_selective_log_softmax.py"),

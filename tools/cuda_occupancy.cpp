@@ -1,5 +1,6 @@
-// Blocks of a kernel that a multiprocessor of each card holds, by NVIDIA's own cuda_occupancy.h: no GPU, no library.
-// Reads lines of "threads registers static-bytes dynamic-bytes"; the first line written names the cards.
+// How many blocks of a kernel a multiprocessor of each card holds, by NVIDIA's cuda_occupancy.h; needs no GPU.
+// Reads lines of "threads registers static-bytes dynamic-bytes". The first output line names the cards, each further
+// one answers an input line.
 #include <cuda_occupancy.h>
 
 #include <cstdio>

@@ -1,10 +1,9 @@
 """What the compiler made of the CUDA kernels, without a GPU: ``python -m tools.cuda_report``.
 
-For each kernel registers, spills, shared memory and threads of a block; of its instructions the 16-byte loads and
-stores, the narrower ones, and ex2; of its main loop the instructions, those per 16-byte access, the share that they
-take of what an H100 can issue while its memory moves those bytes, and what is busiest (cuda_sass.py: an estimate); and
-how many threads a multiprocessor of some cards holds, by cuda_occupancy.h, with the kernel's static shared memory. For
-one architecture: sm_90, unless --arch says another.
+For each kernel: registers, spills, shared memory, threads per block; the number of 16-byte loads and stores, narrower
+ones, and ex2; for its main loop the instructions, those per 16-byte access, their share of what an H100 can issue while
+its memory moves those bytes, and the busiest pipe (an estimate: cuda_sass.py); and how many threads a multiprocessor of
+several cards holds, by NVIDIA's cuda_occupancy.h. For one architecture, sm_90 by default.
 """
 
 import argparse
@@ -31,7 +30,7 @@ COUNTED = {
 
 
 def cuobjdump():
-    """NVIDIA's tool: on PATH, or of the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm."""
+    """NVIDIA's tool: on PATH, or from the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm."""
     found = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump"))
     return shutil.which("cuobjdump") or (str(found[0]) if found else None)
 
@@ -46,7 +45,7 @@ def available():
 
 
 def short(name):
-    """A demangled kernel without namespaces, arguments and casts."""
+    """A demangled name without namespaces, arguments and casts."""
     name = re.sub(r"\(anonymous namespace\)::|tse::|^void ", "", name)
     name = re.sub(r"\((?:int|bool)\)(\w+)", r"\1", name.replace("(bool)1", "true").replace("(bool)0", "false"))
     depth, end = 0, len(name)
@@ -75,7 +74,7 @@ def kernels_of(source, arch):
             "registers": r"Used (\d+) registers", "spills": r"(\d+) bytes spill stores", "shared": r"(\d+) bytes smem",
         }.items()}  # fmt: skip
         result[entry.split("'")[0]] = number
-    for info in re.split(r"^\.nv\.info\.", elf, flags=re.M)[1:]:  # what __launch_bounds__ says
+    for info in re.split(r"^\.nv\.info\.", elf, flags=re.M)[1:]:  # from __launch_bounds__
         threads = re.search(r"EIATTR_MAX_THREADS\s+Format:.*\s+Value:\s*0x([0-9a-f]+)", info)
         result[info.split()[0]]["threads"] = int(threads[1], 16) if threads else 1024
     for function in re.split(r"\n\s*Function : ", sass)[1:]:
@@ -88,7 +87,7 @@ def kernels_of(source, arch):
 
 
 def resident_threads(launches):
-    """{card: threads of a multiprocessor} for each (threads, registers, static bytes, dynamic bytes) of a block."""
+    """{card: resident threads of a multiprocessor} for each (threads, registers, static, dynamic bytes) of a block."""
     with tempfile.TemporaryDirectory() as folder:
         program = f"{folder}/occupancy"
         source = str(ROOT / "tools" / "cuda_occupancy.cpp")

@@ -1,7 +1,7 @@
-"""``make gpu``: builds for the card that is there, tests, checks under compute-sanitizer, and measures, in 8 minutes.
+"""``make gpu``: builds for the present card, tests, runs compute-sanitizer, and measures, in 8 minutes.
 
-Uses the interpreter that runs it, with the torch that it has, and nvcc; installs nothing and needs no network. A step
-that fails or takes too long does not keep the later ones from running; the exit status says whether one did.
+Uses nvcc and the interpreter that runs it, with its torch; installs nothing and needs no network. After a step that
+fails or takes too long the next ones still run; the exit status says whether one failed.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PYTHON = sys.executable
-# What compute-sanitizer watches, which makes kernels many times slower: each of them, in two dtypes.
+# compute-sanitizer makes kernels many times slower: it sees each of them, in two dtypes.
 WATCHED = "every_kernel and (float32 or bfloat16) and not 70001"
 SANITIZED = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py", "-k", WATCHED]
 TESTED = "gpu and not full"
@@ -28,13 +28,13 @@ FAILED, SKIPPED, OK = "failed", "skipped", "ok"
 class Step:
     name: str
     command: list
-    seconds: float  # after which it is stopped
+    seconds: float  # then it is stopped
     environment: dict = field(default_factory=dict)
-    needs: str = ""  # a program that must be on PATH
-    modules: tuple = ()  # that the interpreter must have
+    needs: str = ""  # a program on PATH; skipped without it
+    modules: tuple = ()  # of the interpreter; fails without them
 
     def run(self):
-        """(outcome, what to say of it)."""
+        """(outcome, remark)."""
         if self.needs and shutil.which(self.needs) is None:
             return SKIPPED, f"{self.needs} is not on PATH"
         missing = [m for m in self.modules if importlib.util.find_spec(m) is None]
@@ -53,16 +53,16 @@ class Step:
 
 
 def steps(capability, seconds):
-    """`seconds` for all of them; the card's compute capability as TORCH_CUDA_ARCH_LIST has it."""
+    """All steps, which share `seconds`; `capability` as in TORCH_CUDA_ARCH_LIST."""
     share = seconds / 480
     parallel = ["-n", str(min(8, os.cpu_count()))] if importlib.util.find_spec("xdist") else []
     build = {"TORCH_CUDA_ARCH_LIST": capability, "FORCE_CUDA": "1", "MAX_JOBS": str(os.cpu_count())}
     in_place = {"PYTHONPATH": str(ROOT), "KINETO_LOG_LEVEL": "99"}
-    # Without torch's cache every tensor is an allocation of its own, and an access behind its end is seen.
+    # Without torch's cache every tensor is its own allocation, so that an access past its end is found.
     sanitized = {**in_place, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     pytest = [PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    tests = ["-m", TESTED, "tests", "--ignore=tests/test_properties.py"]  # which asks for hypothesis, and for the CPU
-    setup = [PYTHON, "setup.py", "build_ext", "--inplace", "--force"]  # what was built may lack the CUDA kernels
+    tests = ["-m", TESTED, "tests", "--ignore=tests/test_properties.py"]  # needs hypothesis, and tests the CPU
+    setup = [PYTHON, "setup.py", "build_ext", "--inplace", "--force"]  # an earlier build may lack the CUDA kernels
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
     return [
         Step("build", setup, 130 * share, build, "", ("setuptools", "ninja")),
@@ -78,13 +78,13 @@ def steps(capability, seconds):
 
 
 def benchmark_step(seconds):
-    """What it has no time for, it leaves out; some seconds go by until it measures, and after the last row."""
+    """Rows without time are left out; a fifth is for the start and for the row that is running at the end."""
     command = [PYTHON, "-m", "benchmarks", "--device", "cuda", "--seconds", str(int(seconds * 0.8))]
     return Step("benchmark", command, seconds, {"PYTHONPATH": str(ROOT), "KINETO_LOG_LEVEL": "99"})
 
 
 def device():
-    """(name, compute capability); ends with one clear line where there is none."""
+    """(name, compute capability); exits with one clear line where there is none."""
     try:
         import torch
     except ImportError as error:
@@ -103,7 +103,7 @@ def summary(outcomes):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=480, help="for everything together")
+    parser.add_argument("--seconds", type=float, default=480, help="for all steps together")
     parser.add_argument("--only", nargs="*", help="names of steps")
     parser.add_argument("--list", action="store_true", help="print the steps and run none; needs no GPU")
     options = parser.parse_args(arguments)
@@ -117,7 +117,7 @@ def main(arguments=None):
     outcomes = []
     end = time.monotonic() + options.seconds
     for step in chosen:
-        if step.name == "benchmark":  # which has the time that the others left
+        if step.name == "benchmark":  # takes the time that the others left
             step = benchmark_step(max(step.seconds, end - time.monotonic()))
         print(f"\n== {step.name} ==", flush=True)
         begin = time.monotonic()
