@@ -81,24 +81,18 @@ def schemas():
     return [s for s in torch._C._jit_get_all_schemas() if s.name.startswith(NAMESPACE + "::")]
 
 
-# Operators with several results do not fit an OpSpec and have their own tests.
-SEVERAL_RESULTS = {  # operator: (function, tests)
-    "cross_entropy_with_metrics": ("cross_entropy_with_metrics", "test_cross_entropy_metrics.py"),
-    "selective_log_softmax_with_entropy": ("selective_log_softmax", "test_selective_log_softmax.py"),
-}
-
-
-def test_several_results_have_their_own_tests():
-    for name, (function, file) in SEVERAL_RESULTS.items():
-        assert name in (ROOT / "tests" / file).read_text()
-        assert function in tse.__all__
+def test_variants_have_tests():
+    for spec in SPECS:
+        texts = [p.read_text() for p in (ROOT / "tests").glob(f"test_{spec.name}*.py")]
+        for variant in spec.variants:
+            assert any(variant in text for text in texts), variant
 
 
 def test_every_schema_has_its_kernels():
     """CPU, CUDA and Meta for each operator; CUDA where this build has it; autograd for the public ones."""
     names = {s.name for s in schemas()} - {f"{NAMESPACE}::_cpu_isa", f"{NAMESPACE}::_has_cuda"}
     public = {n.split("::")[1] for n in names if not n.split("::")[1].startswith("_")}
-    assert {s.name for s in SPECS} | set(SEVERAL_RESULTS) == public
+    assert {name for s in SPECS for name in (s.name, *s.variants)} == public
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     for name in names:
         assert has(name, "CPU"), name

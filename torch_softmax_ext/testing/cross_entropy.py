@@ -376,6 +376,7 @@ SPEC = OpSpec(
     samples=_samples,
     errors=_ERRORS,
     rows=lambda x, target: (x[:1], target[:1]),
+    variants=("cross_entropy_with_metrics",),
     bench_eager=_eager,
     **BENCH,
 )

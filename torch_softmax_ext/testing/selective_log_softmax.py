@@ -184,4 +184,5 @@ SPEC = OpSpec(
     # Rounded to the dtype of the logits.
     bench_eager=lambda options: lambda x, index: x.log_softmax(-1).gather(-1, index.unsqueeze(-1)).squeeze(-1),
     rows=lambda x, index: (x[:1], index[:1]),
+    variants=("selective_log_softmax_with_entropy",),
 )

@@ -77,6 +77,7 @@ class OpSpec:
     # (input in float64, *args) -> where the gradient exists, by a margin; None: everywhere
     differentiable: Callable | None = None
     dtypes: tuple[torch.dtype, ...] = FLOATING
+    variants: tuple[str, ...] = ()  # its operators with several results; tests/test_<name>*.py has their tests
     bench_bytes: Callable = lambda x, *args: x.nbytes  # of the logits
     bench_cuda_shapes: tuple[BenchShape, ...] = ()
     bench_eager: Callable | None = None  # (options) -> what a user has today, in input's dtype; None: torch_op
