@@ -1,29 +1,20 @@
-"""Softmax cross-entropy: functions, module, and the rule of torch.func.vmap."""
+"""Softmax cross-entropy: functions, module, and the rules of torch.func.vmap."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling, is_dynamo_compiling
 
-from torch_softmax_ext import _C, _numbers
-from torch_softmax_ext import _dtensor as dtensor
-from torch_softmax_ext._check import check_reduction, check_types, numbers
+from torch_softmax_ext import _C, _dtensor, _numbers
+from torch_softmax_ext._options import FunctionModule, checked, options_of, split
 from torch_softmax_ext._vmap import one_by_one
 
 _op = torch.ops.torch_softmax_ext.cross_entropy.default
 _inplace_op = torch.ops.torch_softmax_ext._cross_entropy_inplace_backward.default
 _metrics_op = torch.ops.torch_softmax_ext.cross_entropy_with_metrics.default
-_fast = _C.cross_entropy  # plain tensors only, else NotImplemented
-_fast_metrics = _C.cross_entropy_with_metrics
-
-
-def _options(op, input, target, weight, reduction, **options):
-    """The options as keywords, their types checked, their numbers Python's."""
-    check_types(op, input=(input, Tensor), target=(target, Tensor), weight=(weight, Tensor | None))
-    check_reduction(op, reduction)
-    kinds = {"ignore_index": int, "softcap": float | None}
-    values = numbers(op, **{name: (value, kinds.get(name, float)) for name, value in options.items()})
-    return {"reduction": reduction, **dict(zip(options, values, strict=True))}
+_short_way = _C.cross_entropy  # plain tensors only, else NotImplemented
+_short_way_with_metrics = _C.cross_entropy_with_metrics
 
 
 def cross_entropy(
@@ -93,31 +84,17 @@ def cross_entropy(
         NotImplementedError: logits that are not floating point.
         TypeError: an argument of another type.
     """
-    is_eager = not torch.compiler.is_compiling()
-    if is_eager and not inplace_backward:
-        result = _fast(
-            input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature
-        )
+    args = (input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature)
+    if not (inplace_backward or is_dynamo_compiling()):
+        result = _short_way(*args)
         if result is not NotImplemented:
             return result
-    options = {
-        "ignore_index": ignore_index,
-        "reduction": reduction,
-        "label_smoothing": label_smoothing,
-        "z_loss_weight": z_loss_weight,
-        "softcap": softcap,
-        "temperature": temperature,
-    }
-    if is_eager:
-        options = _options("cross_entropy", input, target, weight, **options)
-        if reduction == "mean" and dtensor.is_sharded(input):
-            rows = input.numel() // input.shape[min(1, input.dim() - 1)]
-            return dtensor.mean(_op, (input, target, weight), target, rows, weight, options)
-        if inplace_backward:
-            return _inplace_op(input, target, weight, **options)
-    elif _numbers.are_dynamic(z_loss_weight, softcap, temperature, also_differentiable=(target, weight)):
-        return _numbers.cross_entropy(input, target, weight, **options)
-    return _op(input, target, weight, **options)
+    if is_compiling():
+        return _numbers.cross_entropy(_op, *split(args, _OPTIONS))
+    tensors, options = split(checked(cross_entropy, args), _OPTIONS)
+    if reduction == "mean" and _dtensor.is_sharded(input):
+        return _dtensor.mean(_op, tensors, options, target, class_dim=min(1, input.dim() - 1))
+    return (_inplace_op if inplace_backward else _op)(*tensors, **options)
 
 
 class CrossEntropyMetrics(NamedTuple):
@@ -169,121 +146,80 @@ def cross_entropy_with_metrics(
         TypeError: an argument of another type.
         Exception: as :func:`cross_entropy`.
     """
-    is_eager = not torch.compiler.is_compiling()
-    if is_eager:
-        result = _fast_metrics(
-            input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature
-        )
+    args = (input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature)
+    if not is_dynamo_compiling():
+        result = _short_way_with_metrics(*args)
         if result is not NotImplemented:
             return CrossEntropyMetrics(*result)
-    options = {
-        "ignore_index": ignore_index,
-        "reduction": reduction,
-        "label_smoothing": label_smoothing,
-        "z_loss_weight": z_loss_weight,
-        "softcap": softcap,
-        "temperature": temperature,
-    }
-    if is_eager:
-        options = _options("cross_entropy_with_metrics", input, target, weight, **options)
-        if dtensor.is_sharded(input):
-            return CrossEntropyMetrics(*dtensor.metrics(_metrics_op, input, target, weight, options))
-    elif _numbers.are_dynamic(z_loss_weight, softcap, temperature, also_differentiable=(target, weight)):
-        return CrossEntropyMetrics(*_numbers.cross_entropy(input, target, weight, metrics=True, **options))
-    return CrossEntropyMetrics(*_metrics_op(input, target, weight, **options))
+    if is_compiling():
+        return CrossEntropyMetrics(*_numbers.cross_entropy(_metrics_op, *split(args, _OPTIONS)))
+    tensors, options = split(checked(cross_entropy_with_metrics, args), _OPTIONS)
+    op = _dtensor.metrics if _dtensor.is_sharded(input) else _metrics_op
+    return CrossEntropyMetrics(*op(*tensors, **options))
 
 
-class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """:func:`cross_entropy` as a module: a :class:`torch.nn.CrossEntropyLoss`, whose arguments it has."""
+_OPTIONS = options_of(cross_entropy_with_metrics)
 
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        z_loss_weight: float = 0.0,
-        softcap: float | None = None,
-        temperature: float = 1.0,
-        inplace_backward: bool = False,
-    ) -> None:
-        super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
-        self.z_loss_weight = z_loss_weight
-        self.softcap = softcap
-        self.temperature = temperature
-        self.inplace_backward = inplace_backward
+
+class CrossEntropyLoss(FunctionModule, nn.CrossEntropyLoss, function=cross_entropy):
+    """:func:`cross_entropy` as a module: a :class:`torch.nn.CrossEntropyLoss` with further options."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return cross_entropy(
-            input,
-            target,
-            self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            z_loss_weight=self.z_loss_weight,
-            softcap=self.softcap,
-            temperature=self.temperature,
-            inplace_backward=self.inplace_backward,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, "
-            f"z_loss_weight={self.z_loss_weight}, softcap={self.softcap}, temperature={self.temperature}, "
-            f"inplace_backward={self.inplace_backward}"
-        )
+        return cross_entropy(input, target, **self._arguments())
 
 
-@torch.library.register_vmap("torch_softmax_ext::cross_entropy")
-def _vmap(info, in_dims, input, target, weight=None, *, ignore_index=-100, reduction="mean", **options):
-    """One call for the whole batch: its elements become rows, which are then reduced apart. Where each element has its
-    own class weights, one call for each."""
-    size = info.batch_size
-    if size == 0:
+def _check_batch(info):
+    if info.batch_size == 0:
         raise ValueError("cross_entropy: input: expected at least one element of the batch under vmap, got none")
+
+
+@torch.library.register_vmap(_op)
+def _vmap(info, in_dims, input, target, weight=None, **options):
+    """One call for the whole batch: its elements become rows, whose losses are then reduced element by element. Where
+    each element has its own class weights, one call for each."""
+    _check_batch(info)
+    size = info.batch_size
     in_dims = (*in_dims, None)[:3]
     if in_dims[2] is not None:
-        options |= {"ignore_index": ignore_index, "reduction": reduction}
         return one_by_one(_op, info, in_dims, (input, target, weight), options)
+    options = {**_OPTIONS, **options}
+    reduction = options["reduction"]
 
     def batched(t, dim):
         return t.movedim(dim, 0) if dim is not None else t.expand(size, *t.shape)
 
     x, t = batched(input, in_dims[0]), batched(target, in_dims[1])
     indices = not t.is_floating_point()
-    if t.dtype == torch.uint8:  # in which ignore_index has no place
+    if t.dtype == torch.uint8:  # which cannot hold ignore_index
         t = t.int()
     shape = t.shape if indices else x.select(min(2, x.dim() - 1), 0).shape
-    if x.dim() == 2:  # (C) each, whose target may be of shape () or (1)
+    if x.dim() == 2:  # elements of shape (C), whose targets have shape () or (1)
         x, t, shape = x.unsqueeze(1), t.reshape(size, 1) if indices else t.unsqueeze(1), (size,)
     x, t = x.flatten(0, 1), t.flatten(0, 1)
 
-    def row_sums(z_loss_weight, smoothing):
-        o = {**options, "z_loss_weight": z_loss_weight, "label_smoothing": smoothing}
-        return _op(x, t, weight, ignore_index=ignore_index, reduction="none", **o)
+    def row_losses(**changes):
+        return _op(x, t, weight, **{**options, "reduction": "none", **changes})
 
-    z_loss_weight, smoothing = options.get("z_loss_weight", 0.0), options.get("label_smoothing", 0.0)
-    loss = row_sums(z_loss_weight, smoothing)
+    def sums(rows):
+        return rows.reshape(size, -1).sum(1)
+
+    loss = row_losses()
     if reduction == "none":
         return loss.reshape(shape), 0
     if reduction == "sum":
-        return loss.reshape(size, -1).sum(1), 0
-    counted = t != ignore_index if indices else torch.ones_like(loss, dtype=torch.bool)
-    count = counted.reshape(size, -1).sum(1)
+        return sums(loss), 0
+    counted = t != options["ignore_index"] if indices else torch.ones_like(loss, dtype=torch.bool)
+    count = sums(counted)
     if weight is None or not indices:
-        return loss.reshape(size, -1).sum(1) / count, 0
-    main = row_sums(0.0, smoothing)  # the z-loss has another divisor
+        return sums(loss) / count, 0
+    main = row_losses(z_loss_weight=0.0)  # without the z-loss, whose divisor is the count
     zero = torch.zeros((), dtype=loss.dtype, device=t.device)
     total = weight.to(loss.dtype)[t.where(counted, 0)].where(counted, zero)
-    z_loss = (loss - main).reshape(size, -1).sum(1) / count
-    return main.reshape(size, -1).sum(1) / total.reshape(size, -1).sum(1) + z_loss, 0
+    return sums(main) / sums(total) + sums(loss - main) / count, 0
 
 
-@torch.library.register_vmap("torch_softmax_ext::cross_entropy_with_metrics")
+@torch.library.register_vmap(_metrics_op)
 def _vmap_metrics(info, in_dims, input, target, weight=None, **options):
-    """One call after the other: each has its own accuracy and divisors."""
-    if info.batch_size == 0:
-        raise ValueError("cross_entropy: input: expected at least one element of the batch under vmap, got none")
+    """One call for each element: each has its own accuracy and divisors."""
+    _check_batch(info)
     return one_by_one(_metrics_op, info, (*in_dims, None)[:3], (input, target, weight), options)

@@ -17,17 +17,17 @@ _ops = torch.ops.torch_softmax_ext
 
 
 def is_sharded(input) -> bool:
-    """Whether a mean takes the way over ranks."""
+    """Whether a mean needs a divisor from all ranks."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(input, module.DTensor) and any(p.is_shard() for p in input.placements)
 
 
-def _mean_as_sum(target, rows, weight, options):
-    """The options of a sum, and what it is divided by. The z-loss has the number of targets as its divisor, all else
-    their weight: it is scaled by the ratio of the two."""
+def _mean_as_sum(target, weight, options, class_dim):
+    """The options of a sum, and what it is divided by. The z-loss is divided by the number of targets, all else by
+    their weight, so its weight is scaled by the ratio of the two."""
     options = {**options, "reduction": "sum"}
     if target.is_floating_point():
-        return options, rows
+        return options, target.numel() // target.shape[class_dim]
     counted = target.long() != options["ignore_index"]
     count = counted.sum()
     if weight is None:
@@ -39,23 +39,24 @@ def _mean_as_sum(target, rows, weight, options):
     return options, total
 
 
-def mean(op, args, target, rows, weight, options):
-    """``op`` with reduction "mean" over the rows of all ranks."""
-    options, total = _mean_as_sum(target, rows, weight, options)
-    return op(*args, **options) / total
+def mean(op, tensors, options, target, class_dim):
+    """``op`` with reduction "mean" over the rows of all ranks. The last of ``tensors`` is the class weights."""
+    options, total = _mean_as_sum(target, tensors[-1], options, class_dim)
+    return op(*tensors, **options) / total
 
 
-def metrics(op, input, target, weight, options):
+def metrics(input, target, weight, **options):
     """cross_entropy_with_metrics over the rows of all ranks."""
-    rows = input.numel() // input.shape[min(1, input.dim() - 1)]
+    class_dim = min(1, input.dim() - 1)
     is_mean = options["reduction"] == "mean"
     if is_mean:
-        options, total = _mean_as_sum(target, rows, weight, options)
-    loss, z_loss, lse, _, predictions = op(input, target, weight, **options)
+        options, total = _mean_as_sum(target, weight, options, class_dim)
+    loss, z_loss, lse, _, predictions = _ops.cross_entropy_with_metrics.default(input, target, weight, **options)
     if is_mean:
         loss, z_loss = loss / total, z_loss / total
     if target.is_floating_point():
-        right, count = predictions == target.argmax(min(1, input.dim() - 1)), rows
+        right = predictions == target.argmax(class_dim)
+        count = right.numel()
     else:
         counted = target.long() != options["ignore_index"]
         right, count = (predictions == target) & counted, counted.sum()

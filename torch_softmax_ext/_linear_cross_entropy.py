@@ -1,16 +1,16 @@
-"""Cross-entropy of a linear layer's outputs without holding them: function, module, and the rule of
+"""Cross-entropy of a linear layer's outputs without storing them: function, module, and the rule of
 torch.func.vmap."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.compiler import is_compiling, is_dynamo_compiling
 
-from torch_softmax_ext import _C, _numbers
-from torch_softmax_ext import _dtensor as dtensor
-from torch_softmax_ext._check import check_reduction, check_types, numbers
+from torch_softmax_ext import _C, _dtensor, _numbers
+from torch_softmax_ext._options import FunctionModule, checked, options_of, split
 from torch_softmax_ext._vmap import one_by_one
 
 _op = torch.ops.torch_softmax_ext.linear_cross_entropy.default
-_fast = _C.linear_cross_entropy  # plain tensors only, else NotImplemented
+_short_way = _C.linear_cross_entropy  # plain tensors only, else NotImplemented
 
 
 def linear_cross_entropy(
@@ -91,103 +91,35 @@ def linear_cross_entropy(
         TypeError: an argument of another type.
     """
     args = (input, linear_weight, target, linear_bias, weight)
-    if not torch.compiler.is_compiling():
-        result = _fast(*args, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature, chunk_size)
+    args += (ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature, chunk_size)
+    if not is_dynamo_compiling():
+        result = _short_way(*args)
         if result is not NotImplemented:
             return result
-        op = "linear_cross_entropy"
-        check_types(
-            op,
-            input=(input, Tensor),
-            linear_weight=(linear_weight, Tensor),
-            target=(target, Tensor),
-            linear_bias=(linear_bias, Tensor | None),
-            weight=(weight, Tensor | None),
-        )
-        check_reduction(op, reduction)
-        ignore_index, label_smoothing, z_loss_weight, softcap, temperature, chunk_size = numbers(
-            op,
-            ignore_index=(ignore_index, int),
-            label_smoothing=(label_smoothing, float),
-            z_loss_weight=(z_loss_weight, float),
-            softcap=(softcap, float | None),
-            temperature=(temperature, float),
-            chunk_size=(chunk_size, int | None),
-        )
-    options = {
-        "ignore_index": ignore_index,
-        "reduction": reduction,
-        "label_smoothing": label_smoothing,
-        "z_loss_weight": z_loss_weight,
-        "softcap": softcap,
-        "temperature": temperature,
-        "chunk_size": chunk_size,
-    }
-    if torch.compiler.is_compiling():
-        if _numbers.are_dynamic(z_loss_weight, softcap, temperature, also_differentiable=(target, weight)):
-            return _numbers.linear_cross_entropy(*args, **options)
-    elif reduction == "mean" and dtensor.is_sharded(input):
-        return dtensor.mean(_op, args, target, input.shape[:-1].numel(), weight, options)
-    return _op(*args, **options)
+    if is_compiling():
+        return _numbers.linear_cross_entropy(_op, *split(args, _OPTIONS))
+    tensors, options = split(checked(linear_cross_entropy, args), _OPTIONS)
+    if reduction == "mean" and _dtensor.is_sharded(input):
+        return _dtensor.mean(_op, tensors, options, target, class_dim=-1)
+    return _op(*tensors, **options)
 
 
-class LinearCrossEntropyLoss(nn.Module):
-    """:func:`linear_cross_entropy` as a module. The linear layer is not part of it: its weight, often the embedding's,
-    too, and its bias come with each call, in the order of :func:`linear_cross_entropy` (Liger's
+_OPTIONS = options_of(linear_cross_entropy)
+
+
+class LinearCrossEntropyLoss(FunctionModule, function=linear_cross_entropy):
+    """:func:`linear_cross_entropy` as a module. The linear layer is not part of it: its weight, often shared with the
+    embedding, and its bias come with each call, in the order of :func:`linear_cross_entropy` (Liger's
     ``LigerFusedLinearCrossEntropyLoss`` has the weight first: ``loss(lm_head.weight, hidden, target, lm_head.bias)``).
     """
-
-    weight: Tensor | None
-
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        *,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        z_loss_weight: float = 0.0,
-        softcap: float | None = None,
-        temperature: float = 1.0,
-        chunk_size: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
-        self.z_loss_weight = z_loss_weight
-        self.softcap = softcap
-        self.temperature = temperature
-        self.chunk_size = chunk_size
 
     def forward(
         self, input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None = None
     ) -> Tensor:
-        return linear_cross_entropy(
-            input,
-            linear_weight,
-            target,
-            linear_bias=linear_bias,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            z_loss_weight=self.z_loss_weight,
-            softcap=self.softcap,
-            temperature=self.temperature,
-            chunk_size=self.chunk_size,
-        )
-
-    def extra_repr(self) -> str:
-        return (
-            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, label_smoothing={self.label_smoothing}, "
-            f"z_loss_weight={self.z_loss_weight}, softcap={self.softcap}, temperature={self.temperature}, "
-            f"chunk_size={self.chunk_size}"
-        )
+        return linear_cross_entropy(input, linear_weight, target, linear_bias=linear_bias, **self._arguments())
 
 
-@torch.library.register_vmap("torch_softmax_ext::linear_cross_entropy")
+@torch.library.register_vmap(_op)
 def _vmap(info, in_dims, *args, **options):
-    """They may differ in their weights, and each fills a matrix product."""
+    """One call for each element: their linear weights may differ, and each fills a matrix product."""
     return one_by_one(_op, info, in_dims, args, options)

@@ -1,8 +1,9 @@
-"""Numbers that change from step to step under torch.compile: z_loss_weight, softcap and temperature in one tensor.
+"""Numbers that change from step to step under torch.compile: z_loss_weight, softcap and temperature.
 
-A float in an operator's schema is part of the graph, and each value would be compiled for. torch.compile passes a float
-that it has seen change as a tensor (its ``SymFloat``), as long as all that is done with it are operations of tensors.
-So each private operator has a twin with its three numbers in a float64 tensor on the CPU, which is read when it runs.
+A float argument of an operator is a constant of the graph, and each new value compiles again. A float that
+torch.compile has seen change becomes a tensor of the graph (its ``SymFloat``), as long as only operations on tensors
+use it. So each private operator has a twin that takes the three numbers as one float64 tensor on the CPU and reads it
+when it runs.
 """
 
 import math
@@ -12,11 +13,12 @@ from torch import Tensor
 
 _ops = torch.ops.torch_softmax_ext
 _library = torch.library.Library("torch_softmax_ext", "FRAGMENT")
+_NUMBERS = {"z_loss_weight": 0.0, "softcap": None, "temperature": 1.0}  # their order in the tensor, where NaN is None
 _ANY = (0.5, 1.0, 1.0)  # shapes depend on none of them
 
 
 def _define_twin(name: str) -> None:
-    """``name`` with "numbers" in the place of its three: z_loss_weight, softcap (NaN: None), temperature."""
+    """``{name}_of_numbers``, which has a tensor in the place of the numbers."""
     overload = getattr(_ops, name).default
     schema = str(overload._schema).removeprefix("torch_softmax_ext::")
     three = "float z_loss_weight, float? softcap, float temperature"
@@ -51,31 +53,24 @@ for _name in ("_cross_entropy", "_linear_cross_entropy", "_selective_log_softmax
     _define_twin(f"{_name}_backward")
 
 
-def are_dynamic(*numbers, also_differentiable=()) -> bool:
-    """In a graph: whether some number is no constant. Never where a tensor is differentiated that the twins have no
-    gradient of: class probabilities and class weights."""
-    if any(t is not None and t.requires_grad for t in also_differentiable):
-        return False
-    from torch.fx.experimental.symbolic_shapes import has_static_value  # sympy with it, which only graphs need
-
-    return any(not isinstance(n, int | float) or not has_static_value(n) for n in numbers if n is not None)
-
-
-def _tensor(z_loss_weight, softcap, temperature) -> Tensor:
+def _pack(options) -> tuple[Tensor, tuple]:
+    """The three numbers in a tensor, and the other options."""
     one = torch.ones((), dtype=torch.float64, device="cpu")  # a product is what torch.compile makes a tensor of
 
     def to_tensor(number):
+        if number is None:
+            number = math.nan
         if isinstance(number, int | float):
             return one * number
         return torch.as_tensor(number).detach().to("cpu", torch.float64).reshape(())
 
-    return torch.stack([to_tensor(n) for n in (z_loss_weight, math.nan if softcap is None else softcap, temperature)])
+    numbers = torch.stack([to_tensor(options.get(name, default)) for name, default in _NUMBERS.items()])
+    return numbers, tuple(value for name, value in options.items() if name not in _NUMBERS)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, target, weight, numbers, ignore_index, reduction, label_smoothing):
-        options = (ignore_index, reduction, label_smoothing)
+    def forward(ctx, numbers, options, input, target, weight):
         loss, stats = _ops._cross_entropy_forward_of_numbers(input, target, weight, *options, numbers)
         ctx.save_for_backward(input, target, weight, numbers, stats)
         ctx.options = options
@@ -86,16 +81,14 @@ class _CrossEntropy(torch.autograd.Function):
         input, target, weight, numbers, stats = ctx.saved_tensors
         backward = _ops._cross_entropy_backward_of_numbers
         grad_input = backward(grad, None, input, target, stats, weight, *ctx.options, numbers)
-        return grad_input, None, None, None, None, None, None
+        return None, None, grad_input, None, None
 
 
 class _Metrics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, target, weight, numbers, ignore_index, reduction, label_smoothing):
-        options = (ignore_index, reduction, label_smoothing)
+    def forward(ctx, numbers, options, input, target, weight):
         forward = _ops._cross_entropy_metrics_forward_of_numbers
-        loss, stats, *rest = forward(input, target, weight, *options, numbers)
-        z_loss, lse, accuracy, predictions = rest
+        loss, stats, z_loss, lse, accuracy, predictions = forward(input, target, weight, *options, numbers)
         ctx.save_for_backward(input, target, weight, numbers, stats, lse)
         ctx.mark_non_differentiable(accuracy, predictions)
         ctx.options = options
@@ -104,84 +97,99 @@ class _Metrics(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_z_loss, grad_lse, *_):
         input, target, weight, numbers, stats, lse = ctx.saved_tensors
+        _, reduction, _ = ctx.options
         of_z_loss = 2 * lse * grad_z_loss * numbers[0].to(lse.dtype)
-        if ctx.options[1] == "mean":
+        if reduction == "mean":
             of_z_loss = of_z_loss / stats[1].to(lse.dtype)
         backward = _ops._cross_entropy_backward_of_numbers
         grad_input = backward(grad, grad_lse + of_z_loss, input, target, stats, weight, *ctx.options, numbers)
-        return grad_input, None, None, None, None, None, None
+        return None, None, grad_input, None, None
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, linear_weight, linear_bias, target, weight, numbers, options, chunk_size):
+    def forward(ctx, numbers, options, *tensors):
+        input, linear_weight, _, linear_bias, _ = tensors
+        *options, chunk_size = options
         wanted = [t is not None and t.requires_grad for t in (input, linear_weight, linear_bias)]
-        now = [w and options[1] != "none" for w in wanted]
+        in_forward = [w and options[1] != "none" for w in wanted]
         forward = _ops._linear_cross_entropy_forward_of_numbers
-        loss, *gradients = forward(
-            input, linear_weight, target, linear_bias, weight, *options, numbers, chunk_size, *now
-        )
-        ctx.save_for_backward(input, linear_weight, linear_bias, target, weight, numbers, *gradients)
+        loss, *gradients = forward(*tensors, *options, numbers, chunk_size, *in_forward)
+        ctx.save_for_backward(*tensors, numbers, *gradients)
         ctx.options, ctx.wanted, ctx.chunk_size = options, wanted, chunk_size
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        input, linear_weight, linear_bias, target, weight, numbers, *gradients = ctx.saved_tensors
+        *tensors, numbers, _, _, _ = ctx.saved_tensors
+        gradients = ctx.saved_tensors[-3:]
         if ctx.options[1] == "none":
-            gradients = _ops._linear_cross_entropy_backward_of_numbers(
-                grad,
-                input,
-                linear_weight,
-                target,
-                linear_bias,
-                weight,
-                *ctx.options,
-                numbers,
-                ctx.chunk_size,
-                *ctx.wanted,
-            )
+            backward = _ops._linear_cross_entropy_backward_of_numbers
+            gradients = backward(grad, *tensors, *ctx.options, numbers, ctx.chunk_size, *ctx.wanted)
             grad = 1
-        of = [(g * grad).to(input.dtype) if w else None for g, w in zip(gradients, ctx.wanted, strict=True)]
-        return *of, None, None, None, None, None
+        input, weight, bias = (
+            (g * grad).to(tensors[0].dtype) if w else None for g, w in zip(gradients, ctx.wanted, strict=True)
+        )
+        return None, None, input, weight, None, bias, None
 
 
 class _Selective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, index, numbers, entropy):
+    def forward(ctx, numbers, options, input, index):
+        (entropy,) = options
         logp, h, stats = _ops._selective_log_softmax_forward_of_numbers(input, index, numbers, entropy)
         ctx.save_for_backward(input, index, numbers, stats)
-        ctx.entropy = entropy
         return (logp, h) if entropy else logp
 
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy=None):
         input, index, numbers, stats = ctx.saved_tensors
         backward = _ops._selective_log_softmax_backward_of_numbers
-        return backward(grad_logp, grad_entropy, input, index, stats, numbers), None, None, None
+        return None, None, backward(grad_logp, grad_entropy, input, index, stats, numbers), None
 
 
-def cross_entropy(input, target, weight, *, z_loss_weight, softcap, temperature, metrics=False, **options):
-    numbers = _tensor(z_loss_weight, softcap, temperature)
+def _are_dynamic(options) -> bool:
+    """Whether one of the numbers is not a constant of the graph."""
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # loads sympy, which only graphs need
+
+    numbers = [options[name] for name in _NUMBERS if options.get(name) is not None]
+    return any(not isinstance(n, int | float) or not has_static_value(n) for n in numbers)
+
+
+def _differentiate(*tensors) -> bool:
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def cross_entropy(op, tensors, options):
+    """``op(*tensors, **options)`` in a graph, with or without metrics. Class probabilities and class weights that are
+    differentiated take ``op``: the twins have no gradient for them."""
+    input, target, weight = tensors
+    if _differentiate(target, weight) or not _are_dynamic(options):
+        return op(*tensors, **options)
     if target.is_floating_point() and target.dtype != input.dtype:
         wider = torch.promote_types(input.dtype, target.dtype)
         input, target = input.to(wider), target.to(wider)
-    options = (options["ignore_index"], options["reduction"], options["label_smoothing"])
-    return (_Metrics if metrics else _CrossEntropy).apply(input, target, weight, numbers, *options)
+    function = _CrossEntropy if op is _ops.cross_entropy.default else _Metrics
+    return function.apply(*_pack(options), input, target, weight)
 
 
-def linear_cross_entropy(
-    input, linear_weight, target, linear_bias, weight, *, z_loss_weight, softcap, temperature, chunk_size, **options
-):
-    numbers = _tensor(z_loss_weight, softcap, temperature)
-    options = (options["ignore_index"], options["reduction"], options["label_smoothing"])
+def linear_cross_entropy(op, tensors, options):
+    """As :func:`cross_entropy`."""
+    input, linear_weight, target, linear_bias, weight = tensors
+    if _differentiate(target, weight) or not _are_dynamic(options):
+        return op(*tensors, **options)
     device = input.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         input, linear_weight = input.to(dtype), linear_weight.to(dtype)
         linear_bias = None if linear_bias is None else linear_bias.to(dtype)
-    return _Linear.apply(input, linear_weight, linear_bias, target, weight, numbers, options, chunk_size)
+    return _Linear.apply(*_pack(options), input, linear_weight, target, linear_bias, weight)
 
 
-def selective_log_softmax(input, index, temperature, softcap, entropy):
-    return _Selective.apply(input, index, _tensor(0.0, softcap, temperature), entropy)
+def selective_log_softmax(op, tensors, options):
+    """As :func:`cross_entropy`."""
+    if not _are_dynamic(options):
+        return op(*tensors, **options)
+    numbers, _ = _pack(options)
+    entropy = op is _ops.selective_log_softmax_with_entropy.default
+    return _Selective.apply(numbers, (entropy,), *tensors)

@@ -2,14 +2,15 @@
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from torch_softmax_ext import _C, _numbers
-from torch_softmax_ext._check import check_types, numbers
+from torch_softmax_ext._options import checked, split
 
 _op = torch.ops.torch_softmax_ext.selective_log_softmax.default
-_entropy_op = torch.ops.torch_softmax_ext.selective_log_softmax_with_entropy.default
-_fast = _C.selective_log_softmax  # plain tensors only, else NotImplemented
-_fast_entropy = _C.selective_log_softmax_with_entropy
+_op_with_entropy = torch.ops.torch_softmax_ext.selective_log_softmax_with_entropy.default
+_short_way = _C.selective_log_softmax  # plain tensors only, else NotImplemented
+_short_way_with_entropy = _C.selective_log_softmax_with_entropy
 
 
 def selective_log_softmax(
@@ -52,16 +53,19 @@ def selective_log_softmax(
         NotImplementedError: logits that are not floating point.
         TypeError: an argument of another type.
     """
-    if not torch.compiler.is_compiling():
-        result = (_fast_entropy if return_entropy else _fast)(input, index, temperature, softcap)
+    args = (input, index, temperature, softcap)
+    op = _op_with_entropy if return_entropy else _op
+    if not is_dynamo_compiling():
+        result = (_short_way_with_entropy if return_entropy else _short_way)(*args)
         if result is not NotImplemented:
             return result
-        op = "selective_log_softmax"
-        check_types(op, input=(input, Tensor), index=(index, Tensor))
-        temperature, softcap = numbers(op, temperature=(temperature, float), softcap=(softcap, float | None))
-    elif _numbers.are_dynamic(temperature, softcap):
-        return _numbers.selective_log_softmax(input, index, temperature, softcap, return_entropy)
-    return (_entropy_op if return_entropy else _op)(input, index, temperature=temperature, softcap=softcap)
+    if is_compiling():
+        return _numbers.selective_log_softmax(op, *split(args, _OPTIONS))
+    tensors, options = split(checked(selective_log_softmax, args), _OPTIONS)
+    return op(*tensors, **options)
+
+
+_OPTIONS = ("temperature", "softcap")
 
 
 def _batched(info, in_dims, input, index):
@@ -72,11 +76,11 @@ def _batched(info, in_dims, input, index):
     )
 
 
-@torch.library.register_vmap("torch_softmax_ext::selective_log_softmax")
+@torch.library.register_vmap(_op)
 def _vmap(info, in_dims, input, index, **options):
     return _op(*_batched(info, in_dims, input, index), **options), 0
 
 
-@torch.library.register_vmap("torch_softmax_ext::selective_log_softmax_with_entropy")
+@torch.library.register_vmap(_op_with_entropy)
 def _vmap_with_entropy(info, in_dims, input, index, **options):
-    return _entropy_op(*_batched(info, in_dims, input, index), **options), (0, 0)
+    return _op_with_entropy(*_batched(info, in_dims, input, index), **options), (0, 0)

@@ -1,0 +1,114 @@
+"""Arguments of the public functions. Their names, types and defaults are written once, in the function's signature;
+type checks, keyword calls of the operators and modules read them there.
+
+A function takes tensors first, then options, in the order of its operator.
+"""
+
+import inspect
+from types import NoneType
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+
+def _is_float(value) -> bool:
+    if torch.is_tensor(value):  # such a tensor is a number for torch's own functions, too
+        return value.dim() == 0 and not value.is_complex() and not value.requires_grad
+    return hasattr(value, "__float__")
+
+
+def _is_int(value) -> bool:
+    if torch.is_tensor(value):
+        return _is_float(value) and not value.is_floating_point()
+    return hasattr(value, "__index__")
+
+
+_IS = {Tensor: torch.overrides.is_tensor_like, int: _is_int, float: _is_float, NoneType: lambda value: value is None}
+
+
+def _kinds(parameter: inspect.Parameter) -> tuple[type, ...]:
+    """``(float, NoneType)`` of ``float | None``."""
+    return get_args(parameter.annotation) or (parameter.annotation,)
+
+
+def options_of(function) -> dict[str, object]:
+    """The parameters that are not tensors, with their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if Tensor not in _kinds(p)}
+
+
+def _checked(op: str, parameter: inspect.Parameter, value):
+    """The value; a number as one of Python's own, also if it came from NumPy or in a tensor without dimensions."""
+    name, kinds = parameter.name, _kinds(parameter)
+    if kinds == (str,):
+        if not isinstance(value, str):
+            raise ValueError(f"{op}: {name}: expected 'none', 'mean' or 'sum', got {value!r}")
+        return value
+    if not any(_IS[k](value) for k in kinds):
+        expected = " or ".join("None" if k is NoneType else k.__name__ for k in kinds)
+        raise TypeError(f"{op}: {name}: expected {expected}, got {type(value).__name__}")
+    if value is None or Tensor in kinds:
+        return value
+    if float in kinds:
+        return float(value)
+    number = int(value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{op}: {name}: expected 64 bits, got {value}")
+    return number
+
+
+def checked(function, values) -> list:
+    """The first arguments of a call of ``function``, checked as torch's own functions do: another type raises
+    TypeError, another ``reduction`` than a string ValueError."""
+    parameters = inspect.signature(function).parameters.values()
+    return [_checked(function.__name__, p, v) for p, v in zip(parameters, values, strict=False)]
+
+
+def split(args, options) -> tuple[tuple, dict[str, object]]:
+    """The tensors, and the options by name: ``op(*tensors, **options)`` is how operators are called."""
+    count = len(args) - len(options)
+    return args[:count], dict(zip(options, args[count:], strict=True))
+
+
+class FunctionModule(nn.Module):
+    """A public function as a module: ``class M(FunctionModule, function=f)``.
+
+    The constructor takes the options of the function, and ``weight``, the class weights, where the function has them.
+    Each becomes an attribute, which may be changed later.
+    """
+
+    if TYPE_CHECKING:
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __init_subclass__(cls, function=None, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        if function is None:
+            return
+        parameters = inspect.signature(function).parameters
+        own = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
+        if "weight" in parameters:
+            own.append(parameters["weight"].replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None))
+        signature = inspect.Signature([*own, *(parameters[name] for name in options_of(function))])
+
+        def __init__(self, *args, **kwargs) -> None:
+            super(cls, self).__init__()
+            arguments = signature.bind(self, *args, **kwargs)
+            arguments.apply_defaults()
+            for name in self._names:
+                if name == "weight":
+                    self.register_buffer(name, arguments.arguments[name])
+                else:
+                    setattr(self, name, arguments.arguments[name])
+
+        __init__.__signature__ = signature
+        cls.__init__ = __init__
+        cls._function = staticmethod(function)
+        cls._names = tuple(signature.parameters)[1:]
+
+    def _arguments(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self._names}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self._arguments().items() if name != "weight")
