@@ -13,13 +13,13 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-# Turing to Blackwell: what the kernels are written for. A visible GPU or TORCH_CUDA_ARCH_LIST replaces it.
+# Turing to Blackwell. A visible GPU or TORCH_CUDA_ARCH_LIST replaces it.
 DEFAULT_ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 ARCHITECTURES_BEFORE_12_8 = "7.5;8.0;8.6;8.9;9.0+PTX"
 
 
 def find_cuda_home():
-    """The toolkit: where include/cuda_runtime.h is. nvcc on PATH may be a wrapper script, so nvcc itself is asked."""
+    """The toolkit's folder, or None. nvcc on PATH may be a wrapper script, so its --dryrun is asked, too."""
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     nvcc = shutil.which("nvcc")
     if nvcc:
@@ -35,7 +35,7 @@ def find_cuda_home():
 
 
 def choose_cuda():
-    """(with_cuda, why): whether CUDA kernels are built, and the one line that says so."""
+    """(with_cuda, why): whether CUDA kernels are built, and the reason."""
     force = os.environ.get("FORCE_CUDA")
     if force == "0":
         return False, "FORCE_CUDA=0"
@@ -69,7 +69,7 @@ def extension():
 
     suffixes = (".cpp", ".cu") if with_cuda else (".cpp",)
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in suffixes)
-    # OpenMP: without it at::parallel_for is serial. torch brings the libgomp.so.1 that is then found.
+    # Without OpenMP at::parallel_for is serial. At run time torch's libgomp.so.1 is used.
     cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
     macros = [("TSE_WITH_CUDA", None)] if with_cuda else []
     build = CUDAExtension if with_cuda else CppExtension
@@ -89,7 +89,7 @@ def build_ext():
     class Build(BuildExtension):
         def finalize_options(self):
             super().finalize_options()
-            self.build_temp = str(ROOT / "build" / "temp")  # pip would compile everything anew in a folder of its own
+            self.build_temp = str(ROOT / "build" / "temp")  # pip's own is temporary: all would be compiled again
 
     return Build.with_options(use_ninja=True)
 
