@@ -15,6 +15,8 @@ from torch_softmax_ext._linear_cross_entropy import LinearCrossEntropyLoss, line
 from torch_softmax_ext._selective_log_softmax import selective_log_softmax  # noqa: E402
 from torch_softmax_ext._sparsemax import Sparsemax, sparsemax  # noqa: E402
 
+_dtensor.register()  # once every row map is known
+
 __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyMetrics",

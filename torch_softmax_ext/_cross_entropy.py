@@ -30,59 +30,61 @@ def cross_entropy(
     temperature: float = 1.0,
     inplace_backward: bool = False,
 ) -> Tensor:
-    r"""Softmax cross-entropy between logits and class indices or class probabilities, fused: each logit is read once
-    and its gradient written once; log-probabilities are never stored.
+    r"""Softmax cross-entropy between logits and class indices or class probabilities. Fused: each logit is read once,
+    its gradient is written once, and log-probabilities are never stored.
 
     .. math::
         s_{ic} = \frac{\text{softcap} \cdot \tanh(x_{ic} / \text{softcap})}{\text{temperature}}, \quad
         \text{lse}_i = \log \sum_c \exp s_{ic}, \quad
         \ell_i = \sum_c w_c \, q_{ic} \, (\text{lse}_i - s_{ic}) + \text{z\_loss\_weight} \cdot \text{lse}_i^2
 
-    with :math:`q_i = (1 - \varepsilon) \, \text{onehot}(y_i) + \varepsilon / C` for a class index :math:`y_i` and
-    label smoothing :math:`\varepsilon`, or :math:`(1 - \varepsilon) \, \text{target}_i + \varepsilon / C`. Without
-    softcap the fraction is :math:`x_{ic} / \text{temperature}`.
+    Without softcap, :math:`s_{ic} = x_{ic} / \text{temperature}`. With label smoothing :math:`\varepsilon`, the target
+    distribution is :math:`q_i = (1 - \varepsilon) \, \text{onehot}(y_i) + \varepsilon / C` for a class index
+    :math:`y_i`, and :math:`q_i = (1 - \varepsilon) \, \text{target}_i + \varepsilon / C` for class probabilities.
 
-    Same values, gradients and error classes as :func:`torch.nn.functional.cross_entropy`, with these differences: half
-    precision logits give an fp32 loss, the gradient of an ignored row is zero whatever its logits are, and
-    ``label_smoothing`` below 0 raises. Loss and gradient of a nearly certain target keep all their digits; double
-    backward, ``torch.func`` and forward-mode AD go through torch's own operators, and have theirs.
+    Values, gradients and error classes are those of :func:`torch.nn.functional.cross_entropy`, with three differences:
+    the loss of half-precision logits is float32; an ignored row has a zero gradient even if its logits are not finite;
+    a negative ``label_smoothing`` raises. Loss and gradient of a nearly certain target keep all their digits. Double
+    backward, ``torch.func`` and forward-mode AD compute with torch's own operators, at their precision.
 
     Args:
         input: logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, …, dk)``; float32, float64, float16 or bfloat16; any
             strides. Half types are computed in float32. Finite logits may be of any size.
-        target: class indices of shape ``()``, ``(N)`` or ``(N, d1, …, dk)``; int64, int32 or uint8; in ``[0, C)`` or
-            ``ignore_index``. Or class probabilities of ``input``'s shape, floating point, differentiable, too; of
-            another dtype than ``input`` both are computed in the wider one.
-        weight: of the classes, shape ``(C)``, floating point; with class probabilities integers, too, and
-            differentiable, then by a composition of torch's operators; None: 1.
-        ignore_index: a target that is not counted: its loss and gradient are 0. Not with class probabilities.
-        reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum divided by the weights of the counted targets (by the
-            number of rows for class probabilities), the z-loss by their number; NaN where there is none.
-        label_smoothing: part of the target that is spread evenly over the classes, in [0, 1].
-        z_loss_weight: of the squared log-sum-exp of each counted row, without class weight (PaLM, arXiv:2204.02311).
-        softcap: bound of the logits (Gemma 2, arXiv:2408.00118); None: none.
-        temperature: what the logits, capped, are divided by.
-        inplace_backward: the gradient is written into ``input``'s memory, in the forward pass: one buffer of the
-            logits' size in all. ``input`` must be a computed tensor, and must not be used afterwards: autograd raises
-            in backward of such a use, and where it was saved by somebody before. Double backward then raises. Without
-            effect under ``torch.compile``, which plans memory itself, for float16, whose gradients would underflow
-            before a loss scale arrives, for a target that requires grad, and for class probabilities of another dtype
-            than ``input``. Not for ``torch.func.vmap``. An infinite ``grad_output`` makes ignored rows NaN, too.
+        target: class indices of shape ``()``, ``(N)`` or ``(N, d1, …, dk)``; int64, int32 or uint8; each in ``[0, C)``
+            or ``ignore_index``. Or class probabilities: floating point, of ``input``'s shape, differentiable. If their
+            dtype differs from ``input``'s, the wider of the two is used.
+        weight: class weights of shape ``(C)``, floating point; None means 1. With class probabilities they may also be
+            integers, and may require grad; the gradient then comes from torch's own operators.
+        ignore_index: a row with this target has loss 0 and gradient 0 and is not counted. Not with class probabilities.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``. The mean divides by the total weight of the counted targets (for
+            class probabilities by the number of rows), and the z-loss by their number. It is NaN if nothing is counted.
+        label_smoothing: the share of the target that is spread evenly over all classes, in [0, 1].
+        z_loss_weight: factor of the squared log-sum-exp of each counted row; class weights do not apply to it (PaLM,
+            arXiv:2204.02311).
+        softcap: bound on the absolute value of the logits (Gemma 2, arXiv:2408.00118); None for no bound.
+        temperature: the logits, after softcap, are divided by it.
+        inplace_backward: write the gradient into ``input``'s memory during the forward pass, so that logits and
+            gradient share one buffer. ``input`` must be the result of a computation, and nothing may use it afterwards:
+            autograd raises if something did, or if an earlier operation saved it. Double backward raises, and
+            ``torch.func.vmap`` is not supported. The option has no effect under ``torch.compile``, which plans memory
+            itself; for float16, whose gradients would underflow before the loss scale is known; for a target that
+            requires grad; and for class probabilities of another dtype than ``input``. If ``grad_output`` is infinite,
+            the gradient of ignored rows is NaN.
 
     Returns:
-        The loss in float32 (float64 for float64 logits): a scalar, or one number a row, of the shape of class indices,
-        for ``"none"``.
+        The loss in float32 (float64 for float64 logits): a scalar, or for ``"none"`` one number per row, in the shape
+        of class indices.
 
     Raises:
-        IndexError: a target that is neither a class nor ``ignore_index`` (CPU; on CUDA a device-side assertion).
-        ValueError: batch sizes that differ, an unknown ``reduction``, a ``temperature`` or ``softcap`` that is not
-            positive, a ``z_loss_weight`` that is not finite.
-        RuntimeError: other shapes that do not fit, a target of another dtype, tensors on two devices, a ``weight`` of
-            another shape or, with class indices, one that requires grad, ``label_smoothing`` outside [0, 1], a
-            non-negative ``ignore_index`` with class probabilities; with ``inplace_backward`` a leaf, or memory that
-            overlaps or holds ``target`` or ``weight``, too.
-        NotImplementedError: logits that are not floating point.
-        TypeError: an argument of another type.
+        IndexError: a target is neither a class nor ``ignore_index`` (CPU; on CUDA a device-side assertion).
+        ValueError: batch sizes differ, ``reduction`` is unknown, ``temperature`` or ``softcap`` is not positive, or
+            ``z_loss_weight`` is not finite.
+        RuntimeError: other shapes do not fit; ``target`` has an unsupported dtype; tensors are on different devices;
+            ``weight`` has the wrong shape, or requires grad with class indices; ``label_smoothing`` is outside [0, 1];
+            ``ignore_index`` is not negative with class probabilities. With ``inplace_backward`` also: ``input`` is a
+            leaf that requires grad, or its memory overlaps itself, ``target`` or ``weight``.
+        NotImplementedError: ``input`` is not floating point.
+        TypeError: an argument has another type.
     """
     args = (input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature)
     if not (inplace_backward or is_dynamo_compiling()):
@@ -98,7 +100,7 @@ def cross_entropy(
 
 
 class CrossEntropyMetrics(NamedTuple):
-    """What :func:`cross_entropy_with_metrics` returns."""
+    """The result of :func:`cross_entropy_with_metrics`."""
 
     loss: Tensor
     z_loss: Tensor
@@ -119,32 +121,32 @@ def cross_entropy_with_metrics(
     softcap: float | None = None,
     temperature: float = 1.0,
 ) -> CrossEntropyMetrics:
-    r"""What is logged beside a loss, from the same reading of the logits: :func:`cross_entropy` and
+    r""":func:`cross_entropy` together with what training logs beside it, from the same pass over the logits:
 
     .. math::
         \text{lse}_i = \log \sum_c \exp s_{ic}, \quad \text{predictions}_i = \arg\max_c x_{ic}, \quad
         \text{accuracy} = \frac{\#\{i \text{ counted} : \text{predictions}_i = y_i\}}{\#\{i \text{ counted}\}}
 
     Args:
-        input: logits; as :func:`cross_entropy`.
-        target: class indices or class probabilities; with the latter, accuracy is against their largest.
-        weight: of the classes, shape ``(C)``.
-        ignore_index: a target that is not counted.
-        reduction: of ``loss`` and ``z_loss``.
-        label_smoothing: part of the target that is spread evenly over the classes.
-        z_loss_weight: of the squared log-sum-exp.
-        softcap: bound of the logits; None: none.
-        temperature: what the logits, capped, are divided by.
+        input: logits, as for :func:`cross_entropy`; at least one class.
+        target: class indices or class probabilities. The accuracy of probabilities is measured against the largest.
+        weight: class weights of shape ``(C)``; None means 1.
+        ignore_index: a row with this target is not counted.
+        reduction: applies to ``loss`` and ``z_loss``.
+        label_smoothing: the share of the target that is spread evenly over all classes.
+        z_loss_weight: factor of the squared log-sum-exp of each counted row.
+        softcap: bound on the absolute value of the logits; None for no bound.
+        temperature: the logits, after softcap, are divided by it.
 
     Returns:
-        CrossEntropyMetrics: ``loss``, z-loss included; ``z_loss``, that part of it; ``lse``, of the shape of class
-        indices, 0 where ignored; these in the loss' dtype and differentiable. ``accuracy``, a float32 scalar, NaN where
-        nothing is counted; ``predictions``, int64 of the same shape as ``lse``, ``ignore_index`` where ignored, the
-        first of equal logits; not differentiable.
+        CrossEntropyMetrics: a named tuple. Differentiable, in the dtype of the loss: ``loss``, which includes the
+        z-loss; ``z_loss``, that part alone; ``lse``, in the shape of class indices, 0 in ignored rows. Not
+        differentiable: ``accuracy``, a float32 scalar, NaN if nothing is counted; ``predictions``, int64 in the shape
+        of ``lse``, the first of equal logits, ``ignore_index`` in ignored rows.
 
     Raises:
-        TypeError: an argument of another type.
-        Exception: as :func:`cross_entropy`.
+        TypeError: an argument has another type.
+        Exception: whatever :func:`cross_entropy` raises.
     """
     args = (input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature)
     if not is_dynamo_compiling():

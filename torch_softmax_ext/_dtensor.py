@@ -1,9 +1,9 @@
-"""Rules of DTensor: rows may be sharded along every dimension but that of the classes, and each rank computes its own.
+"""Sharding rules for DTensor. Every dimension but that of the classes may be sharded; each rank computes its own rows.
 
-The sums of losses over rows are partial sums. A mean and an accuracy have their divisors from all ranks: sums are
-divided by the weight of the targets that count, or by their number (:func:`mean`, :func:`metrics`); the operators
-themselves, whose divisors are those of the rows they see, are replicated with reduction "mean". A sharded class
-dimension raises.
+Losses summed over rows are partial sums. A mean or an accuracy needs a divisor from all ranks, so it is computed as a
+sum and divided by the total weight or number of counted targets (:func:`mean`, :func:`metrics`). The operators
+themselves divide by what they see, so with reduction "mean" their inputs are replicated. A sharded class dimension
+raises.
 """
 
 import math
@@ -11,6 +11,7 @@ import sys
 
 import torch
 
+from torch_softmax_ext._row_map import ROW_MAPS
 from torch_softmax_ext._when_imported import when_imported
 
 _ops = torch.ops.torch_softmax_ext
@@ -71,7 +72,7 @@ def _register():
     propagator = DTensor._op_dispatcher.sharding_propagator
 
     def rule(overload):
-        """register_sharding, whose cache of placements would forget arguments that are no ints: the reduction."""
+        """As register_sharding, but the cache of placements also depends on ``reduction``, which is not an int."""
 
         def register(function):
             register_sharding(overload)(function)
@@ -87,21 +88,22 @@ def _register():
             )
 
     def present(specs, shards):
-        """The placements of tensors, by theirs where rows are sharded; None where there is no tensor."""
+        """Placements for the tensors that are given; None for an optional tensor that is not."""
         return [None if s is None else p for s, p in zip(specs, shards, strict=True)]
 
     def is_by_rows(stats):
-        """Each rank's statistics are of its own rows, and are never cut or put together."""
+        """Whether each rank holds the statistics of its own rows. They are never redistributed."""
         return any(p.is_shard() for p in stats.placements)
 
     def with_rows(dims, results, tensors, shard):
-        """All replicated, and sharded along each of `dims`: shard(dim) gives the placements of results and tensors."""
+        """All strategies: everything replicated, or rows sharded along one of `dims`, for which shard(dim) gives the
+        placements of results and tensors."""
         yield [Replicate()] * results, present(tensors, [Replicate()] * len(tensors))
         for dim in dims:
             of_results, of_tensors = shard(dim)
             yield of_results, present(tensors, of_tensors)
 
-    # ---- cross_entropy: a dimension of the logits is one of the rows, without that of the classes ------------------
+    # ---- cross_entropy: logits have one dimension more than rows: the classes, dimension 1 --------------------------
 
     def cross_entropy(results, input, target, reduction):
         dims = [] if reduction == "mean" else [d for d in range(len(input.shape)) if d != 1 and len(input.shape) > 1]
@@ -145,7 +147,7 @@ def _register():
         tensors = [grad_output, grad_lse, input, target, stats, weight]
         return list(with_rows(dims if is_by_rows(stats) else [], 1, tensors, placed))
 
-    # ---- linear_cross_entropy: gradients of weight and bias are partial sums ---------------------------------------
+    # ---- linear_cross_entropy: the gradients of weight and bias are partial sums ------------------------------------
 
     def linear(input, linear_weight, target, linear_bias, weight, reduction, wanted=()):
         refuse_sharded("linear_cross_entropy", "linear_weight", linear_weight, 0)
@@ -182,7 +184,7 @@ def _register():
 
         return list(with_rows(dims, 3, [grad_output, *tensors], placed))
 
-    # ---- maps of rows ------------------------------------------------------------------------------------------------
+    # ---- selective_log_softmax --------------------------------------------------------------------------------------
 
     def selective(input):
         refuse_sharded("selective_log_softmax", "input", input, len(input.shape) - 1)
@@ -211,20 +213,26 @@ def _register():
         dims = selective(input) if is_by_rows(stats) else []
         return list(with_rows(dims, 1, [grad_logp, grad_entropy, input, index, stats], rows))
 
-    def sparsemax(tensors, dim):
+    # ---- row maps ---------------------------------------------------------------------------------------------------
+
+    def row_map(name, tensors, dim):
         rank = len(tensors[0].shape)
         for tensor in tensors:
-            refuse_sharded("sparsemax", "input", tensor, dim % max(1, rank), what="the result that sums to 1")
+            refuse_sharded(name, "input", tensor, dim % max(1, rank), what="the result that sums to 1")
         dims = [d for d in range(rank) if d != dim % rank]
         return list(with_rows(dims, 1, tensors, lambda d: ([Shard(d)], [Shard(d)] * len(tensors))))
 
-    @rule(_ops.sparsemax.default)
-    def _(input, dim=-1):
-        return sparsemax([input], dim)
+    for name in ROW_MAPS:
 
-    @rule(_ops._sparsemax_backward.default)
-    def _(grad_output, output, dim):
-        return sparsemax([output, output], dim)
+        @rule(getattr(_ops, name).default)
+        def _(input, dim=-1, *, name=name, **options):
+            return row_map(name, [input], dim)
+
+        @rule(getattr(_ops, f"_{name}_backward").default)
+        def _(grad_output, output, dim, *options, name=name):
+            return row_map(name, [output, output], dim)
 
 
-when_imported("torch.distributed.tensor", _register)
+def register() -> None:
+    """Registers the rules once the program imports DTensor."""
+    when_imported("torch.distributed.tensor", _register)

@@ -1,4 +1,4 @@
-"""What FLOP counters add for linear_cross_entropy: its matrix products, which they cannot look into."""
+"""FLOP formulas of linear_cross_entropy, whose matrix products torch's FLOP counters cannot see."""
 
 from math import prod
 
@@ -22,7 +22,7 @@ def _register():
 
     @register_flop_formula(_ops._linear_cross_entropy_forward)
     def forward(input_shape, linear_weight_shape, *args, out_shape=None, **options):
-        *_, grad_input, grad_weight, _ = args  # what is computed beside the loss
+        *_, grad_input, grad_weight, _ = args  # which gradients the forward pass computes
         return _product(input_shape, linear_weight_shape) * (1 + grad_input + grad_weight)
 
     @register_flop_formula(_ops._linear_cross_entropy_backward)

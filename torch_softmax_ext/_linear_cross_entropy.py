@@ -28,8 +28,8 @@ def linear_cross_entropy(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> Tensor:
-    r"""Softmax cross-entropy of a linear layer, the last one of a language model, without its logits: they are computed
-    ``chunk_size`` rows at a time, into one buffer.
+    r"""Softmax cross-entropy of the output of a linear layer, typically the last one of a language model, without
+    storing that output: ``chunk_size`` rows of logits at a time are computed, in one buffer.
 
     .. math::
         x_i = W h_i + b, \quad
@@ -37,58 +37,60 @@ def linear_cross_entropy(
         \text{lse}_i = \log \sum_c \exp s_{ic}, \quad
         \ell_i = \sum_c w_c \, q_{ic} \, (\text{lse}_i - s_{ic}) + \text{z\_loss\_weight} \cdot \text{lse}_i^2
 
-    with :math:`q_i = (1 - \varepsilon) \, \text{onehot}(y_i) + \varepsilon / C` for a class index :math:`y_i` and
-    label smoothing :math:`\varepsilon`, or :math:`(1 - \varepsilon) \, \text{target}_i + \varepsilon / C`. Without
-    softcap the fraction is :math:`x_{ic} / \text{temperature}`.
+    Without softcap, :math:`s_{ic} = x_{ic} / \text{temperature}`. With label smoothing :math:`\varepsilon`, the target
+    distribution is :math:`q_i = (1 - \varepsilon) \, \text{onehot}(y_i) + \varepsilon / C` for a class index
+    :math:`y_i`, and :math:`q_i = (1 - \varepsilon) \, \text{target}_i + \varepsilon / C` for class probabilities.
 
-    The same as ``cross_entropy(linear(input, linear_weight, linear_bias), target)`` in value and gradients, within
-    rounding. Where a gradient is asked for, the forward pass computes it, chunk by chunk, for an incoming gradient of
-    1, and backward multiplies; with ``reduction="none"`` and in checkpoints, backward computes each chunk once more.
-    Only the gradients that are asked for are computed. Ignored rows take no part: they cost no matrix product. The same
-    inputs give the same bits; a row's bits may depend on its chunk, as those of a matrix product do.
+    Value and gradients are those of ``cross_entropy(linear(input, linear_weight, linear_bias), target)`` within
+    rounding. The forward pass computes the gradients that are needed, chunk by chunk, for a ``grad_output`` of 1, and
+    backward multiplies them by ``grad_output``. With ``reduction="none"``, and under checkpointing, backward computes
+    each chunk again. Ignored rows cost no matrix product. The same inputs give the same bits, but a row's bits may
+    depend on its chunk, as the bits of a matrix product do.
 
-    In bfloat16, logits and their gradients are rounded to the dtype, as behind a linear layer; the gradients of weight
-    and bias are added up over the chunks in float32. Float16 is computed in float32, matrix products included, from
-    copies of a few thousand classes' weights at a time; its gradients are kept in float32 until the incoming gradient,
-    a loss scale mostly, is known. Under autocast the inputs are cast to its dtype.
-    On CUDA the targets are looked at by the host, which waits for them: not for CUDA graphs.
-    Double backward, ``torch.func``, forward-mode AD and gradients of class probabilities or class weights hold all
-    logits: they take torch's linear and :func:`cross_entropy`.
+    In bfloat16, logits and their gradients are rounded to bfloat16, as after a linear layer; the gradients of weight
+    and bias are summed over the chunks in float32. Float16 is computed in float32, matrix products included, on float32
+    copies of a few thousand classes' weights at a time; its gradients stay in float32 until ``grad_output``, usually a
+    loss scale, is known. Under autocast the inputs are cast to its dtype. On CUDA the host reads the targets, and waits
+    for them, so the function cannot be captured in a CUDA graph. Double backward, ``torch.func``, forward-mode AD and
+    gradients of class probabilities or class weights store all logits: they use torch's linear and
+    :func:`cross_entropy`.
 
-    After Cut Your Losses (arXiv:2411.09009) and Liger Kernel (arXiv:2410.10989); arguments as
+    After Cut Your Losses (arXiv:2411.09009) and Liger Kernel (arXiv:2410.10989). The arguments follow
     ``torch.nn.functional.linear_cross_entropy`` of torch 2.14.
 
     Args:
         input: hidden states of shape ``(…, H)``; float32, float64, float16 or bfloat16; any strides.
-        linear_weight: of the linear layer, shape ``(C, H)``, ``input``'s dtype.
-        target: class indices of shape ``(…)``; int64, int32 or uint8; in ``[0, C)`` or ``ignore_index``. Or class
-            probabilities of shape ``(…, C)``, floating point, differentiable, too; of another dtype than ``input``, the
-            loss is computed in the wider one.
-        linear_bias: of the linear layer, shape ``(C)``, ``input``'s dtype; None: none.
-        weight: of the classes, shape ``(C)``, floating point; with class probabilities integers, too, and
-            differentiable; None: 1.
-        ignore_index: a target that is not counted: its loss and gradient are 0. Not with class probabilities.
-        reduction: ``"none"``, ``"sum"``, or ``"mean"``: the sum divided by the weights of all counted targets (by the
-            number of rows for class probabilities), the z-loss by their number; NaN where there is none.
-        label_smoothing: part of the target that is spread evenly over the classes, in [0, 1].
-        z_loss_weight: of the squared log-sum-exp of each counted row, without class weight (PaLM, arXiv:2204.02311).
-        softcap: bound of the logits (Gemma 2, arXiv:2408.00118); None: none.
-        temperature: what the logits, capped, are divided by.
-        chunk_size: how many rows of logits there are at a time, those of float16 in float32. None: a
-            ninth of the counted rows, between 256 and 1024.
+        linear_weight: weight of the linear layer, shape ``(C, H)``, ``input``'s dtype.
+        target: class indices of shape ``(…)``; int64, int32 or uint8; each in ``[0, C)`` or ``ignore_index``. Or class
+            probabilities of shape ``(…, C)``, floating point, differentiable. If their dtype differs from ``input``'s,
+            the loss is computed in the wider of the two.
+        linear_bias: bias of the linear layer, shape ``(C)``, ``input``'s dtype; None for no bias.
+        weight: class weights of shape ``(C)``, floating point; None means 1. With class probabilities they may also be
+            integers, and may require grad.
+        ignore_index: a row with this target has loss 0 and gradient 0 and is not counted. Not with class probabilities.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``. The mean divides by the total weight of all counted targets (for
+            class probabilities by the number of rows), and the z-loss by their number. It is NaN if nothing is counted.
+        label_smoothing: the share of the target that is spread evenly over all classes, in [0, 1].
+        z_loss_weight: factor of the squared log-sum-exp of each counted row; class weights do not apply to it (PaLM,
+            arXiv:2204.02311).
+        softcap: bound on the absolute value of the logits (Gemma 2, arXiv:2408.00118); None for no bound.
+        temperature: the logits, after softcap, are divided by it.
+        chunk_size: the number of rows of logits in the buffer, which is float32 for float16 input. None: a ninth of the
+            counted rows, but at least 256 and at most 1024.
 
     Returns:
-        The loss in float32 (float64 for float64 input): a scalar, or of the shape of class indices for ``"none"``.
+        The loss in float32 (float64 for float64 input): a scalar, or for ``"none"`` one number per row, in the shape of
+        class indices.
 
     Raises:
-        IndexError: a target that is neither a class nor ``ignore_index``, on CPU and CUDA.
-        ValueError: class indices of another shape, an unknown ``reduction``, a ``chunk_size``, ``temperature`` or
-            ``softcap`` that is not positive, a ``z_loss_weight`` that is not finite.
-        RuntimeError: other shapes that do not fit, another dtype of ``linear_weight`` or ``linear_bias`` than
-            ``input``'s, a target of another dtype, tensors on two devices, with class indices a ``weight`` that
-            requires grad, ``label_smoothing`` outside [0, 1], a non-negative ``ignore_index`` with class probabilities.
-        NotImplementedError: input that is not floating point.
-        TypeError: an argument of another type.
+        IndexError: a target is neither a class nor ``ignore_index``, on CPU and CUDA.
+        ValueError: class indices have another shape, ``reduction`` is unknown, ``chunk_size``, ``temperature`` or
+            ``softcap`` is not positive, or ``z_loss_weight`` is not finite.
+        RuntimeError: other shapes do not fit; ``linear_weight`` or ``linear_bias`` has another dtype than ``input``;
+            ``target`` has an unsupported dtype; tensors are on different devices; ``weight`` requires grad with class
+            indices; ``label_smoothing`` is outside [0, 1]; ``ignore_index`` is not negative with class probabilities.
+        NotImplementedError: ``input`` is not floating point.
+        TypeError: an argument has another type.
     """
     args = (input, linear_weight, target, linear_bias, weight)
     args += (ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature, chunk_size)
@@ -108,9 +110,11 @@ _OPTIONS = options_of(linear_cross_entropy)
 
 
 class LinearCrossEntropyLoss(FunctionModule, function=linear_cross_entropy):
-    """:func:`linear_cross_entropy` as a module. The linear layer is not part of it: its weight, often shared with the
-    embedding, and its bias come with each call, in the order of :func:`linear_cross_entropy` (Liger's
-    ``LigerFusedLinearCrossEntropyLoss`` has the weight first: ``loss(lm_head.weight, hidden, target, lm_head.bias)``).
+    """:func:`linear_cross_entropy` as a module.
+
+    It does not hold the linear layer, whose weight is often shared with the embedding: weight and bias are arguments of
+    each call, ``loss(hidden, lm_head.weight, target, lm_head.bias)``. Liger's ``LigerFusedLinearCrossEntropyLoss``
+    takes the weight first.
     """
 
     def forward(

@@ -1,4 +1,4 @@
-"""Loads the compiled library. Whatever goes wrong becomes one readable ImportError with its cause chained."""
+"""Loads the compiled library. Every failure becomes one readable ImportError, chained to its cause."""
 
 import importlib
 import importlib.util

@@ -55,7 +55,7 @@ for _name in ("_cross_entropy", "_linear_cross_entropy", "_selective_log_softmax
 
 def _pack(options) -> tuple[Tensor, tuple]:
     """The three numbers in a tensor, and the other options."""
-    one = torch.ones((), dtype=torch.float64, device="cpu")  # a product is what torch.compile makes a tensor of
+    one = torch.ones((), dtype=torch.float64, device="cpu")  # torch.compile turns its product into a tensor
 
     def to_tensor(number):
         if number is None:
@@ -161,8 +161,8 @@ def _differentiate(*tensors) -> bool:
 
 
 def cross_entropy(op, tensors, options):
-    """``op(*tensors, **options)`` in a graph, with or without metrics. Class probabilities and class weights that are
-    differentiated take ``op``: the twins have no gradient for them."""
+    """``op(*tensors, **options)`` in a graph, with or without metrics. The twins have no gradient for class
+    probabilities and class weights: where these require grad, each number is compiled for."""
     input, target, weight = tensors
     if _differentiate(target, weight) or not _are_dynamic(options):
         return op(*tensors, **options)

@@ -39,7 +39,7 @@ def options_of(function) -> dict[str, object]:
 
 
 def _checked(op: str, parameter: inspect.Parameter, value):
-    """The value; a number as one of Python's own, also if it came from NumPy or in a tensor without dimensions."""
+    """The value, where a number of NumPy or in a tensor without dimensions becomes one of Python's own."""
     name, kinds = parameter.name, _kinds(parameter)
     if kinds == (str,):
         if not isinstance(value, str):
@@ -59,23 +59,23 @@ def _checked(op: str, parameter: inspect.Parameter, value):
 
 
 def checked(function, values) -> list:
-    """The first arguments of a call of ``function``, checked as torch's own functions do: another type raises
-    TypeError, another ``reduction`` than a string ValueError."""
+    """The first arguments of a call of ``function``, after type checks. As in torch's own functions, a wrong type
+    raises TypeError, and a ``reduction`` that is not a string ValueError."""
     parameters = inspect.signature(function).parameters.values()
     return [_checked(function.__name__, p, v) for p, v in zip(parameters, values, strict=False)]
 
 
 def split(args, options) -> tuple[tuple, dict[str, object]]:
-    """The tensors, and the options by name: ``op(*tensors, **options)`` is how operators are called."""
+    """The tensors, and the options by name, for the call ``op(*tensors, **options)``."""
     count = len(args) - len(options)
     return args[:count], dict(zip(options, args[count:], strict=True))
 
 
 class FunctionModule(nn.Module):
-    """A public function as a module: ``class M(FunctionModule, function=f)``.
+    """Base of modules that call a public function: ``class M(FunctionModule, function=f)``.
 
-    The constructor takes the options of the function, and ``weight``, the class weights, where the function has them.
-    Each becomes an attribute, which may be changed later.
+    The constructor takes the function's options, and its class weights ``weight``, if it has them. Each becomes an
+    attribute that may be changed later.
     """
 
     if TYPE_CHECKING:

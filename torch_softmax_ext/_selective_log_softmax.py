@@ -1,4 +1,4 @@
-"""Log-probabilities at given classes, with the entropy: function, and the rules of torch.func.vmap."""
+"""Log-probabilities of given classes, with the entropy: function, and the rules of torch.func.vmap."""
 
 import torch
 from torch import Tensor
@@ -21,37 +21,39 @@ def selective_log_softmax(
     softcap: float | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""``log_softmax(input, -1).gather(-1, index)``, fused, and the entropy of each row: what policy gradients need of
-    the logits of a language model. Each logit is read once, and nothing of the logits' size is written or kept.
+    r"""``log_softmax(input, -1).gather(-1, index)`` and, if asked for, the entropy of each row: what policy-gradient
+    training needs of the logits of a language model. Fused: each logit is read once, and no intermediate of the size of
+    the logits is written or kept.
 
     .. math::
         s_{ic} = \frac{\text{softcap} \cdot \tanh(x_{ic} / \text{softcap})}{\text{temperature}}, \quad
         \text{logp}_{ik} = s_{i y_{ik}} - \log \sum_c \exp s_{ic}, \quad
         H_i = - \sum_c p_{ic} \log p_{ic}, \quad p_i = \text{softmax}(s_i)
 
-    Without softcap the fraction is :math:`x_{ic} / \text{temperature}`. The name is that of ``selective_log_softmax``
-    in TRL (https://github.com/huggingface/trl, ``trl/trainer/utils.py``). A log-probability is never positive, and
-    both results are exactly 0 where one class has all of the probability. Both are differentiable.
+    Without softcap, :math:`s_{ic} = x_{ic} / \text{temperature}`. Both results are differentiable. A log-probability is
+    never positive, and both results are exactly 0 where one class has all the probability. The name is that of
+    ``selective_log_softmax`` in TRL (https://github.com/huggingface/trl, ``trl/trainer/utils.py``).
 
     Args:
         input: logits of shape ``(…, C)``; float32, float64, float16 or bfloat16; any strides. Half types are computed
-            in float32. Where classes are not neighbours in memory, the CPU works on a copy.
-        index: classes in ``[0, C)``, int64 or int32, of shape ``(…)``, one a row, or ``(…, K)``, which may repeat.
-        temperature: what the logits, capped, are divided by.
-        softcap: bound of the logits; None: none.
-        return_entropy: whether the entropy is returned, too.
+            in float32. If the classes are not contiguous, the CPU works on a copy.
+        index: classes in ``[0, C)``, int64 or int32: one per row, shape ``(…)``, or several, shape ``(…, K)``, which
+            may repeat.
+        temperature: the logits, after softcap, are divided by it.
+        softcap: bound on the absolute value of the logits; None for no bound.
+        return_entropy: also return the entropy.
 
     Returns:
-        Log-probabilities of ``index``'s shape in float32 (float64 for float64 logits); with ``return_entropy`` a tuple
+        Log-probabilities of ``index``'s shape in float32 (float64 for float64 logits). With ``return_entropy`` a tuple
         of them and the entropies, of shape ``(…)`` and the same dtype. A logit of ``-inf`` has log-probability ``-inf``
-        and adds 0 to the entropy; a NaN or ``+inf``, or ``-inf`` alone, makes its own row NaN.
+        and adds 0 to the entropy. A NaN, a ``+inf``, or a row of ``-inf`` alone makes its own row NaN.
 
     Raises:
-        IndexError: an index that is no class (CPU; on CUDA a device-side assertion).
-        ValueError: a ``temperature`` or ``softcap`` that is not positive.
-        RuntimeError: shapes that do not fit, an index that is neither int64 nor int32, tensors on two devices.
-        NotImplementedError: logits that are not floating point.
-        TypeError: an argument of another type.
+        IndexError: an index is not a class (CPU; on CUDA a device-side assertion).
+        ValueError: ``temperature`` or ``softcap`` is not positive.
+        RuntimeError: shapes do not fit, ``index`` is neither int64 nor int32, or tensors are on different devices.
+        NotImplementedError: ``input`` is not floating point.
+        TypeError: an argument has another type.
     """
     args = (input, index, temperature, softcap)
     op = _op_with_entropy if return_entropy else _op

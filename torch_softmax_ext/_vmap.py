@@ -1,10 +1,10 @@
-"""What rules of torch.func.vmap share."""
+"""Shared by the rules of torch.func.vmap."""
 
 import torch
 
 
 def one_by_one(op, info, in_dims, args, options):
-    """One call for each element of the batch."""
+    """Calls ``op`` once for each element of the batch, and stacks the results."""
     results = [
         op(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)), **options)
         for i in range(info.batch_size)

@@ -1,4 +1,4 @@
-"""Registers rules with modules of torch that ``import torch`` leaves out, once somebody imports them."""
+"""Registers rules with modules of torch that ``import torch`` does not import, as soon as the program imports them."""
 
 import importlib.util
 import sys
@@ -11,7 +11,7 @@ import torch
 def _register(name: str, register: Callable[[], None]) -> None:
     try:
         register()
-    except Exception as error:  # of a version of torch that we do not know: its import must not fail for our rules
+    except Exception as error:  # in an unknown version of torch; its own import must still succeed
         warnings.warn(f"torch_softmax_ext: no rules for {name} in torch {torch.__version__}: {error!r}", stacklevel=2)
 
 
@@ -36,7 +36,7 @@ class _Finder:
 
 
 def when_imported(name: str, register: Callable[[], None]) -> None:
-    """Calls ``register`` now where the module is there already, else after its import."""
+    """Calls ``register`` now if the module is already imported, else right after its import."""
     if name in sys.modules:
         _register(name, register)
     else:
