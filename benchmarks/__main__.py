@@ -16,6 +16,18 @@ import sys
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the memory profiler
 
 
+def finish(args, run, name, table):
+    """Prints the table. A run of all rows replaces the last one of such a machine, in the documents' tables, too."""
+    from benchmarks import report
+    from torch_softmax_ext.testing import SPECS
+
+    print(table)
+    if args.only and not args.name:
+        return
+    report.write(run, report.RESULTS / (args.name or name))
+    report.write_documents(SPECS)
+
+
 def main():
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -27,7 +39,7 @@ def main():
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count()))
     parser.add_argument("--rounds", type=int, default=7, help="times that every provider is timed")
     parser.add_argument("--allocator", choices=["both", "default", "warm"], default="both")
-    parser.add_argument("--name", help="of the file in benchmarks/results/; by default the machine's")
+    parser.add_argument("--name", help="of the file in benchmarks/results/; with --only there is none without it")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--seconds", type=float, default=100, help="on a GPU: what does not fit is left out")
     parser.add_argument("--list", action="store_true", help="on a GPU: print the plan")
@@ -41,8 +53,7 @@ def main():
             parser.error("compare: expected --base, the folder of the other tree")
         sys.exit(1 if compare.compare(SPECS, args.base, args.threads, args.rounds, args.only) else 0)
     if args.command == "docs":
-        for path, text in report.documents(SPECS).items():
-            path.write_text(text)
+        report.write_documents(SPECS)
         return
     if args.device == "cuda":
         if args.list:
@@ -50,7 +61,7 @@ def main():
             return
         cuda.require_device()
         run = cuda.measure(SPECS, args.seconds, args.only, args.skip)
-        report.write(run, report.RESULTS / (args.name or cuda.file_name(run["environment"])), report.markdown(run))
+        finish(args, run, cuda.file_name(run["environment"]), report.markdown(run))
         return
     if args.allocator == "both":
         for allocator in ("default", "warm"):
@@ -61,8 +72,8 @@ def main():
 
     run = measure.measure(SPECS, args.threads, args.rounds, args.only, args.skip)
     table = report.markdown(run) + "\n" + goals.table(run, SPECS)
-    name = f"{args.name}-{args.allocator}" if args.name else measure.file_name(run["environment"])
-    report.write(run, report.RESULTS / name, table)
+    args.name = args.name and f"{args.name}-{args.allocator}"
+    finish(args, run, measure.file_name(run["environment"]), table)
 
 
 if __name__ == "__main__":

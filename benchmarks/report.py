@@ -45,15 +45,14 @@ def machine(environment):
     )
 
 
-def write(run, stem, table):
-    """The run as JSON, its plot as PNG, and its table on the terminal."""
+def write(run, stem):
+    """The run as JSON, its plot as PNG."""
     from benchmarks import plots
 
     stem.parent.mkdir(exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(run, indent=1) + "\n")
     draw = plots.plot_roofline if "device" in run["environment"] else plots.plot
     draw(run, stem.with_suffix(".png"))
-    print(table)
 
 
 def markdown(run):
@@ -127,3 +126,8 @@ def documents(specs):
         readme: between(readme.read_text(), "speed", front),
         page: between(page.read_text(), "tables", "\n".join(tables)),
     }
+
+
+def write_documents(specs):
+    for path, text in documents(specs).items():
+        path.write_text(text)
