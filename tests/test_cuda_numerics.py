@@ -290,7 +290,7 @@ def test_backward_reads_no_class_that_is_none(bad, classes_first):
     _, stats = ops._cross_entropy_forward(x, good, *options)
     with pytest.raises(RuntimeError, match="cross_entropy: target: expected a class index"):
         ops._cross_entropy_backward(torch.ones(()), None, x, target, stats, *options)
-    _, _, stats = ops._selective_log_softmax_forward(x, good, 1.0, None, False)
+    _, _, stats = ops._selective_log_softmax_forward(x, good, False, 1.0, None)
     with pytest.raises(RuntimeError, match="selective_log_softmax: index: expected a class"):
         ops._selective_log_softmax_backward(torch.ones(4), None, x, target, stats, 1.0, None)
 

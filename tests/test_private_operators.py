@@ -26,7 +26,7 @@ def cross_entropy(device, options, dtype=torch.float32, probabilities=False, lse
 def selective(device, k, entropy):
     x = torch.randn(6, 5, device=device)
     index = torch.randint(0, 5, (6, *k), device=device)
-    logp, h, stats = ops._selective_log_softmax_forward(x, index, 1.0, None, entropy)
+    logp, h, stats = ops._selective_log_softmax_forward(x, index, entropy, 1.0, None)
     return [torch.ones_like(logp), torch.ones_like(h) if entropy else None, x, index, stats]
 
 

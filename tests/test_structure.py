@@ -100,8 +100,6 @@ def test_every_schema_has_its_kernels():
         assert has(name, "Meta"), name
         if not name.split("::")[1].startswith("_"):
             assert has(name, "Autograd"), name
-            assert has(name, "AutocastCPU"), name
-            assert has(name, "AutocastCUDA"), name
             assert has(name, "FuncTorchBatched"), name
 
 

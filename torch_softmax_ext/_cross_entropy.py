@@ -11,7 +11,7 @@ from torch_softmax_ext._options import FunctionModule, checked, options_of, spli
 from torch_softmax_ext._vmap import one_by_one
 
 _op = torch.ops.torch_softmax_ext.cross_entropy.default
-_inplace_op = torch.ops.torch_softmax_ext._cross_entropy_inplace_backward.default
+_inplace_op = torch.ops.torch_softmax_ext._cross_entropy_forward_inplace.default
 _metrics_op = torch.ops.torch_softmax_ext.cross_entropy_with_metrics.default
 _short_way = _C.cross_entropy  # plain tensors only, else NotImplemented
 _short_way_with_metrics = _C.cross_entropy_with_metrics

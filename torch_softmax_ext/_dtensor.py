@@ -201,7 +201,7 @@ def _register():
             return list(with_rows(selective(input), results, [input, index], rows))
 
     @rule(_ops._selective_log_softmax_forward.default)
-    def _(input, index, temperature, softcap, entropy):
+    def _(input, index, entropy, *numbers):
         def rows(dim):
             return [Shard(dim), Shard(dim) if entropy else Replicate(), Shard(1)], [Shard(dim)] * 2
 

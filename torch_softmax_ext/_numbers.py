@@ -137,7 +137,7 @@ class _Selective(torch.autograd.Function):
     @staticmethod
     def forward(ctx, numbers, options, input, index):
         (entropy,) = options
-        logp, h, stats = _ops._selective_log_softmax_forward_of_numbers(input, index, numbers, entropy)
+        logp, h, stats = _ops._selective_log_softmax_forward_of_numbers(input, index, entropy, numbers)
         ctx.save_for_backward(input, index, numbers, stats)
         return (logp, h) if entropy else logp
 

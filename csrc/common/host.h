@@ -103,14 +103,17 @@ inline const at::Tensor& with_huge_pages(const at::Tensor& t) {
 // suite builds to run the CUDA kernels on CPU tensors through the executor of tests/cuda_on_host. Only this part knows.
 #if defined(TSE_CUDA_ON_HOST)
 constexpr bool kHasCuda = true;
+#define TSE_CUDA(launcher) launcher  // nullptr in a build without it
 inline bool use_cuda(const at::Tensor&) { return true; }
 inline cudaStream_t current_stream(const at::Tensor&) { return nullptr; }
 #elif defined(TSE_WITH_CUDA)
 constexpr bool kHasCuda = true;
+#define TSE_CUDA(launcher) launcher
 inline bool use_cuda(const at::Tensor& t) { return t.is_cuda(); }
 inline cudaStream_t current_stream(const at::Tensor& t) { return c10::cuda::getCurrentCUDAStream(t.device().index()); }
 #else
 constexpr bool kHasCuda = false;
+#define TSE_CUDA(launcher) nullptr
 inline bool use_cuda(const at::Tensor& t) {
   TORCH_CHECK(!t.is_cuda(), "torch_softmax_ext: this build has no CUDA kernels, got a tensor on ", t.device(),
               "; rebuild it where nvcc matches the CUDA version of torch");

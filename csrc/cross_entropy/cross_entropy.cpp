@@ -9,7 +9,6 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/ScalarType.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
@@ -17,15 +16,13 @@
 #include <vector>
 
 #include "common/host.h"
+#include "common/row_loss.h"
 #include "cross_entropy/cross_entropy_host.h"
 
 namespace tse {
 constexpr const char* kOp = "cross_entropy";
 
 namespace {
-
-// The dimension of the classes: 0 for (C), else 1.
-int64_t class_dim(const at::Tensor& input) { return input.dim() == 1 ? 0 : 1; }
 
 // A copy whose classes are neighbours in memory.
 at::Tensor classes_last(const at::Tensor& t) {
@@ -220,12 +217,6 @@ CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target
   return r;
 }
 
-std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
-                                                         TSE_OPTIONS) {
-  const CrossEntropyResult r = run_forward(input, target, TSE_PACKED);
-  return {r.loss, r.stats};
-}
-
 // `written`: the gradient of a forward that guessed; what it was written for, the device compares.
 at::Tensor run_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse, const at::Tensor& input,
                         const at::Tensor& target, const at::Tensor& stats, const CrossEntropyOptions& options,
@@ -247,7 +238,7 @@ at::Tensor run_backward(const at::Tensor& grad_output, const OptionalTensor& gra
   if (use_cuda(input)) {
     if constexpr (kHasCuda) launch_cross_entropy_bwd(p, current_stream(input));
   } else {
-    run_cross_entropy_bwd(p);
+    run_rows(p, /*forward=*/false, /*backward=*/true);
   }
   return operands.finished_grad();
 }
@@ -266,24 +257,27 @@ void check_backward(const at::Tensor& grad_output, const OptionalTensor& grad_ls
   check_handed(kOp, "stats", stats, input, at::kDouble, {&size, 1});
 }
 
+}  // namespace
+
+LossAndStats cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
+                                   const CrossEntropyOptions& options) {
+  const CrossEntropyResult r = run_forward(input, target, options);
+  return {r.loss, r.stats};
+}
+
 at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
                                   const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
-                                  TSE_OPTIONS) {
-  const CrossEntropyOptions options = TSE_PACKED;
+                                  const CrossEntropyOptions& options) {
   check_backward(grad_output, grad_lse, input, target, stats, options);
-  if (!use_cuda(input)) check_target_range(input, target, ignore_index);
+  if (!use_cuda(input) && !target.is_floating_point()) {
+    count_classes(kOp, "target", class_indices(target).contiguous(), input.size(class_dim(input)),
+                  options.ignore_index);
+  }
   return run_backward(grad_output, grad_lse, input, target, stats.contiguous(), options);
 }
 
-at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
-  return run_forward(input, target, TSE_PACKED).loss;
-}
-
-// lse is 0 and predictions are ignore_index where the target is ignored.
-using Metrics = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-Metrics cross_entropy_metrics_forward(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
-  const CrossEntropyOptions options = TSE_PACKED;
+StatsAndMetrics cross_entropy_metrics_forward(const at::Tensor& input, const at::Tensor& target,
+                                              const CrossEntropyOptions& options) {
   TSE_CHECK(input.dim() == 0 || input.size(class_dim(input)) > 0, kOp, "input",
             "expected at least one class to predict, got shape ", input.sizes());
   const CrossEntropyResult r = run_forward(input, target, options, Gradient::kNone, {}, /*metrics=*/true);
@@ -307,25 +301,17 @@ Metrics cross_entropy_metrics_forward(const at::Tensor& input, const at::Tensor&
   return {r.loss, r.stats, z_loss, lse, accuracy, r.predictions};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_with_metrics(
-    const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
-  auto [loss, stats, z_loss, lse, accuracy, predictions] = cross_entropy_metrics_forward(
-      input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature);
-  return {loss, z_loss, lse, accuracy, predictions};
-}
-
 // ---- shapes only: fake tensors, whose sizes may be symbolic -------------------------------------------------------
 
-std::tuple<at::Tensor, at::Tensor> cross_entropy_forward_meta(const at::Tensor& input, const at::Tensor& target,
-                                                              TSE_OPTIONS) {
-  const CrossEntropyOptions options = TSE_PACKED;
+LossAndStats cross_entropy_forward_meta(const at::Tensor& input, const at::Tensor& target,
+                                        const CrossEntropyOptions& options) {
   check_cross_entropy(input, target, options);
   const auto type =
       target.is_floating_point() ? c10::promoteTypes(input.scalar_type(), target.scalar_type()) : input.scalar_type();
   const auto loss_options = input.options().dtype(accumulate_type(type));
   const auto sizes = row_sizes(input, target);
   const auto rows = c10::multiply_integers(sizes);
-  const bool reduce = parse_reduction(kOp, reduction) != Reduction::kNone;
+  const bool reduce = parse_reduction(kOp, options.reduction) != Reduction::kNone;
   const auto size =
       stats_size<c10::SymInt>(rows, loss_options.dtype() == at::kDouble, has_mass(target, options), reduce);
   at::Tensor stats = at::empty_symint({size}, input.options().dtype(at::kDouble));
@@ -335,14 +321,14 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_forward_meta(const at::Tensor& 
 
 at::Tensor cross_entropy_backward_meta(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
                                        const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
-                                       TSE_OPTIONS) {
-  check_backward(grad_output, grad_lse, input, target, stats, TSE_PACKED);
+                                       const CrossEntropyOptions& options) {
+  check_backward(grad_output, grad_lse, input, target, stats, options);
   return at::empty_like(input);
 }
 
-Metrics cross_entropy_metrics_forward_meta(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
-  const auto [loss, stats] = cross_entropy_forward_meta(input, target, weight, ignore_index, reduction, label_smoothing,
-                                                        z_loss_weight, softcap, temperature);
+StatsAndMetrics cross_entropy_metrics_forward_meta(const at::Tensor& input, const at::Tensor& target,
+                                                   const CrossEntropyOptions& options) {
+  const auto [loss, stats] = cross_entropy_forward_meta(input, target, options);
   const auto sizes = row_sizes(input, target);
   return {loss,
           stats,
@@ -352,23 +338,7 @@ Metrics cross_entropy_metrics_forward_meta(const at::Tensor& input, const at::Te
           at::empty_symint(sizes, input.options().dtype(at::kLong))};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> cross_entropy_with_metrics_meta(
-    const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
-  auto [loss, stats, z_loss, lse, accuracy, predictions] = cross_entropy_metrics_forward_meta(
-      input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature);
-  return {loss, z_loss, lse, accuracy, predictions};
-}
-
-at::Tensor cross_entropy_meta(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
-  return std::get<0>(cross_entropy_forward_meta(input, target, weight, ignore_index, reduction, label_smoothing,
-                                                z_loss_weight, softcap, temperature));
-}
-
-}  // namespace
-
-at::Tensor cross_entropy_loss(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
-  return run_forward(input, target, options).loss;
-}
+// ---- for autograd and the linear loss ------------------------------------------------------------------------------
 
 at::Tensor cross_entropy_gradient(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
                                   const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
@@ -406,42 +376,5 @@ void cross_entropy_rescale(const at::Tensor& written, const at::Tensor& grad_out
   p.guess = const_cast<double*>(stats.const_data_ptr<double>()) + 2;
   if constexpr (kHasCuda) launch_cross_entropy_rescale(p, current_stream(written));
 }
-
-TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
-  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  const std::string keywords =
-      "(Tensor input, Tensor target, Tensor? weight=None, *, int ignore_index=-100, str reduction=\"mean\", float "
-      "label_smoothing=0.0, float z_loss_weight=0.0, float? softcap=None, float temperature=1.0)";
-  m.def(("cross_entropy" + keywords + " -> Tensor").c_str(), tags);
-  m.def(("cross_entropy_with_metrics" + keywords +
-         " -> (Tensor loss, Tensor z_loss, Tensor lse, Tensor accuracy, Tensor predictions)")
-            .c_str(),
-        tags);
-  const std::string options =
-      "Tensor? weight, int ignore_index, str reduction, float label_smoothing, float z_loss_weight, float? softcap, "
-      "float temperature)";
-  const auto define = [&](const std::string& arguments, const char* result) {
-    m.def((arguments + options + " -> " + result).c_str(), tags);
-  };
-  define("_cross_entropy_inplace_backward(Tensor(a!) input, Tensor target, ", "Tensor");
-  define("_cross_entropy_forward(Tensor input, Tensor target, ", "(Tensor loss, Tensor stats)");
-  define("_cross_entropy_metrics_forward(Tensor input, Tensor target, ",
-         "(Tensor loss, Tensor stats, Tensor z_loss, Tensor lse, Tensor accuracy, Tensor predictions)");
-  define("_cross_entropy_backward(Tensor grad_output, Tensor? grad_lse, Tensor input, Tensor target, Tensor stats, ",
-         "Tensor");
-}
-
-#define TSE_REGISTER(key, suffix)                                                    \
-  TORCH_LIBRARY_IMPL(torch_softmax_ext, key, m) {                                    \
-    m.impl("cross_entropy", cross_entropy##suffix);                                  \
-    m.impl("_cross_entropy_inplace_backward", cross_entropy##suffix);                \
-    m.impl("_cross_entropy_forward", cross_entropy_forward##suffix);                 \
-    m.impl("_cross_entropy_metrics_forward", cross_entropy_metrics_forward##suffix); \
-    m.impl("cross_entropy_with_metrics", cross_entropy_with_metrics##suffix);        \
-    m.impl("_cross_entropy_backward", cross_entropy_backward##suffix);               \
-  }
-TSE_REGISTER(CPU, )
-TSE_REGISTER(CUDA, )
-TSE_REGISTER(Meta, _meta)
 
 }  // namespace tse

@@ -13,7 +13,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <atomic>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -22,7 +21,10 @@
 
 #include "common/autograd.h"
 #include "common/check.h"
+#include "common/composed.h"
+#include "common/gradient_guess.h"
 #include "common/host.h"
+#include "common/python.h"
 #include "cross_entropy/cross_entropy_host.h"
 
 namespace tse {
@@ -31,61 +33,17 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-bool all_plain(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
-  return is_plain(input) && is_plain(target) && (!options.weight.has_value() || is_plain(*options.weight));
-}
-bool all_plain_cpu(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
-  return is_plain_cpu(input) && all_plain(input, target, options);
-}
-
-at::Tensor call_cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
-  static const auto op =
-      find_op<at::Tensor(const at::Tensor&, const at::Tensor&, TSE_OPTIONS)>("torch_softmax_ext::cross_entropy");
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  // A second pass through the dispatcher shows in small calls.
-  if (all_plain_cpu(input, target, options)) return cross_entropy_loss(input, target, options);
-  return op.call(input, target, TSE_UNPACKED(options));
-}
-
-std::tuple<at::Tensor, at::Tensor> call_forward(const at::Tensor& input, const at::Tensor& target,
-                                                const CrossEntropyOptions& options) {
-  static const auto op = find_op<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, TSE_OPTIONS)>(
-      "torch_softmax_ext::_cross_entropy_forward");
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return op.call(input, target, TSE_UNPACKED(options));
-}
-
-using Metrics = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-Metrics call_metrics_forward(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
-  static const auto op = find_op<Metrics(const at::Tensor&, const at::Tensor&, TSE_OPTIONS)>(
-      "torch_softmax_ext::_cross_entropy_metrics_forward");
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return op.call(input, target, TSE_UNPACKED(options));
-}
+using Options = CrossEntropyOptions;
 
 at::Tensor call_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse, const at::Tensor& input,
-                         const at::Tensor& target, const at::Tensor& stats, const CrossEntropyOptions& options) {
-  const bool direct =
-      all_plain_cpu(input, target, options) && is_plain(grad_output) && (!grad_lse.has_value() || is_plain(*grad_lse));
-  static const auto op =
-      find_op<at::Tensor(const at::Tensor&, const OptionalTensor&, const at::Tensor&, const at::Tensor&,
-                         const at::Tensor&, TSE_OPTIONS)>("torch_softmax_ext::_cross_entropy_backward");
+                         const at::Tensor& target, const at::Tensor& stats, const Options& options) {
+  if (!all_plain(grad_output, grad_lse, input, target, options))
+    return Operator<cross_entropy_backward>::call(grad_output, grad_lse, input, target, stats, options);
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  if (direct) return cross_entropy_gradient(grad_output, grad_lse, input, target, stats, options);
-  return op.call(grad_output, grad_lse, input, target, stats, TSE_UNPACKED(options));
+  return cross_entropy_gradient(grad_output, grad_lse, input, target, stats, options);
 }
 
 // ---- the same as a composition of torch's differentiable operators ------------------------------------------------
-
-int64_t class_dim(const at::Tensor& input) { return input.dim() == 1 ? 0 : 1; }
-
-// The logits behind softcap and temperature, in the loss' dtype.
-at::Tensor transformed(const at::Tensor& input, const CrossEntropyOptions& options) {
-  at::Tensor s = input.to(input.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
-  if (options.softcap.has_value()) s = (s / *options.softcap).tanh() * *options.softcap;
-  return options.temperature == 1 ? s : s / options.temperature;
-}
 
 // Loss, z-loss in it and lse; without `metrics` the loss alone.
 struct Composed {
@@ -93,7 +51,7 @@ struct Composed {
 };
 
 // may_ignore: whether some target may be ignored.
-Composed composed(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options, bool metrics,
+Composed composed(const at::Tensor& input, const at::Tensor& target, const Options& options, bool metrics,
                   bool may_ignore = true) {
   check_cross_entropy(input, target, options);
   const auto code = static_cast<int64_t>(parse_reduction("cross_entropy", options.reduction));
@@ -106,7 +64,7 @@ Composed composed(const at::Tensor& input, const at::Tensor& target, const Cross
     // backward.
     if (may_ignore) x = x.masked_fill(t.eq(options.ignore_index).unsqueeze(class_dim(input)), 0);
   }
-  const at::Tensor s = transformed(x, options);
+  const at::Tensor s = transformed(x, options.softcap, options.temperature);
   if (!indices) t = target.to(s.scalar_type());
   const auto weight = options.weight.has_value() ? OptionalTensor(options.weight->to(s.scalar_type())) : std::nullopt;
   Composed c;
@@ -125,9 +83,9 @@ Composed composed(const at::Tensor& input, const at::Tensor& target, const Cross
 
 // The gradient of class probabilities: w (1 - smoothing) (lse - s) · g.
 at::Tensor target_gradient(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
-                           const at::Tensor& stats, const CrossEntropyOptions& options) {
+                           const at::Tensor& stats, const Options& options) {
   const int64_t dim = class_dim(input);
-  const at::Tensor s = transformed(input, options);
+  const at::Tensor s = transformed(input, options.softcap, options.temperature);
   at::Tensor grad = at::log_softmax(s, dim).neg();
   if (options.weight.has_value()) {
     c10::SymDimVector sizes(input.dim(), 1);
@@ -139,148 +97,86 @@ at::Tensor target_gradient(const at::Tensor& grad_output, const at::Tensor& inpu
   return (grad * g * (1 - options.label_smoothing)).to(target.scalar_type());
 }
 
-// ---- options between forward and backward -------------------------------------------------------------------------
+// ---- what backward needs --------------------------------------------------------------------------------------------
 
-constexpr std::string_view kReductions[] = {"none", "mean", "sum"};  // by their codes
-
-void save(AutogradContext* ctx, const CrossEntropyOptions& o, variable_list tensors) {
-  if (o.weight.has_value()) tensors.push_back(*o.weight);
+void save(AutogradContext* ctx, const Options& options, variable_list tensors) {
+  if (options.weight.has_value()) tensors.push_back(*options.weight);
   ctx->save_for_backward(std::move(tensors));
-  const auto reduction = static_cast<int64_t>(parse_reduction("cross_entropy", o.reduction));
-  const bool is_plain = o.label_smoothing == 0 && o.z_loss_weight == 0 && !o.softcap.has_value() && o.temperature == 1;
-  if (is_plain) {  // in small calls a longer tuple is measurable
-    ctx->saved_data["options"] = std::make_tuple(o.ignore_index, reduction);
-  } else {  // no list among them: compiled autograd hashes what is saved
-    ctx->saved_data["options"] = std::make_tuple(o.ignore_index, reduction, o.label_smoothing, o.z_loss_weight,
-                                                 o.temperature, o.softcap.value_or(0));
-  }
+  ctx->saved_data["options"] = options.saved();
 }
 
-// Of `count` tensors that were saved before the weight.
-CrossEntropyOptions saved_options(AutogradContext* ctx, const variable_list& tensors, size_t count) {
-  const auto tuple = ctx->saved_data["options"].toTuple();
-  const auto& o = tuple->elements();
-  CrossEntropyOptions options;
-  if (tensors.size() > count) options.weight = tensors.back();
-  options.ignore_index = o[0].toInt();
-  options.reduction = kReductions[o[1].toInt()];
-  if (o.size() == 2) return options;
-  const std::vector<c10::IValue> all = o.vec();
-  options.label_smoothing = all[2].toDouble();
-  options.z_loss_weight = all[3].toDouble();
-  options.temperature = all[4].toDouble();
-  if (const double softcap = all[5].toDouble(); softcap != 0) options.softcap = softcap;
-  return options;
+// `count`: of the tensors that were saved before the weight.
+Options saved_options(AutogradContext* ctx, const variable_list& tensors, size_t count) {
+  return Options::from_saved(ctx->saved_data["options"], tensors.size() > count ? tensors.back() : at::Tensor());
 }
 
-// The incoming gradient of a mean or sum is one number, mostly the same in each step: 1, or 1 / steps of gradient
-// accumulation, or a loss scale. Knowing it in the forward pass saves backward's reading of the logits. So it is
-// guessed: the last one comes again. Backward compares: a right guess has the bits that backward would compute, a wrong
-// one is thrown away, and there is no guessing until the same number came twice (a loss divided by a varying count).
-class GradOutputGuess {
- public:
-  std::optional<double> get() const {
-    return repeated_.load(std::memory_order_relaxed) ? std::optional(last_.load(std::memory_order_relaxed))
-                                                     : std::nullopt;
-  }
-  void observe(double grad_output) {
-    repeated_.store(last_.exchange(grad_output, std::memory_order_relaxed) == grad_output, std::memory_order_relaxed);
-  }
-
- private:
-  std::atomic<double> last_ = 1;
-  std::atomic<bool> repeated_ = true;
-};
-
-// The number in a plain CPU tensor. item() goes through the dispatcher, which shows in small calls.
-double number_in(const at::Tensor& t) {
-  if (t.is_neg()) return t.item<double>();
-  return t.scalar_type() == at::kDouble ? *t.const_data_ptr<double>() : double(*t.const_data_ptr<float>());
-}
-
-GradOutputGuess& guess_for(std::string_view reduction) {
-  static GradOutputGuess mean, sum;
+GradientGuess& guess_for(std::string_view reduction) {
+  static GradientGuess mean, sum;
   return reduction == "mean" ? mean : sum;
 }
 
 // Gradients of loss, z-loss and lse, differentiable again; of target, too, where it is asked for.
-variable_list differentiable_gradients(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
-                                       const at::Tensor& stats, const CrossEntropyOptions& options,
-                                       const variable_list& grad_outputs) {
+variable_list composed_gradients(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
+                                 const at::Tensor& stats, const Options& options, const variable_list& grad_outputs) {
   const bool all_count =
       is_plain_cpu(stats) && is_plain_cpu(input) &&
       stats.const_data_ptr<double>()[1] * double(input.size(class_dim(input))) == double(input.numel());
   const Composed c = composed(input, target, options, /*metrics=*/grad_outputs.size() > 1, /*may_ignore=*/!all_count);
-  const at::Tensor outputs[] = {c.loss, c.z_loss, c.lse};
-  variable_list differentiated, gradients, inputs = {input};
-  for (size_t i = 0; i < grad_outputs.size() && i < 3; ++i) {
-    if (!grad_outputs[i].defined()) continue;
-    differentiated.push_back(outputs[i]);
-    gradients.push_back(grad_outputs[i]);
-  }
-  const bool wants_target = ctx->needs_input_grad(1);
-  if (!ctx->needs_input_grad(0)) inputs.clear();
-  if (wants_target) inputs.push_back(target);
-  variable_list g = torch::autograd::grad(differentiated, inputs, gradients, /*retain_graph=*/true,
-                                          /*create_graph=*/true, /*allow_unused=*/true);
-  const at::Tensor of_target = wants_target ? g.back() : at::Tensor();
-  return {ctx->needs_input_grad(0) ? g.front() : at::Tensor(), of_target, at::Tensor()};
+  variable_list outputs = {c.loss, c.z_loss, c.lse}, inputs(2);
+  outputs.resize(grad_outputs.size());
+  if (ctx->needs_input_grad(0)) inputs[0] = input;
+  if (ctx->needs_input_grad(1)) inputs[1] = target;
+  return differentiable_gradients(outputs, grad_outputs, inputs);
 }
 
 struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
   static constexpr bool is_traceable = true;
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
-                            const CrossEntropyOptions& options) {
+                            const Options& options) {
     // Not under saved-tensor hooks: checkpointing would keep the gradient that it is there to drop.
     const bool hooks = !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
-    const bool may_guess = options.reduction != "none" && input.requires_grad() && !hooks;
-    if (may_guess && is_plain_cuda(input) && all_plain(input, target, options)) {
+    const bool may_guess =
+        options.reduction != "none" && input.requires_grad() && !hooks && all_plain(input, target, options);
+    const bool on_device = may_guess && is_plain_cuda(input);  // the device guesses
+    const auto guess = may_guess && !on_device ? guess_for(options.reduction).get() : std::nullopt;
+    if (on_device || guess.has_value()) {
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      CrossEntropyResult r = cross_entropy_forward_backward(input, target, options, std::nullopt, /*in_place=*/false);
+      CrossEntropyResult r = cross_entropy_forward_backward(input, target, options, guess, /*in_place=*/false);
       save(ctx, options, {input, target, r.stats});
+      if (guess.has_value()) ctx->saved_data["guess"] = *guess;
       if (r.grad_input.defined()) ctx->saved_data["grad_input"] = r.grad_input;
       return r.loss;
     }
-    const bool on_cpu = may_guess && all_plain_cpu(input, target, options);
-    if (const auto guess = on_cpu ? guess_for(options.reduction).get() : std::nullopt) {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      CrossEntropyResult r = cross_entropy_forward_backward(input, target, options, *guess, /*in_place=*/false);
-      save(ctx, options, {input, target, r.stats});
-      ctx->saved_data["guess"] = *guess;
-      ctx->saved_data["grad_input"] = r.grad_input;
-      return r.loss;
-    }
-    auto [loss, stats] = call_forward(input, target, options);
+    auto [loss, stats] = Operator<cross_entropy_forward>::call(input, target, options);
     save(ctx, options, {input, target, stats});
     return loss;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
     const auto saved = ctx->get_saved_variables();
-    const CrossEntropyOptions options = saved_options(ctx, saved, 3);
+    const Options options = saved_options(ctx, saved, 3);
     const at::Tensor &grad_output = grad_outputs[0], &input = saved[0], &target = saved[1];
-    if (at::GradMode::is_enabled())  // somebody will differentiate this gradient
-      return differentiable_gradients(ctx, input, target, saved[2], options, grad_outputs);
+    if (at::GradMode::is_enabled()) {  // somebody will differentiate this gradient
+      variable_list gradients = composed_gradients(ctx, input, target, saved[2], options, grad_outputs);
+      gradients.resize(3);
+      return gradients;
+    }
     at::Tensor grad_input, grad_target;
     if (target.is_floating_point() && ctx->needs_input_grad(1))
       grad_target = target_gradient(grad_output, input, target, saved[2], options);
-    if (options.reduction != "none" && is_plain_cpu(input) && is_plain_cpu(grad_output)) {
-      const double g = number_in(grad_output);
-      guess_for(options.reduction).observe(g);
-      if (const auto found = ctx->saved_data.find("grad_input"); found != ctx->saved_data.end()) {
-        if (ctx->saved_data["guess"].toDouble() == g) grad_input = found->second.toTensor();
-        ctx->saved_data.erase(found);  // given away once: whoever gets it may change it
-      }
-    }
-    if (is_plain_cuda(input) && is_plain_cuda(grad_output)) {
-      const auto found = ctx->saved_data.find("grad_input");
-      if (found != ctx->saved_data.end()) {  // the device compares
-        const at::AutoDispatchBelowADInplaceOrView below_autograd;
-        grad_input =
-            cross_entropy_backward_after_guess(found->second.toTensor(), grad_output, input, target, saved[2], options);
-        ctx->saved_data.erase(found);
-      }
+    const bool on_cpu = is_plain_cpu(input) && is_plain_cpu(grad_output);
+    const bool on_device = is_plain_cuda(input) && is_plain_cuda(grad_output);
+    const double g = on_cpu && options.reduction != "none" ? number_in(grad_output) : 0;
+    if (on_cpu && options.reduction != "none") guess_for(options.reduction).observe(g);
+    const auto written = ctx->saved_data.find("grad_input");
+    if ((on_cpu || on_device) && written != ctx->saved_data.end()) {
+      const at::Tensor gradient = written->second.toTensor();
+      ctx->saved_data.erase(written);  // given away once: whoever gets it may change it
+      if (on_cpu && ctx->saved_data["guess"].toDouble() == g) grad_input = gradient;
+      const at::AutoDispatchBelowADInplaceOrView below_autograd;
+      if (on_device)  // which compares
+        grad_input = cross_entropy_backward_after_guess(gradient, grad_output, input, target, saved[2], options);
     }
     if (!grad_input.defined() && ctx->needs_input_grad(0))
       grad_input = call_backward(grad_output, std::nullopt, input, target, saved[2], options);
@@ -297,8 +193,9 @@ struct CrossEntropyMetrics : torch::autograd::Function<CrossEntropyMetrics> {
   };
 
   static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
-                               const CrossEntropyOptions& options, Others* others) {
-    const auto [loss, stats, z_loss, lse, accuracy, predictions] = call_metrics_forward(input, target, options);
+                               const Options& options, Others* others) {
+    const auto [loss, stats, z_loss, lse, accuracy, predictions] =
+        Operator<cross_entropy_metrics_forward>::call(input, target, options);
     *others = {accuracy, predictions};
     save(ctx, options, {input, target, stats, lse});
     ctx->set_materialize_grads(false);
@@ -307,11 +204,11 @@ struct CrossEntropyMetrics : torch::autograd::Function<CrossEntropyMetrics> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const CrossEntropyOptions options = saved_options(ctx, saved, 4);
+    const Options options = saved_options(ctx, saved, 4);
     const at::Tensor &input = saved[0], &target = saved[1], &lse = saved[3];
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return {{}, {}, {}, {}};
     if (at::GradMode::is_enabled()) {
-      variable_list gradients = differentiable_gradients(ctx, input, target, saved[2], options, grads);
+      variable_list gradients = composed_gradients(ctx, input, target, saved[2], options, grads);
       gradients.resize(4);
       return gradients;
     }
@@ -355,7 +252,7 @@ struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
   static constexpr bool is_traceable = true;
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
-                            const CrossEntropyOptions& options) {
+                            const Options& options) {
     const std::string_view reduction = options.reduction;
     double guess = reduction != "none" && is_plain_cpu(input) ? guess_for(reduction).get().value_or(1.0) : 1.0;
     if (!(std::abs(guess) >= 0x1p-40 && std::abs(guess) <= 0x1p40)) guess = 1;  // whatever comes, its ratio is finite
@@ -410,32 +307,26 @@ GradientPath path_of(const at::Tensor& input, const at::Tensor& target, const Op
   return of_target == GradientPath::kComposed || of_input == GradientPath::kNone ? of_target : of_input;
 }
 
-at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
-  const CrossEntropyOptions options = TSE_PACKED;
+at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target, const Options& options) {
   if (needs_promotion(input, target)) {
     const auto [x, t] = promoted(input, target);
-    return cross_entropy_autograd(x, t, TSE_UNPACKED(options));
+    return cross_entropy_autograd(x, t, options);
   }
-  switch (path_of(input, target, weight)) {
-    case GradientPath::kFused:
-      return CrossEntropy::apply(input, target, options);
-    case GradientPath::kComposed:
-      return composed(input, target, options, /*metrics=*/false).loss;
-    default:
-      return call_cross_entropy(input, target, options);
-  }
+  const GradientPath path = path_of(input, target, options.weight);
+  if (path == GradientPath::kFused) return CrossEntropy::apply(input, target, options);
+  if (path == GradientPath::kComposed) return composed(input, target, options, /*metrics=*/false).loss;
+  return Operator<cross_entropy>::call(input, target, options);
 }
 
-// Where a tracer watches, writing in place is left to its compiler, and torch.func has no memory to write to.
-at::Tensor cross_entropy_inplace_autograd(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
-  const CrossEntropyOptions options = TSE_PACKED;
+// The gradient in the memory of the logits, where nothing speaks against it. Tracers and torch.func see cross_entropy:
+// a compiler plans memory itself, and a transform has none to write to.
+at::Tensor cross_entropy_inplace_autograd(const at::Tensor& input, const at::Tensor& target, const Options& options) {
   // A float16 gradient would underflow, or overflow, before the loss scale of the step arrives; the gradients of target
   // and weight need the logits.
   if (gradient_path(input) != GradientPath::kFused || gradient_path(target) != GradientPath::kNone ||
-      wants_weight_gradient("cross_entropy", target, weight) || !all_plain(input, target, options) ||
+      wants_weight_gradient("cross_entropy", target, options.weight) || !all_plain(input, target, options) ||
       input.scalar_type() == at::kHalf || needs_promotion(input, target))
-    return cross_entropy_autograd(input, target, weight, ignore_index, reduction, label_smoothing, z_loss_weight,
-                                  softcap, temperature);
+    return cross_entropy_autograd(input, target, options);
   const bool is_leaf = input.is_leaf() || (input.is_view() && input._base().is_leaf() && input._base().requires_grad());
   TSE_CHECK(!is_leaf, "cross_entropy", "inplace_backward",
             "expected logits that were computed, got a leaf that requires grad, or a view of one, whose values would "
@@ -444,23 +335,34 @@ at::Tensor cross_entropy_inplace_autograd(const at::Tensor& input, const at::Ten
   refuse_later_use(input);
   return loss;
 }
+at::Tensor cross_entropy_inplace(const at::Tensor& input, const at::Tensor& target, const Options& options) {
+  return cross_entropy(input, target, options);
+}
+at::Tensor cross_entropy_inplace_meta(const at::Tensor& input, const at::Tensor& target, const Options& options) {
+  return cross_entropy_loss<cross_entropy_forward_meta>(input, target, options);
+}
 
 using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-FiveTensors cross_entropy_metrics_autograd(const at::Tensor& input, const at::Tensor& target, TSE_OPTIONS) {
-  const CrossEntropyOptions options = TSE_PACKED;
+template <auto forward>
+FiveTensors with_metrics(const at::Tensor& input, const at::Tensor& target, const Options& options) {
+  const auto [loss, stats, z_loss, lse, accuracy, predictions] = forward(input, target, options);
+  return {loss, z_loss, lse, accuracy, predictions};
+}
+
+FiveTensors with_metrics_autograd(const at::Tensor& input, const at::Tensor& target, const Options& options) {
   if (needs_promotion(input, target)) {
     const auto [x, t] = promoted(input, target);
-    return cross_entropy_metrics_autograd(x, t, TSE_UNPACKED(options));
+    return with_metrics_autograd(x, t, options);
   }
-  const GradientPath path = path_of(input, target, weight);
+  const GradientPath path = path_of(input, target, options.weight);
   if (path == GradientPath::kFused) {
     CrossEntropyMetrics::Others others;
     const variable_list r = CrossEntropyMetrics::apply(input, target, options, &others);
     return {r[0], r[1], r[2], others.accuracy, others.predictions};
   }
   const auto [loss, stats, z_loss, lse, accuracy, predictions] =
-      call_metrics_forward(input.detach(), target.detach(), options);
+      Operator<cross_entropy_metrics_forward>::call(input.detach(), target.detach(), options);
   if (path == GradientPath::kNone) return {loss, z_loss, lse, accuracy, predictions};
   const Composed c = composed(input, target, options, /*metrics=*/true);
   return {c.loss, c.z_loss, c.lse, accuracy, predictions};
@@ -468,20 +370,27 @@ FiveTensors cross_entropy_metrics_autograd(const at::Tensor& input, const at::Te
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_softmax_ext, Autograd, m) {
-  m.impl("cross_entropy", cross_entropy_autograd);
-  m.impl("_cross_entropy_inplace_backward", cross_entropy_inplace_autograd);
-  m.impl("cross_entropy_with_metrics", cross_entropy_metrics_autograd);
-}
-
-// Under autocast the logits stay as they are: the kernels compute in fp32 and return an fp32 loss, so no upcast copy.
-TORCH_LIBRARY_IMPL(torch_softmax_ext, AutocastCPU, m) {
-  m.impl("cross_entropy", torch::CppFunction::makeFallthrough());
-  m.impl("cross_entropy_with_metrics", torch::CppFunction::makeFallthrough());
-}
-TORCH_LIBRARY_IMPL(torch_softmax_ext, AutocastCUDA, m) {
-  m.impl("cross_entropy", torch::CppFunction::makeFallthrough());
-  m.impl("cross_entropy_with_metrics", torch::CppFunction::makeFallthrough());
+TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
+  const std::string options = Options::kSchema, required = without_defaults(options);
+  const std::string arguments = "(Tensor input, Tensor target, " + options + ") -> ";
+  define_public<cross_entropy, cross_entropy_loss<cross_entropy_forward_meta>, cross_entropy_autograd>(
+      m, "cross_entropy", arguments + "Tensor");
+  define_public<with_metrics<cross_entropy_metrics_forward>, with_metrics<cross_entropy_metrics_forward_meta>,
+                with_metrics_autograd>(
+      m, "cross_entropy_with_metrics",
+      arguments + "(Tensor loss, Tensor z_loss, Tensor lse, Tensor accuracy, Tensor predictions)");
+  define<cross_entropy_inplace, cross_entropy_inplace_meta>(
+      m, "_cross_entropy_forward_inplace", "(Tensor(a!) input, Tensor target, " + required + ") -> Tensor");
+  implement<cross_entropy_inplace_autograd>(m, "_cross_entropy_forward_inplace", c10::DispatchKey::Autograd);
+  define<cross_entropy_forward, cross_entropy_forward_meta>(
+      m, "_cross_entropy_forward", "(Tensor input, Tensor target, " + required + ") -> (Tensor loss, Tensor stats)");
+  define<cross_entropy_metrics_forward, cross_entropy_metrics_forward_meta>(
+      m, "_cross_entropy_metrics_forward",
+      "(Tensor input, Tensor target, " + required +
+          ") -> (Tensor loss, Tensor stats, Tensor z_loss, Tensor lse, Tensor accuracy, Tensor predictions)");
+  define<cross_entropy_backward, cross_entropy_backward_meta>(
+      m, "_cross_entropy_backward",
+      "(Tensor grad_output, Tensor? grad_lse, Tensor input, Tensor target, Tensor stats, " + required + ") -> Tensor");
 }
 
 }  // namespace tse

@@ -1,4 +1,4 @@
-// What cross-entropy demands of its arguments. [torch]
+// Cross-entropy: its options, and what it demands of its arguments. [torch]
 #include <ATen/TensorOperators.h>
 #include <c10/core/ScalarType.h>
 
@@ -13,6 +13,31 @@
 namespace tse {
 namespace {
 constexpr const char* kOp = "cross_entropy";
+}
+
+c10::IValue CrossEntropyOptions::saved() const {
+  const auto code = static_cast<int64_t>(parse_reduction(kOp, reduction));
+  const bool is_plain = label_smoothing == 0 && z_loss_weight == 0 && !softcap.has_value() && temperature == 1;
+  if (is_plain) return std::make_tuple(ignore_index, code);  // in small calls a longer tuple is measurable
+  // No list among them: compiled autograd hashes what is saved.
+  return std::make_tuple(ignore_index, code, label_smoothing, z_loss_weight, softcap.value_or(0), temperature);
+}
+
+CrossEntropyOptions CrossEntropyOptions::from_saved(const c10::IValue& saved, const at::Tensor& weight) {
+  constexpr std::string_view kReductions[] = {"none", "mean", "sum"};  // by their codes
+  const auto tuple = saved.toTuple();
+  const auto& o = tuple->elements();
+  CrossEntropyOptions options;
+  if (weight.defined()) options.weight = weight;
+  options.ignore_index = o[0].toInt();
+  options.reduction = kReductions[o[1].toInt()];
+  if (o.size() == 2) return options;
+  const std::vector<c10::IValue> all = o.vec();
+  options.label_smoothing = all[2].toDouble();
+  options.z_loss_weight = all[3].toDouble();
+  if (const double softcap = all[4].toDouble(); softcap != 0) options.softcap = softcap;
+  options.temperature = all[5].toDouble();
+  return options;
 }
 
 void check_options(const char* op, const at::Tensor& input, const c10::SymInt& classes, const CrossEntropyOptions& o,

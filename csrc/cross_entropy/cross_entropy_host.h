@@ -4,15 +4,16 @@
 
 #include <optional>
 #include <string_view>
+#include <tuple>
 #include <utility>
+
+#include "common/operator.h"
 
 namespace tse {
 
 struct CrossEntropyParams;
 
-using OptionalTensor = std::optional<at::Tensor>;
-
-// The arguments of the schema behind input and target.
+// The arguments of the schemas after the tensors.
 struct CrossEntropyOptions {
   OptionalTensor weight;
   int64_t ignore_index = -100;
@@ -21,16 +22,21 @@ struct CrossEntropyOptions {
   double z_loss_weight = 0;
   std::optional<double> softcap;
   double temperature = 1;
+
+  static constexpr const char* kSchema =
+      "Tensor? weight=None, *, int ignore_index=-100, str reduction=\"mean\", float label_smoothing=0.0, float "
+      "z_loss_weight=0.0, float? softcap=None, float temperature=1.0";
+  auto fields() const {
+    return std::tie(weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature);
+  }
+
+  // What autograd keeps for backward, beside weight.
+  c10::IValue saved() const;
+  static CrossEntropyOptions from_saved(const c10::IValue& saved, const at::Tensor& weight);
 };
 
-// The arguments of the schemas behind input and target.
-#define TSE_OPTIONS                                                                                       \
-  const OptionalTensor &weight, int64_t ignore_index, std::string_view reduction, double label_smoothing, \
-      double z_loss_weight, std::optional<double> softcap, double temperature
-#define TSE_PACKED \
-  CrossEntropyOptions { weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature }
-#define TSE_UNPACKED(o) \
-  (o).weight, (o).ignore_index, (o).reduction, (o).label_smoothing, (o).z_loss_weight, (o).softcap, (o).temperature
+// The dimension of the classes: 0 for (C), else 1.
+inline int64_t class_dim(const at::Tensor& input) { return input.dim() == 1 ? 0 : 1; }
 
 // Raises in the name of operator `op`. torch takes integer weights with class probabilities alone.
 void check_options(const char* op, const at::Tensor& input, const c10::SymInt& classes,
@@ -38,11 +44,6 @@ void check_options(const char* op, const at::Tensor& input, const c10::SymInt& c
 
 // The dtype of a target that is not class probabilities.
 void check_index_dtype(const char* op, const at::Tensor& target);
-
-// Class indices as the kernels read them: int32 or int64.
-inline at::Tensor class_indices(const at::Tensor& target) {
-  return target.scalar_type() == at::kByte ? target.to(at::kInt) : target;
-}
 
 // For autograd entries (below them gradients are off): whether a gradient of the class weights is asked for, which is
 // computed with class probabilities alone.
@@ -55,18 +56,17 @@ void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, cons
 // it.
 void check_writable(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options);
 
-// CPU: raises IndexError for a target that is neither a class nor ignore_index. Class probabilities are let through.
-void check_target_range(const at::Tensor& input, const at::Tensor& target, int64_t ignore_index);
-
 // Logits and class probabilities of two dtypes are computed in the wider one, as torch does.
 inline bool needs_promotion(const at::Tensor& input, const at::Tensor& target) {
   return target.is_floating_point() && input.is_floating_point() && target.scalar_type() != input.scalar_type();
 }
 std::pair<at::Tensor, at::Tensor> promoted(const at::Tensor& input, const at::Tensor& target);
 
-// CPU, all rows on torch's threads. Forward raises for a target that is no class before anything is written.
+// CPU, on torch's threads: forward, backward or both of all rows.
+void run_rows(const CrossEntropyParams& p, bool forward, bool backward);
+
+// CPU: all of forward, with the gradient where wanted. A target that is no class raises before anything is written.
 void run_cross_entropy_fwd(const CrossEntropyParams& p, bool with_gradient);
-void run_cross_entropy_bwd(const CrossEntropyParams& p);
 
 // What autograd calls without the dispatcher, for plain tensors in eager mode.
 struct CrossEntropyResult {
@@ -75,9 +75,6 @@ struct CrossEntropyResult {
   at::Tensor grad_input;  // of cross_entropy_forward_backward
   at::Tensor z_loss, predictions;
 };
-
-// The loss alone.
-at::Tensor cross_entropy_loss(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options);
 
 // The gradient from what forward made and checked; nothing is checked again.
 at::Tensor cross_entropy_gradient(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
@@ -99,5 +96,34 @@ at::Tensor cross_entropy_backward_after_guess(const at::Tensor& written, const a
 // The same for logits that `written` has taken the place of: a multiplication where the guess was wrong.
 void cross_entropy_rescale(const at::Tensor& written, const at::Tensor& grad_output, const at::Tensor& stats,
                            std::string_view reduction);
+
+// ---- kernels of the operators, and their shapes: sizes may be symbolic ----------------------------------------------
+
+using LossAndStats = std::tuple<at::Tensor, at::Tensor>;
+LossAndStats cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
+                                   const CrossEntropyOptions& options);
+LossAndStats cross_entropy_forward_meta(const at::Tensor& input, const at::Tensor& target,
+                                        const CrossEntropyOptions& options);
+
+// Loss, stats, z-loss, lse, accuracy, predictions. lse is 0 and predictions are ignore_index where a row is ignored.
+using StatsAndMetrics = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+StatsAndMetrics cross_entropy_metrics_forward(const at::Tensor& input, const at::Tensor& target,
+                                              const CrossEntropyOptions& options);
+StatsAndMetrics cross_entropy_metrics_forward_meta(const at::Tensor& input, const at::Tensor& target,
+                                                   const CrossEntropyOptions& options);
+
+at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
+                                  const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
+                                  const CrossEntropyOptions& options);
+at::Tensor cross_entropy_backward_meta(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
+                                       const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
+                                       const CrossEntropyOptions& options);
+
+// The kernel of cross_entropy.
+template <auto forward>
+at::Tensor cross_entropy_loss(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
+  return std::get<0>(forward(input, target, options));
+}
+inline constexpr auto cross_entropy = cross_entropy_loss<cross_entropy_forward>;
 
 }  // namespace tse

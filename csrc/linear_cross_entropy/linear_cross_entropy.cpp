@@ -10,8 +10,8 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mv.h>
+#include <ATen/ops/nonzero.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -20,8 +20,8 @@
 #include <tuple>
 #include <vector>
 
-#include "common/autograd.h"
 #include "common/host.h"
+#include "common/row_loss.h"
 #include "linear_cross_entropy/linear_cross_entropy_host.h"
 
 namespace tse {
@@ -72,15 +72,6 @@ void check_linear_cross_entropy(const at::Tensor& input, const at::Tensor& linea
 
 namespace {
 
-at::Tensor call_cross_entropy(const at::Tensor& logits, const at::Tensor& target, const CrossEntropyOptions& o) {
-  static const auto op =
-      find_op<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, std::string_view, double,
-                         double, std::optional<double>, double)>("torch_softmax_ext::cross_entropy");
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return op.call(logits, target, o.weight, o.ignore_index, o.reduction, o.label_smoothing, o.z_loss_weight, o.softcap,
-                 o.temperature);
-}
-
 // A ninth of the rows: with what else a chunk needs, an eighth of the logits' memory where rows are many. Each chunk
 // reads and writes the sum of grad_weight once: below 256 rows this shows beside its matrix products, from 1024 on it
 // does not.
@@ -111,30 +102,12 @@ struct CountedRows {
     }
     target = class_indices(target_).reshape({-1});
     const at::Tensor host = target.cpu().contiguous();  // one wait for the device
-    if (host.scalar_type() == at::kInt) look_at(host.const_data_ptr<int32_t>(), classes, options);
-    else look_at(host.const_data_ptr<int64_t>(), classes, options);
-  }
-
- private:
-  template <class Index>
-  void look_at(const Index* t, int64_t classes, const CrossEntropyOptions& options) {
-    const int64_t rows = target.size(0);
-    count = 0;
-    for (int64_t row = 0; row < rows; ++row) {
-      if (t[row] == options.ignore_index) continue;
-      ++count;
-      TSE_CHECK_INDEX(t[row] >= 0 && t[row] < classes, kOp, "target", "expected a class index in [0, ", classes,
-                      ") or ignore_index ", options.ignore_index, ", got ", int64_t(t[row]), " at row ", row);
-    }
-    if (count < rows) {
-      const at::Tensor counted = at::empty({count}, at::kLong);
-      int64_t* next = counted.mutable_data_ptr<int64_t>();
-      for (int64_t row = 0; row < rows; ++row)
-        if (t[row] != options.ignore_index) *next++ = row;
-      index = counted.to(target.device());
+    total_weight = count_classes(kOp, "target", host, classes, options.ignore_index);
+    count = int64_t(total_weight);
+    if (count < target.size(0)) {
+      index = at::nonzero(host != options.ignore_index).squeeze(1).to(target.device());
       target = target.index_select(0, index);
     }
-    total_weight = double(count);
     if (options.weight.has_value())
       total_weight = options.weight->index_select(0, target).sum(at::kDouble).item<double>();
   }
@@ -210,11 +183,9 @@ class Gradients {
   const Wanted wanted_;
 };
 
-using FourTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
 // grad_output: of each row, for reduction "none"; undefined: 1.
-FourTensors run(const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
-                const LinearCrossEntropyOptions& options, Wanted wanted, const at::Tensor& grad_output = {}) {
+LossAndGradients run(const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
+                     const LinearCrossEntropyOptions& options, Wanted wanted, const at::Tensor& grad_output = {}) {
   check_linear_cross_entropy(input, linear_weight, target, options);
   const c10::OptionalDeviceGuard guard(input.device());
   const auto row_sizes = input.sizes().slice(0, input.dim() - 1);
@@ -266,7 +237,7 @@ FourTensors run(const at::Tensor& input, const at::Tensor& linear_weight, const 
     const at::Tensor t = probabilities ? part(counted.target).to(type) : part(counted.target);
     const at::Tensor z = logits.to(type);  // mostly the logits themselves
     const at::Tensor chunk_loss = wanted.any() ? cross_entropy_forward_backward(z, t, o, factor, /*in_place=*/true).loss
-                                               : call_cross_entropy(z, t, o);
+                                               : Operator<cross_entropy>::call(z, t, o);
     if (reduction != Reduction::kNone) loss.add_(chunk_loss);
     else if (counted.index.defined()) loss.index_copy_(0, part(counted.index), chunk_loss);
     else part(loss).copy_(chunk_loss);
@@ -282,14 +253,6 @@ FourTensors run(const at::Tensor& input, const at::Tensor& linear_weight, const 
           finished(gradients.bias, {classes})};
 }
 
-FourTensors linear_cross_entropy_forward(const at::Tensor& input, const at::Tensor& linear_weight,
-                                         const at::Tensor& target, TSE_LINEAR_OPTIONS, bool grad_input,
-                                         bool grad_weight, bool grad_bias) {
-  return run(input, linear_weight, target, TSE_LINEAR_PACKED, {grad_input, grad_weight, grad_bias});
-}
-
-using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
-
 void check_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& linear_weight,
                     const at::Tensor& target, const LinearCrossEntropyOptions& options) {
   check_linear_cross_entropy(input, linear_weight, target, options);
@@ -298,85 +261,44 @@ void check_backward(const at::Tensor& grad_output, const at::Tensor& input, cons
                input.sym_sizes().slice(0, input.dim() - 1));
 }
 
-ThreeTensors linear_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input,
-                                           const at::Tensor& linear_weight, const at::Tensor& target,
-                                           TSE_LINEAR_OPTIONS, bool grad_input, bool grad_weight, bool grad_bias) {
-  const LinearCrossEntropyOptions options = TSE_LINEAR_PACKED;
-  check_backward(grad_output, input, linear_weight, target, options);
-  auto [loss, of_input, of_weight, of_bias] =
-      run(input, linear_weight, target, options, {grad_input, grad_weight, grad_bias}, grad_output);
+}  // namespace
+
+LossAndGradients linear_cross_entropy_forward(const at::Tensor& input, const at::Tensor& linear_weight,
+                                              const at::Tensor& target, const LinearGradientOptions& o) {
+  return run(input, linear_weight, target, o.options, o.wanted);
+}
+
+ThreeGradients linear_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input,
+                                             const at::Tensor& linear_weight, const at::Tensor& target,
+                                             const LinearGradientOptions& o) {
+  check_backward(grad_output, input, linear_weight, target, o.options);
+  const auto [loss, of_input, of_weight, of_bias] = run(input, linear_weight, target, o.options, o.wanted, grad_output);
   return {of_input, of_weight, of_bias};
 }
 
-at::Tensor linear_cross_entropy(const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
-                                TSE_LINEAR_OPTIONS) {
-  return std::get<0>(run(input, linear_weight, target, TSE_LINEAR_PACKED, {}));
-}
-
-// ---- shapes only: fake tensors, whose sizes may be symbolic -------------------------------------------------------
-
-FourTensors linear_cross_entropy_forward_meta(const at::Tensor& input, const at::Tensor& linear_weight,
-                                              const at::Tensor& target, TSE_LINEAR_OPTIONS, bool grad_input,
-                                              bool grad_weight, bool grad_bias) {
-  check_linear_cross_entropy(input, linear_weight, target, TSE_LINEAR_PACKED);
+LossAndGradients linear_cross_entropy_forward_meta(const at::Tensor& input, const at::Tensor& linear_weight,
+                                                   const at::Tensor& target, const LinearGradientOptions& o) {
+  check_linear_cross_entropy(input, linear_weight, target, o.options);
   const auto type = input.scalar_type();
   const auto loss_options = input.options().dtype(loss_type(input, target));
-  const auto row_sizes = input.sym_sizes().slice(0, input.dim() - 1);
+  const bool reduce = parse_reduction(kOp, o.options.loss.reduction) != Reduction::kNone;
   const auto gradient = [&](bool wanted, c10::SymIntArrayRef sizes) {
     return wanted ? at::empty_symint(sizes, input.options().dtype(gradient_type(type)))
                   : at::empty({0}, input.options());
   };
   const c10::SymInt classes = linear_weight.sym_size(0);
-  return {parse_reduction(kOp, reduction) == Reduction::kNone ? at::empty_symint(row_sizes, loss_options)
-                                                              : at::empty({}, loss_options),
-          gradient(grad_input, input.sym_sizes()), gradient(grad_weight, linear_weight.sym_sizes()),
-          gradient(grad_bias, {&classes, 1})};
+  return {reduce ? at::empty({}, loss_options)
+                 : at::empty_symint(input.sym_sizes().slice(0, input.dim() - 1), loss_options),
+          gradient(o.wanted.input, input.sym_sizes()), gradient(o.wanted.weight, linear_weight.sym_sizes()),
+          gradient(o.wanted.bias, {&classes, 1})};
 }
 
-ThreeTensors linear_cross_entropy_backward_meta(const at::Tensor& grad_output, const at::Tensor& input,
-                                                const at::Tensor& linear_weight, const at::Tensor& target,
-                                                TSE_LINEAR_OPTIONS, bool grad_input, bool grad_weight, bool grad_bias) {
-  check_backward(grad_output, input, linear_weight, target, TSE_LINEAR_PACKED);
-  auto [loss, of_input, of_weight, of_bias] = linear_cross_entropy_forward_meta(
-      input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing, z_loss_weight,
-      softcap, temperature, chunk_size, grad_input, grad_weight, grad_bias);
+ThreeGradients linear_cross_entropy_backward_meta(const at::Tensor& grad_output, const at::Tensor& input,
+                                                  const at::Tensor& linear_weight, const at::Tensor& target,
+                                                  const LinearGradientOptions& o) {
+  check_backward(grad_output, input, linear_weight, target, o.options);
+  const auto [loss, of_input, of_weight, of_bias] = linear_cross_entropy_forward_meta(input, linear_weight, target, o);
   return {of_input, of_weight, of_bias};
 }
-
-at::Tensor linear_cross_entropy_meta(const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
-                                     TSE_LINEAR_OPTIONS) {
-  return std::get<0>(linear_cross_entropy_forward_meta(input, linear_weight, target, linear_bias, weight, ignore_index,
-                                                       reduction, label_smoothing, z_loss_weight, softcap, temperature,
-                                                       chunk_size, false, false, false));
-}
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
-  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  m.def(
-      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias=None, Tensor? "
-      "weight=None, *, int ignore_index=-100, str reduction=\"mean\", float label_smoothing=0.0, float "
-      "z_loss_weight=0.0, float? softcap=None, float temperature=1.0, SymInt? chunk_size=None) -> Tensor",
-      tags);
-  const std::string arguments =
-      "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, int ignore_index, str "
-      "reduction, float label_smoothing, float z_loss_weight, float? softcap, float temperature, SymInt? chunk_size, "
-      "bool "
-      "grad_input, bool grad_weight, bool grad_bias) -> (";
-  const std::string gradients = "Tensor grad_input, Tensor grad_weight, Tensor grad_bias)";
-  m.def(("_linear_cross_entropy_forward(" + arguments + "Tensor loss, " + gradients).c_str(), tags);
-  m.def(("_linear_cross_entropy_backward(Tensor grad_output, " + arguments + gradients).c_str(), tags);
-}
-
-#define TSE_REGISTER(key, suffix)                                                    \
-  TORCH_LIBRARY_IMPL(torch_softmax_ext, key, m) {                                    \
-    m.impl("linear_cross_entropy", linear_cross_entropy##suffix);                    \
-    m.impl("_linear_cross_entropy_forward", linear_cross_entropy_forward##suffix);   \
-    m.impl("_linear_cross_entropy_backward", linear_cross_entropy_backward##suffix); \
-  }
-TSE_REGISTER(CPU, )
-TSE_REGISTER(CUDA, )
-TSE_REGISTER(Meta, _meta)
 
 }  // namespace tse

@@ -17,6 +17,8 @@
 #include <vector>
 
 #include "common/autograd.h"
+#include "common/composed.h"
+#include "common/python.h"
 #include "linear_cross_entropy/linear_cross_entropy_host.h"
 
 namespace tse {
@@ -26,42 +28,32 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using Options = LinearCrossEntropyOptions;
 
-using Operator = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, TSE_LINEAR_OPTIONS);
-
-const c10::TypedOperatorHandle<Operator>& linear_cross_entropy_op() {
-  static const auto op = find_op<Operator>("torch_softmax_ext::linear_cross_entropy");
-  return op;
+template <auto forward>
+at::Tensor loss_of(const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
+                   const Options& options) {
+  return std::get<0>(forward(input, linear_weight, target, {options, Wanted{}}));
 }
+constexpr auto linear_cross_entropy = loss_of<linear_cross_entropy_forward>;
 
 std::pair<at::Tensor, variable_list> call_forward(const at::Tensor& input, const at::Tensor& linear_weight,
                                                   const at::Tensor& target, const Options& options, Wanted wanted) {
-  static const auto op = find_op<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
-      const at::Tensor&, const at::Tensor&, const at::Tensor&, TSE_LINEAR_OPTIONS, bool, bool, bool)>(
-      "torch_softmax_ext::_linear_cross_entropy_forward");
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const LinearGradientOptions all{options, wanted};
   auto [loss, of_input, of_weight, of_bias] =
-      op.call(input, linear_weight, target, TSE_LINEAR_UNPACKED(options), wanted.input, wanted.weight, wanted.bias);
+      Operator<linear_cross_entropy_forward>::call(input, linear_weight, target, all);
   return {loss, {of_input, of_weight, of_bias}};
 }
 
 variable_list call_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& linear_weight,
                             const at::Tensor& target, const Options& options, Wanted wanted) {
-  static const auto op =
-      find_op<std::tuple<at::Tensor, at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                                             const at::Tensor&, TSE_LINEAR_OPTIONS, bool, bool, bool)>(
-          "torch_softmax_ext::_linear_cross_entropy_backward");
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  auto [of_input, of_weight, of_bias] = op.call(grad_output, input, linear_weight, target, TSE_LINEAR_UNPACKED(options),
-                                                wanted.input, wanted.weight, wanted.bias);
+  const LinearGradientOptions all{options, wanted};
+  auto [of_input, of_weight, of_bias] =
+      Operator<linear_cross_entropy_backward>::call(grad_output, input, linear_weight, target, all);
   return {of_input, of_weight, of_bias};
 }
 
 // All logits at once; differentiable any number of times.
 at::Tensor composed(const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
                     const Options& options) {
-  static const auto op =
-      find_op<at::Tensor(const at::Tensor&, const at::Tensor&, const OptionalTensor&, int64_t, std::string_view, double,
-                         double, std::optional<double>, double)>("torch_softmax_ext::cross_entropy");
   check_linear_cross_entropy(input, linear_weight, target, options);
   const CrossEntropyOptions& o = options.loss;
   const auto sizes = input.sym_sizes().slice(0, input.dim() - 1);
@@ -69,8 +61,7 @@ at::Tensor composed(const at::Tensor& input, const at::Tensor& linear_weight, co
   const at::Tensor logits = at::linear(input.reshape_symint({rows, input.sym_size(-1)}), linear_weight, options.bias);
   const at::Tensor t = target.is_floating_point() ? target.reshape_symint({rows, linear_weight.sym_size(0)})
                                                   : target.reshape_symint({rows});
-  const at::Tensor loss = op.call(logits, t, o.weight, o.ignore_index, o.reduction, o.label_smoothing, o.z_loss_weight,
-                                  o.softcap, o.temperature);
+  const at::Tensor loss = Operator<cross_entropy>::dispatch(logits, t, o);
   return o.reduction == "none" ? loss.reshape_symint(sizes) : loss;
 }
 
@@ -104,31 +95,28 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
       for (size_t i = 0; i < 3; ++i) ctx->saved_data[kGradients[i]] = gradients[i];
     }
     ctx->save_for_backward(std::move(saved));
-    const CrossEntropyOptions& o = options.loss;
-    ctx->saved_data["reduction"] = std::string(o.reduction);
-    ctx->saved_data["options"] = std::make_tuple(o.ignore_index, o.label_smoothing, o.z_loss_weight, o.softcap,
-                                                 o.temperature, options.chunk_size);
+    ctx->saved_data["options"] = options.loss.saved();
+    ctx->saved_data["chunk_size"] = options.chunk_size;
     return loss;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
     const auto saved = ctx->get_saved_variables();
     const at::Tensor &input = saved[0], &linear_weight = saved[1], &target = saved[2], &g = grad_outputs[0];
-    const Options options = saved_options(ctx, saved[3], saved[4]);
+    Options options{{}, CrossEntropyOptions::from_saved(ctx->saved_data["options"], saved[4]), {}};
+    if (saved[3].defined()) options.bias = saved[3];
+    if (const c10::IValue& size = ctx->saved_data["chunk_size"]; !size.isNone()) options.chunk_size = size.toSymInt();
     const Wanted wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                         saved[3].defined() && ctx->needs_input_grad(2)};
     const std::array<bool, 3> wants = {wanted.input, wanted.weight, wanted.bias};
     const std::array<at::Tensor, 3> of = {input, linear_weight, saved[3]};
-    variable_list result(5);
     if (c10::GradMode::is_enabled()) {  // somebody will differentiate these gradients
-      variable_list inputs;
+      variable_list gradients(3);
       for (size_t i = 0; i < 3; ++i)
-        if (wants[i]) inputs.push_back(of[i]);
-      variable_list gradients = torch::autograd::grad({composed(input, linear_weight, target, options)}, inputs, {g},
-                                                      /*retain_graph=*/true, /*create_graph=*/true);
-      for (size_t i = 0, next = 0; i < 3; ++i)
-        if (wants[i]) result[i] = gradients[next++];
-      return result;
+        if (wants[i]) gradients[i] = of[i];
+      gradients = differentiable_gradients({composed(input, linear_weight, target, options)}, {g}, gradients);
+      gradients.resize(5);
+      return gradients;
     }
     const bool by_rows = options.loss.reduction == "none";
     bool is_owned = is_plain(input);
@@ -146,6 +134,7 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
     } else {
       gradients = call_forward(input, linear_weight, target, options, wanted).second;
     }
+    variable_list result(5);
     for (size_t i = 0; i < 3; ++i) {
       if (!wants[i]) continue;
       const auto type = of[i].scalar_type();
@@ -153,61 +142,53 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
     }
     return result;
   }
-
- private:
-  static Options saved_options(AutogradContext* ctx, const at::Tensor& linear_bias, const at::Tensor& weight) {
-    const std::vector<c10::IValue> o = ctx->saved_data["options"].toTuple()->elements().vec();
-    Options options;
-    if (linear_bias.defined()) options.bias = linear_bias;
-    if (weight.defined()) options.loss.weight = weight;
-    options.loss.reduction = ctx->saved_data["reduction"].toStringView();
-    options.loss.ignore_index = o[0].toInt();
-    options.loss.label_smoothing = o[1].toDouble();
-    options.loss.z_loss_weight = o[2].toDouble();
-    options.loss.softcap = o[3].toOptional<double>();
-    options.loss.temperature = o[4].toDouble();
-    if (!o[5].isNone()) options.chunk_size = o[5].toSymInt();
-    return options;
-  }
 };
 
 at::Tensor linear_cross_entropy_autograd(const at::Tensor& input, const at::Tensor& linear_weight,
-                                         const at::Tensor& target, TSE_LINEAR_OPTIONS) {
-  const Options options = TSE_LINEAR_PACKED;
+                                         const at::Tensor& target, const Options& options) {
   // The gradients of class probabilities and of class weights need all logits.
-  if (wants_weight_gradient("linear_cross_entropy", target, weight) || gradient_path(target) != GradientPath::kNone)
+  if (wants_weight_gradient("linear_cross_entropy", target, options.loss.weight) ||
+      gradient_path(target) != GradientPath::kNone)
     return composed(input, linear_weight, target, options);
   const std::array<GradientPath, 3> paths = {
       gradient_path(input), gradient_path(linear_weight),
-      linear_bias.has_value() ? gradient_path(*linear_bias) : GradientPath::kNone};
+      options.bias.has_value() ? gradient_path(*options.bias) : GradientPath::kNone};
   const auto any = [&](GradientPath path) { return paths[0] == path || paths[1] == path || paths[2] == path; };
   if (any(GradientPath::kComposed)) return composed(input, linear_weight, target, options);
-  if (any(GradientPath::kFused)) return LinearCrossEntropy::apply(input, linear_weight, linear_bias, target, options);
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return linear_cross_entropy_op().call(input, linear_weight, target, TSE_LINEAR_UNPACKED(options));
+  if (any(GradientPath::kFused)) return LinearCrossEntropy::apply(input, linear_weight, options.bias, target, options);
+  return Operator<linear_cross_entropy>::call(input, linear_weight, target, options);
 }
 
 // As torch's linear: the matrix products run in the dtype of autocast. The loss stays in float32.
 template <c10::DeviceType kDevice>
 at::Tensor linear_cross_entropy_autocast(const at::Tensor& input, const at::Tensor& linear_weight,
-                                         const at::Tensor& target, TSE_LINEAR_OPTIONS) {
+                                         const at::Tensor& target, const Options& options) {
   const auto key = kDevice == c10::DeviceType::CUDA ? c10::DispatchKey::AutocastCUDA : c10::DispatchKey::AutocastCPU;
   const c10::impl::ExcludeDispatchKeyGuard below_autocast(key);
   const auto type = at::autocast::get_autocast_dtype(kDevice);
   const auto cast = [&](const at::Tensor& t) { return at::autocast::cached_cast(type, t, kDevice); };
-  Options options = TSE_LINEAR_PACKED;
-  if (options.bias.has_value()) options.bias = cast(*options.bias);
-  return linear_cross_entropy_op().call(cast(input), cast(linear_weight), target, TSE_LINEAR_UNPACKED(options));
+  Options o = options;
+  if (o.bias.has_value()) o.bias = cast(*o.bias);
+  return Operator<linear_cross_entropy>::dispatch(cast(input), cast(linear_weight), target, o);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torch_softmax_ext, Autograd, m) { m.impl("linear_cross_entropy", linear_cross_entropy_autograd); }
-TORCH_LIBRARY_IMPL(torch_softmax_ext, AutocastCPU, m) {
-  m.impl("linear_cross_entropy", linear_cross_entropy_autocast<c10::DeviceType::CPU>);
-}
-TORCH_LIBRARY_IMPL(torch_softmax_ext, AutocastCUDA, m) {
-  m.impl("linear_cross_entropy", linear_cross_entropy_autocast<c10::DeviceType::CUDA>);
+TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
+  const std::string options = Options::schema();
+  define_public<linear_cross_entropy, loss_of<linear_cross_entropy_forward_meta>, linear_cross_entropy_autograd>(
+      m, "linear_cross_entropy", "(Tensor input, Tensor linear_weight, Tensor target, " + options + ") -> Tensor");
+  implement<linear_cross_entropy_autocast<c10::DeviceType::CPU>>(m, "linear_cross_entropy",
+                                                                 c10::DispatchKey::AutocastCPU);
+  implement<linear_cross_entropy_autocast<c10::DeviceType::CUDA>>(m, "linear_cross_entropy",
+                                                                  c10::DispatchKey::AutocastCUDA);
+  const std::string arguments = "Tensor input, Tensor linear_weight, Tensor target, " + without_defaults(options) +
+                                ", bool grad_input, bool grad_weight, bool grad_bias) -> ";
+  const std::string gradients = "Tensor grad_input, Tensor grad_weight, Tensor grad_bias)";
+  define<linear_cross_entropy_forward, linear_cross_entropy_forward_meta>(
+      m, "_linear_cross_entropy_forward", "(" + arguments + "(Tensor loss, " + gradients);
+  define<linear_cross_entropy_backward, linear_cross_entropy_backward_meta>(
+      m, "_linear_cross_entropy_backward", "(Tensor grad_output, " + arguments + "(" + gradients);
 }
 
 }  // namespace tse

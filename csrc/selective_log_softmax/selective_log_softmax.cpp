@@ -1,24 +1,45 @@
-// Host entries of selective log-softmax: schema, checks, allocation, dispatch to CPU rows or CUDA launchers. [torch]
+// Selective log-softmax: the operators. [torch]
 #include "selective_log_softmax/selective_log_softmax.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/logsumexp.h>
+#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <algorithm>
+#include <limits>
 #include <optional>
 #include <tuple>
 
+#include "common/autograd.h"
+#include "common/composed.h"
 #include "common/host.h"
+#include "common/operator.h"
+#include "common/python.h"
+#include "common/row_loss.h"
 
 namespace tse {
 namespace {
 
-constexpr const char* kOp = "selective_log_softmax";
-using OptionalTensor = std::optional<at::Tensor>;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using TwoTensors = std::tuple<at::Tensor, at::Tensor>;
 using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-void check(const at::Tensor& input, const at::Tensor& index, double temperature, std::optional<double> softcap) {
+constexpr const char* kOp = "selective_log_softmax";
+
+struct Options {
+  double temperature = 1;
+  std::optional<double> softcap;
+
+  static constexpr const char* kSchema = "float temperature=1.0, float? softcap=None";
+  auto fields() const { return std::tie(temperature, softcap); }
+};
+
+// ---- the host: checks, allocation, rows of the CPU or the CUDA launcher ---------------------------------------------
+
+void check(const at::Tensor& input, const at::Tensor& index, const Options& options) {
   check_floating(kOp, "input", input);
   check_same_device(kOp, "index", index, input);
   const auto x = input.sym_sizes(), i = index.sym_sizes();
@@ -29,14 +50,13 @@ void check(const at::Tensor& input, const at::Tensor& index, double temperature,
   for (size_t d = 0; same && d + 1 < x.size(); ++d) same = x[d].sym_eq(i[d]).expect_true(__FILE__, __LINE__);
   TSE_CHECK(same, kOp, "index",
             "expected the shape of input without its last dimension, or with K in its place, input ", x, ", got ", i);
-  check_transform(kOp, softcap, temperature);
+  check_transform(kOp, options.softcap, options.temperature);
 }
 
 // What backward is handed.
 void check_backward(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy, const at::Tensor& input,
-                    const at::Tensor& index, const at::Tensor& stats, double temperature,
-                    std::optional<double> softcap) {
-  check(input, index, temperature, softcap);
+                    const at::Tensor& index, const at::Tensor& stats, const Options& options) {
+  check(input, index, options);
   const auto type = accumulate_type(input.scalar_type());
   const auto rows = input.sym_sizes().slice(0, input.dim() - 1);
   if (grad_logp.has_value()) check_handed(kOp, "grad_logp", *grad_logp, input, type, index.sym_sizes());
@@ -48,41 +68,29 @@ void check_backward(const OptionalTensor& grad_logp, const OptionalTensor& grad_
   check_handed(kOp, "stats", stats, input, type, sizes);
 }
 
-// An index that is no class raises before anything is written.
-template <class Index>
-void check_indices(const Index* index, int64_t rows, int64_t k, int64_t classes) {
-  const Index* end = index + rows * k;
-  const Index* bad = std::find_if(index, end, [&](int64_t v) { return v < 0 || v >= classes; });
-  if (bad == end) return;
-  TSE_CHECK_INDEX(false, kOp, "index", "expected a class in [0, ", classes, "), got ", int64_t(*bad), " at row ",
-                  (bad - index) / k);
-}
-
-void check_indices(const SelectiveLogSoftmaxParams& p) {
-  const int64_t rows = row_count(p.rows);
-  if (p.index_is_int32) check_indices(static_cast<const int32_t*>(p.index), rows, p.k, p.rows.n);
-  else check_indices(static_cast<const int64_t*>(p.index), rows, p.k, p.rows.n);
-}
-
-// The tensors of a call in forms that the kernels can walk; the CPU's rows have their classes next to each other.
+// The tensors of a call in layouts that the kernels support: on the CPU a row's classes are contiguous.
 struct Operands {
   RowTensor input;
   at::Tensor index;
   Operands(const at::Tensor& logits, const at::Tensor& index_)
       : input(as_rows(logits, logits.dim() - 1)), index(index_.contiguous()) {
-    if (input.rows.stride_n != 1 && !use_cuda(logits)) input = as_rows(logits.contiguous(), logits.dim() - 1);
+    if (use_cuda(logits)) return;
+    if (input.rows.stride_n != 1) input = as_rows(logits.contiguous(), logits.dim() - 1);
+    count_classes(kOp, "index", index, input.rows.n, /*ignore_index=*/std::nullopt, /*per_row=*/k());
   }
 
+  int64_t k() const { return index.dim() == input.tensor.dim() ? index.size(-1) : 1; }
+
   // Of statistics (3 or 4, rows): m, sum, others and, with entropy, mean.
-  SelectiveLogSoftmaxParams params(const at::Tensor& stats, double temperature, std::optional<double> softcap) const {
+  SelectiveLogSoftmaxParams params(const at::Tensor& stats, const Options& options) const {
     SelectiveLogSoftmaxParams p{};
     p.dtype = dtype_of(input.tensor);
     p.rows = input.rows;
     p.input = input.tensor.const_data_ptr();
     p.index = index.const_data_ptr();
     p.index_is_int32 = index.scalar_type() == at::kInt;
-    p.k = index.dim() == input.tensor.dim() ? index.size(-1) : 1;
-    p.transform = {temperature, softcap.value_or(0)};
+    p.k = k();
+    p.transform = {options.temperature, options.softcap.value_or(0)};
     char* data = static_cast<char*>(const_cast<void*>(stats.const_data_ptr()));
     const int64_t array = row_count(p.rows) * stats.element_size();
     p.row_m = data;
@@ -93,18 +101,15 @@ struct Operands {
   }
 };
 
-ThreeTensors selective_log_softmax_forward(const at::Tensor& input, const at::Tensor& index, double temperature,
-                                           std::optional<double> softcap, bool entropy) {
-  check(input, index, temperature, softcap);
+ThreeTensors forward(const at::Tensor& input, const at::Tensor& index, bool entropy, const Options& options) {
+  check(input, index, options);
   const c10::OptionalDeviceGuard guard(input.device());
   const Operands operands(input, index);
-  const int64_t rows = row_count(operands.input.rows);
-  const auto options = input.options().dtype(accumulate_type(input.scalar_type()));
-  const at::Tensor stats = at::empty({entropy ? 4 : 3, rows}, options);
-  SelectiveLogSoftmaxParams p = operands.params(stats, temperature, softcap);
-  if (!use_cuda(input)) check_indices(p);
-  const at::Tensor logp = at::empty(index.sizes(), options);
-  const at::Tensor h = entropy ? at::empty(input.sizes().slice(0, input.dim() - 1), options) : at::empty({0}, options);
+  const auto type = input.options().dtype(accumulate_type(input.scalar_type()));
+  const at::Tensor stats = at::empty({entropy ? 4 : 3, row_count(operands.input.rows)}, type);
+  const at::Tensor logp = at::empty(index.sizes(), type);
+  const at::Tensor h = entropy ? at::empty(input.sizes().slice(0, input.dim() - 1), type) : at::empty({0}, type);
+  SelectiveLogSoftmaxParams p = operands.params(stats, options);
   p.logp = logp.mutable_data_ptr();
   if (entropy) p.entropy = h.mutable_data_ptr();
   if (use_cuda(input)) {
@@ -115,10 +120,9 @@ ThreeTensors selective_log_softmax_forward(const at::Tensor& input, const at::Te
   return {logp, h, stats};
 }
 
-at::Tensor selective_log_softmax_backward(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy,
-                                          const at::Tensor& input, const at::Tensor& index, const at::Tensor& stats,
-                                          double temperature, std::optional<double> softcap) {
-  check_backward(grad_logp, grad_entropy, input, index, stats, temperature, softcap);
+at::Tensor backward(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy, const at::Tensor& input,
+                    const at::Tensor& index, const at::Tensor& stats, const Options& options) {
+  check_backward(grad_logp, grad_entropy, input, index, stats, options);
   const c10::OptionalDeviceGuard guard(input.device());
   const Operands operands(input, index);
   const at::Tensor grad_input = with_huge_pages(at::empty_like(input));
@@ -127,8 +131,7 @@ at::Tensor selective_log_softmax_backward(const OptionalTensor& grad_logp, const
   if (grad.rows.stride_n != 1 && !use_cuda(input))
     grad = as_rows(at::empty(input.sizes(), input.options()), input.dim() - 1);
   const at::Tensor dense_stats = stats.contiguous();
-  SelectiveLogSoftmaxParams p = operands.params(dense_stats, temperature, softcap);
-  if (!use_cuda(input)) check_indices(p);
+  SelectiveLogSoftmaxParams p = operands.params(dense_stats, options);
   p.grad_rows = grad.rows;
   p.grad_input = grad.tensor.mutable_data_ptr();
   const at::Tensor g = grad_logp.has_value() ? grad_logp->contiguous() : at::Tensor();
@@ -144,69 +147,111 @@ at::Tensor selective_log_softmax_backward(const OptionalTensor& grad_logp, const
   return grad_input;
 }
 
-// ---- shapes only: fake tensors, whose sizes may be symbolic -------------------------------------------------------
-
-ThreeTensors selective_log_softmax_forward_meta(const at::Tensor& input, const at::Tensor& index, double temperature,
-                                                std::optional<double> softcap, bool entropy) {
-  check(input, index, temperature, softcap);
-  const auto options = input.options().dtype(accumulate_type(input.scalar_type()));
+// Shapes only; sizes may be symbolic.
+ThreeTensors forward_meta(const at::Tensor& input, const at::Tensor& index, bool entropy, const Options& options) {
+  check(input, index, options);
+  const auto type = input.options().dtype(accumulate_type(input.scalar_type()));
   const auto sizes = input.sym_sizes().slice(0, input.dim() - 1);
-  return {at::empty_symint(index.sym_sizes(), options),
-          entropy ? at::empty_symint(sizes, options) : at::empty({0}, options),
-          at::empty_symint({entropy ? 4 : 3, c10::multiply_integers(sizes)}, options)};
+  return {at::empty_symint(index.sym_sizes(), type), entropy ? at::empty_symint(sizes, type) : at::empty({0}, type),
+          at::empty_symint({entropy ? 4 : 3, c10::multiply_integers(sizes)}, type)};
 }
-
-at::Tensor selective_log_softmax_backward_meta(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy,
-                                               const at::Tensor& input, const at::Tensor& index,
-                                               const at::Tensor& stats, double temperature,
-                                               std::optional<double> softcap) {
-  check_backward(grad_logp, grad_entropy, input, index, stats, temperature, softcap);
+at::Tensor backward_meta(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy, const at::Tensor& input,
+                         const at::Tensor& index, const at::Tensor& stats, const Options& options) {
+  check_backward(grad_logp, grad_entropy, input, index, stats, options);
   return at::empty_like(input);
 }
 
-// ---- both -----------------------------------------------------------------------------------------------------------
-
 template <auto forward>
-at::Tensor selective_log_softmax(const at::Tensor& input, const at::Tensor& index, double temperature,
-                                 std::optional<double> softcap) {
-  return std::get<0>(forward(input, index, temperature, softcap, false));
+at::Tensor log_probability(const at::Tensor& input, const at::Tensor& index, const Options& options) {
+  return std::get<0>(forward(input, index, /*entropy=*/false, options));
+}
+template <auto forward>
+TwoTensors with_entropy(const at::Tensor& input, const at::Tensor& index, const Options& options) {
+  const auto [logp, entropy, stats] = forward(input, index, /*entropy=*/true, options);
+  return {logp, entropy};
 }
 
-template <auto forward>
-std::tuple<at::Tensor, at::Tensor> selective_log_softmax_with_entropy(const at::Tensor& input, const at::Tensor& index,
-                                                                      double temperature,
-                                                                      std::optional<double> softcap) {
-  const auto [logp, entropy, stats] = forward(input, index, temperature, softcap, true);
-  return {logp, entropy};
+// ---- autograd -------------------------------------------------------------------------------------------------------
+
+// {log-probabilities}, or {log-probabilities, entropy}.
+variable_list composed(const at::Tensor& input, const at::Tensor& index, bool entropy, const Options& options) {
+  const at::Tensor s = transformed(input, options.softcap, options.temperature);
+  const bool one = index.dim() < input.dim();
+  const at::Tensor i = (one ? index.unsqueeze(-1) : index).to(at::kLong);
+  const at::Tensor lse = at::logsumexp(s, -1, /*keepdim=*/true);
+  const at::Tensor at_index = s.gather(-1, i) - lse;
+  variable_list r = {one ? at_index.squeeze(-1) : at_index};
+  if (entropy) {
+    const at::Tensor logp = s - lse;
+    const at::Tensor finite = logp.masked_fill(logp == -std::numeric_limits<double>::infinity(), 0);  // 0 · log 0 = 0
+    r.push_back(-(logp.exp() * finite).sum(-1));
+  }
+  return r;
+}
+
+struct SelectiveLogSoftmax : torch::autograd::Function<SelectiveLogSoftmax> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& index, bool entropy,
+                               const Options& options) {
+    const auto [logp, h, stats] = Operator<tse::forward>::call(input, index, entropy, options);
+    ctx->save_for_backward({input, index, stats});
+    ctx->saved_data["options"] = std::make_tuple(entropy, options.temperature, options.softcap);
+    ctx->set_materialize_grads(false);
+    return entropy ? variable_list{logp, h} : variable_list{logp};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto [entropy, temperature, softcap] =
+        ctx->saved_data["options"].to<std::tuple<bool, double, std::optional<double>>>();
+    const Options options{temperature, softcap};
+    grads.resize(2);
+    if (!grads[0].defined() && !grads[1].defined()) return variable_list(4);
+    at::Tensor grad_input;
+    if (at::GradMode::is_enabled()) {  // somebody will differentiate this gradient
+      const variable_list outputs = composed(saved[0], saved[1], entropy, options);
+      grad_input = differentiable_gradients(outputs, grads, {saved[0]})[0];
+    } else {
+      const auto optional = [](const at::Tensor& g) { return g.defined() ? OptionalTensor(g) : std::nullopt; };
+      grad_input =
+          Operator<tse::backward>::call(optional(grads[0]), optional(grads[1]), saved[0], saved[1], saved[2], options);
+    }
+    return {grad_input, {}, {}, {}};
+  }
+};
+
+at::Tensor log_probability_autograd(const at::Tensor& input, const at::Tensor& index, const Options& options) {
+  const GradientPath path = gradient_path(input);
+  if (path == GradientPath::kFused) return SelectiveLogSoftmax::apply(input, index, false, options)[0];
+  if (path == GradientPath::kComposed) return composed(input, index, false, options)[0];
+  return Operator<log_probability<forward>>::call(input, index, options);
+}
+
+TwoTensors with_entropy_autograd(const at::Tensor& input, const at::Tensor& index, const Options& options) {
+  const GradientPath path = gradient_path(input);
+  if (path == GradientPath::kNone) return Operator<with_entropy<forward>>::call(input, index, options);
+  const variable_list r = path == GradientPath::kFused ? SelectiveLogSoftmax::apply(input, index, true, options)
+                                                       : composed(input, index, true, options);
+  return {r[0], r[1]};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
-  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
-  const std::string arguments = "(Tensor input, Tensor index, *, float temperature=1.0, float? softcap=None) -> ";
-  m.def(("selective_log_softmax" + arguments + "Tensor").c_str(), tags);
-  m.def(("selective_log_softmax_with_entropy" + arguments + "(Tensor logp, Tensor entropy)").c_str(), tags);
-  m.def(
-      "_selective_log_softmax_forward(Tensor input, Tensor index, float temperature, float? softcap, bool entropy) -> "
-      "(Tensor logp, Tensor entropy, Tensor stats)",
-      tags);
-  m.def(
-      "_selective_log_softmax_backward(Tensor? grad_logp, Tensor? grad_entropy, Tensor input, Tensor index, Tensor "
-      "stats, float temperature, float? softcap) -> Tensor",
-      tags);
+  const std::string options = Options::kSchema, required = without_defaults(options);
+  const std::string arguments = "(Tensor input, Tensor index, *, " + options + ") -> ";
+  define_public<log_probability<forward>, log_probability<forward_meta>, log_probability_autograd>(
+      m, kOp, arguments + "Tensor");
+  define_public<with_entropy<forward>, with_entropy<forward_meta>, with_entropy_autograd>(
+      m, "selective_log_softmax_with_entropy", arguments + "(Tensor logp, Tensor entropy)");
+  define<forward, forward_meta>(
+      m, "_selective_log_softmax_forward",
+      "(Tensor input, Tensor index, bool entropy, " + required + ") -> (Tensor logp, Tensor entropy, Tensor stats)");
+  define<backward, backward_meta>(m, "_selective_log_softmax_backward",
+                                  "(Tensor? grad_logp, Tensor? grad_entropy, Tensor input, Tensor index, Tensor "
+                                  "stats, " +
+                                      required + ") -> Tensor");
 }
-
-#define TSE_REGISTER(key, suffix)                                                                  \
-  TORCH_LIBRARY_IMPL(torch_softmax_ext, key, m) {                                                  \
-    m.impl("selective_log_softmax", selective_log_softmax<selective_log_softmax_forward##suffix>); \
-    m.impl("selective_log_softmax_with_entropy",                                                   \
-           selective_log_softmax_with_entropy<selective_log_softmax_forward##suffix>);             \
-    m.impl("_selective_log_softmax_forward", selective_log_softmax_forward##suffix);               \
-    m.impl("_selective_log_softmax_backward", selective_log_softmax_backward##suffix);             \
-  }
-TSE_REGISTER(CPU, )
-TSE_REGISTER(CUDA, )
-TSE_REGISTER(Meta, _meta)
 
 }  // namespace tse

@@ -1,0 +1,150 @@
+// The form of the row maps, which make of each row of `input` along `dim` a row of the same length: what they share.
+// [torch]
+//
+// A map is a struct with its name, its kernels and two compositions of torch's operators; define_row_map<Map>(m)
+// defines <name>(Tensor input, int dim=-1) and _<name>_backward(Tensor grad_output, Tensor output, int dim). The
+// gradient is computed from the output, which is all that is kept for it.
+//
+//   struct Map {
+//     static constexpr const char* kName;
+//     static constexpr RowMapKernels kForward, kBackward;
+//     // The map, differentiable any number of times; for torch.func and forward-mode AD.
+//     static at::Tensor composed(const at::Tensor& input, int64_t dim);
+//     // The gradient, differentiable any number of times in what is handed to it; for double backward.
+//     static at::Tensor composed_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim);
+//   };
+#pragma once
+#include <ATen/WrapDimUtils.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <string>
+
+#include "common/autograd.h"
+#include "common/host.h"
+#include "common/operator.h"
+#include "common/python.h"
+#include "common/row_params.h"
+
+namespace tse {
+
+struct RowMapKernels {
+  void (*cpu)(const RowMapParams& p, int64_t begin, int64_t end);  // rows [begin, end)
+  void (*cuda)(const RowMapParams& p, cudaStream_t stream);  // all rows; nullptr: there is none. TSE_CUDA(launcher)
+
+  void run(const char* op, const RowMapParams& p, const at::Tensor& t) const {
+    if (!use_cuda(t)) return parallel_rows(p.output_rows, [&](int64_t begin, int64_t end) { cpu(p, begin, end); });
+    TSE_CHECK_NOT_IMPLEMENTED(cuda != nullptr, op, "input", "expected a CPU tensor, as there is no CUDA kernel, got ",
+                              t.device());
+    cuda(p, current_stream(t));
+  }
+};
+
+template <class Map>
+struct RowMap {
+  static int64_t check(const at::Tensor& input, int64_t dim) {
+    check_floating(Map::kName, "input", input);
+    const int64_t rank = input.dim();
+    const int64_t low = rank == 0 ? -1 : -rank, high = rank == 0 ? 0 : rank - 1;
+    TSE_CHECK_INDEX(dim >= low && dim <= high, Map::kName, "dim", "expected a dimension in [", low, ", ", high,
+                    "] for input of shape ", input.sym_sizes(), ", got ", dim);
+    return at::maybe_wrap_dim(dim, rank);
+  }
+  static int64_t check_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim) {
+    dim = check(output, dim);
+    check_handed(Map::kName, "grad_output", grad_output, output, output.scalar_type(), output.sym_sizes());
+    return dim;
+  }
+
+  static at::Tensor forward(const at::Tensor& input, int64_t dim) {
+    dim = check(input, dim);
+    const c10::OptionalDeviceGuard guard(input.device());
+    const at::Tensor output = with_huge_pages(at::empty_like(input));
+    if (input.numel() == 0) return output;
+    const RowTensor x = as_rows(input, dim), y = as_rows(output, dim);
+    RowMapParams p{};
+    p.dtype = dtype_of(input);
+    p.rows = x.rows;
+    p.input = x.tensor.const_data_ptr();
+    p.output_rows = y.rows;
+    p.output = y.tensor.mutable_data_ptr();
+    Map::kForward.run(Map::kName, p, input);
+    if (!y.tensor.is_same(output)) output.copy_(y.tensor);
+    return output;
+  }
+
+  static at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim) {
+    dim = check_backward(grad_output, output, dim);
+    const c10::OptionalDeviceGuard guard(output.device());
+    const at::Tensor grad_input = with_huge_pages(at::empty_like(output));
+    if (output.numel() == 0) return grad_input;
+    const RowTensor y = as_rows(output, dim), out = as_rows(grad_input, dim);
+    RowTensor g = as_rows(grad_output, dim);
+    // CUDA kernels read g by 16 bytes where they read the output so; an expanded g costs a copy.
+    if (use_cuda(output) && y.rows.stride_n == 1 && g.rows.stride_n != 1)
+      g = as_rows(at::empty_like(output).copy_(grad_output), dim);
+    RowMapParams p{};
+    p.dtype = dtype_of(output);
+    p.output_rows = y.rows;
+    p.output = const_cast<void*>(y.tensor.const_data_ptr());
+    p.grad_output_rows = g.rows;
+    p.grad_output = g.tensor.const_data_ptr();
+    p.grad_input_rows = out.rows;
+    p.grad_input = out.tensor.mutable_data_ptr();
+    Map::kBackward.run(Map::kName, p, output);
+    if (!out.tensor.is_same(grad_input)) grad_input.copy_(out.tensor);
+    return grad_input;
+  }
+
+  static at::Tensor forward_meta(const at::Tensor& input, int64_t dim) {
+    check(input, dim);
+    return at::empty_like(input);
+  }
+  static at::Tensor backward_meta(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim) {
+    check_backward(grad_output, output, dim);
+    return at::empty_like(output);
+  }
+
+  struct Function : torch::autograd::Function<Function> {
+    static constexpr bool is_traceable = true;
+
+    static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& input, int64_t dim) {
+      const at::Tensor output = Operator<RowMap::forward>::call(input, dim);
+      ctx->save_for_backward({output});
+      ctx->saved_data["dim"] = dim;
+      return output;
+    }
+    static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                   torch::autograd::variable_list grad_outputs) {
+      const at::Tensor output = ctx->get_saved_variables()[0], &grad_output = grad_outputs[0];
+      const int64_t dim = ctx->saved_data["dim"].toInt();
+      if (at::GradMode::is_enabled())  // double backward
+        return {Map::composed_backward(grad_output, output, dim), {}};
+      return {Operator<RowMap::backward>::call(grad_output, output, dim), {}};
+    }
+  };
+
+  static at::Tensor autograd(const at::Tensor& input, int64_t dim) {
+    switch (gradient_path(input)) {
+      case GradientPath::kFused:
+        return Function::apply(input, dim);
+      case GradientPath::kComposed:
+        return Map::composed(input, dim);
+      default:
+        return Operator<forward>::call(input, dim);
+    }
+  }
+};
+
+template <class Map>
+void define_row_map(torch::Library& m) {
+  using Form = RowMap<Map>;
+  static const std::string backward = std::string("_") + Map::kName + "_backward";
+  define_public<Form::forward, Form::forward_meta, Form::autograd>(m, Map::kName,
+                                                                   "(Tensor input, int dim=-1) -> Tensor");
+  define<Form::backward, Form::backward_meta>(m, backward.c_str(),
+                                              "(Tensor grad_output, Tensor output, int dim) -> Tensor");
+}
+
+}  // namespace tse
