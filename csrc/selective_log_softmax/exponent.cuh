@@ -17,7 +17,7 @@ struct Exponent : Logits<A> {
 
 __device__ inline int64_t asked_class(const SelectiveLogSoftmaxParams& p, int64_t row, int64_t k) {
   const int64_t c = index_of(p, row, k);
-  device_assert(c >= 0 && c < p.rows.n, "selective_log_softmax: index: expected a class in [0, C)");
+  device_assert(c >= 0 && c < p.rows.n, "selective_log_softmax: index: expected a class index in [0, C)");
   return c;
 }
 
