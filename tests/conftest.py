@@ -1,22 +1,31 @@
-"""Devices and dtypes, and which tests a run has a use for."""
+"""Parameters that tests share (devices, dtypes, specs), and the tests that a run leaves out."""
 
 import os
 
-# Several test processes share the cores: a thread that waits for work must not spin, and two show what many would.
+# Several test processes share the cores, so idle threads must not spin. Two threads test as much as many.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
 
-import torch_softmax_ext  # noqa: F401  (registers the operators)
+from torch_softmax_ext.testing import SPECS
+from torch_softmax_ext.testing.spec import FLOATING
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(2)
 
-# Set by tests/test_cuda_on_host.py, which runs the suite once more on the CUDA kernels executed on the host.
+# Set by tests/test_cuda_on_host.py, which runs this suite on the CUDA kernels, executed on the host.
 CUDA_ON_HOST = "TORCH_SOFTMAX_EXT_LIBRARY" in os.environ
 for_cpu = pytest.mark.not_on_host  # a test of the CPU kernels
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+dtypes = pytest.mark.parametrize("dtype", FLOATING, ids=lambda d: str(d).removeprefix("torch."))
+reductions = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+
+
+def specs_where(condition):
+    return pytest.mark.parametrize("spec", [s for s in SPECS if condition(s)], ids=lambda s: s.name)
+
+
+specs = specs_where(lambda spec: True)
 
 DEVICES = [pytest.param("cpu", id="cuda_on_host" if CUDA_ON_HOST else "cpu")]
 if torch.cuda.is_available() and not CUDA_ON_HOST:
@@ -33,8 +42,15 @@ def _seed():
     torch.manual_seed(0)
 
 
+def skip_without_memory(count, dtype, copies):
+    """For tests on a GPU that hold `copies` tensors of `count` elements."""
+    if torch.cuda.mem_get_info()[0] < count * dtype.itemsize * copies:
+        pytest.skip("not enough memory on the card")
+
+
 def is_of_use(item):
-    """On the host executor what a device computes with kernels of its own; elsewhere all that needs no missing GPU."""
+    """On the host executor: tests of a device, of operators with kernels. Elsewhere: all but those that need a GPU that
+    is missing."""
     if item.get_closest_marker("on_host"):
         return CUDA_ON_HOST
     if not CUDA_ON_HOST:
@@ -46,7 +62,7 @@ def is_of_use(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselects tests that this run cannot use. Skips are left for missing tools, few enough to be read."""
+    """Deselects what this run cannot use, so that a skip always means a missing tool. Long tests come first."""
     config.hook.pytest_deselected(items=[item for item in items if not is_of_use(item)])
     items[:] = [item for item in items if is_of_use(item)]
     items.sort(key=lambda item: not any(item.iter_markers("long")) and not any(item.iter_markers("full")))

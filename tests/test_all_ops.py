@@ -1,4 +1,5 @@
-"""Every test that an operator owes, over its spec, devices and dtypes."""
+"""The tests that every operator must pass, over its spec, devices and dtypes: values and gradients, torch's checks,
+errors, autocast, saved tensors, checkpointing, modules, equal bits, threads, torch.func and forward mode."""
 
 import copy
 import pickle
@@ -6,20 +7,11 @@ import threading
 
 import pytest
 import torch
-from conftest import CUDA_ON_HOST
+from conftest import CUDA_ON_HOST, dtypes, specs, specs_where
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from torch_softmax_ext.testing import SPECS
-from torch_softmax_ext.testing.spec import FLOATING
-
-
-def specs_where(condition):
-    return pytest.mark.parametrize("spec", [s for s in SPECS if condition(s)], ids=lambda s: s.name)
-
-
-specs = specs_where(lambda s: True)
-dtypes = pytest.mark.parametrize("dtype", FLOATING, ids=lambda d: str(d).removeprefix("torch."))
 
 SAMPLES = [(spec, sample.name) for spec in SPECS for sample in spec.samples("cpu", torch.float32)]
 SMALL = [(spec, sample.name) for spec in SPECS for sample in spec.samples("cpu", torch.float64) if sample.small]
@@ -36,7 +28,7 @@ def first(spec, device, dtype):
 
 
 def value_and_grad(function, sample, input, g=None):
-    """The result, the gradient for an incoming gradient, and that incoming gradient."""
+    """The result, the gradient, and the grad_output it was computed for."""
     x = input.detach().requires_grad_()  # detach keeps the strides
     y = sample.call(function, x)
     g = torch.randn(y.shape, dtype=torch.float64, device=y.device) if g is None else g
@@ -61,7 +53,7 @@ def assert_close(ours, reference, torchs, what):
     allowed = 2 * (torchs - reference).abs().nan_to_num().max().item() + rounding * scale + 1e-13
     error = (ours - reference).abs().max().item()
     assert error <= allowed, (what, error, allowed)
-    if what[0] == "gradient" and reference.numel() > 4096:  # in wide rows the largest values would hide the others
+    if what[0] == "gradient" and reference.numel() > 4096:  # small values too: in wide rows large ones would hide them
         subnormal = 2.0**-25 * reference.numel() ** 0.5 if what[1] == torch.float16 else 0.0
         for part in (reference.abs() >= 0, reference.abs() < scale / 10):
             error, norm = (ours - reference)[part].norm().item(), reference[part].norm().item()
@@ -84,7 +76,7 @@ def test_values_and_gradients(spec, sample, device, dtype):
             where = s.call(spec.differentiable, s.input.double())
             gx, gx64, gxt = (g.where(where, torch.zeros_like(g)) for g in (gx, gx64, gxt))
         assert_close(gx, gx64, gxt, ("gradient", dtype, s.name))
-    with torch.no_grad():  # forward alone takes another way through the dispatcher
+    with torch.no_grad():  # another path through the dispatcher
         assert torch.equal(s.call(spec.op).nan_to_num(), y.nan_to_num())
 
 
@@ -123,7 +115,7 @@ def test_double_backward_in_every_dtype(spec, device, dtype):
 
 
 @specs
-def test_strides_of_incoming_gradient(spec, device):
+def test_grad_output_of_any_strides(spec, device):
     s = first(spec, device, torch.float64)
     x = s.input.requires_grad_()
     y = s.call(spec.op, x)
@@ -160,7 +152,7 @@ def test_errors(spec, case, device):
             case.call(device)
 
 
-@specs_where(lambda s: not s.autocasts)  # which has a test of its own
+@specs_where(lambda s: not s.autocasts)  # those that do have their own tests
 @dtypes
 def test_autocast_keeps_the_logits(spec, device, dtype):
     s = first(spec, device, dtype)
@@ -176,7 +168,7 @@ def test_saved_tensor_modified_in_place_is_caught(spec, device):
     x = s.input.clone().requires_grad_()
     z = x * 1
     y = s.call(spec.op, z)
-    (y if spec.name == "sparsemax" else z).detach().zero_()
+    (y if spec.saves_output else z).detach().zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
@@ -224,11 +216,10 @@ def test_module(spec, device):
 def test_same_bits_alone_in_a_batch_and_with_any_threads(spec, device, dtype, shape):
     x = torch.randn(shape, device=device).to(dtype)
     args = tuple(a.to(device) for a in spec.bench_args(x))
-    kwargs = {"reduction": "none"} if spec.name == "cross_entropy" else {}
 
     def run(x, *args):
         x = x.detach().requires_grad_()
-        y = spec.op(x, *args, **kwargs)
+        y = spec.op(x, *args, **spec.row_options)
         g = (
             torch.linspace(1, 2, x.shape[1], device=device).to(y.dtype).expand_as(y)
             if y.dim() > 1

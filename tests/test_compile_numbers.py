@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from conftest import CUDA_ON_HOST
+from conftest import CUDA_ON_HOST, reductions
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import torch_softmax_ext as tse
 
 pytestmark = pytest.mark.skipif(CUDA_ON_HOST, reason="nothing here depends on the kernels")
-reductions = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 
 
 @pytest.fixture(autouse=True)

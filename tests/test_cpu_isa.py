@@ -1,24 +1,11 @@
-"""Every instruction-set level runs, and gives right values: each in a process of its own."""
+"""Every instruction-set level runs, gives right values and reads nothing after the logits: each in its own process."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
+from cpu_isa import BEST, IS_CHOSEN_OUTSIDE, LEVELS, check_at_the_end_of_a_page, levels, run, skip_if_missing
 
-LEVELS = ["default", "avx2", "avx512"]
-best = LEVELS.index(torch.ops.torch_softmax_ext._cpu_isa()) if "ATEN_CPU_CAPABILITY" not in os.environ else 0
-
-pytestmark = pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="the level is chosen from outside")
-
-
-def run(level, *command):
-    env = {**os.environ, "ATEN_CPU_CAPABILITY": level}
-    return subprocess.run(
-        [sys.executable, *command], env=env, cwd=Path(__file__).parent.parent, capture_output=True, text=True
-    )
+pytestmark = pytest.mark.skipif(IS_CHOSEN_OUTSIDE, reason="the level is chosen from outside")
 
 
 def level_of(wish):
@@ -27,63 +14,35 @@ def level_of(wish):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("level", LEVELS)
+@levels
 def test_values(level):
-    if LEVELS.index(level) > best:
-        pytest.skip(f"this machine has {LEVELS[best]} at most")
+    skip_if_missing(level)
     out = run(level, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "tests", "-m", "values")
     assert out.returncode == 0, out.stdout[-4000:]
 
 
-def test_the_level_is_as_wished_where_the_machine_has_it():
-    for level in LEVELS[: best + 1]:
+def test_the_level_can_be_chosen_up_to_the_best():
+    for level in LEVELS[: BEST + 1]:
         assert level_of(level) == level
-    assert level_of("avx512") == LEVELS[best]
-    assert level_of("something else") == LEVELS[best]
+    assert level_of("avx512") == LEVELS[BEST]
+    assert level_of("something else") == LEVELS[BEST]
 
 
-AT_THE_END_OF_A_PAGE = """
-import ctypes, mmap, sys
-import torch, torch_softmax_ext as tse
-from torch_softmax_ext.testing import SPECS
-
-memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)
-behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + mmap.PAGESIZE
-assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(behind), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
-
-def at_the_end(x):
-    begin = mmap.PAGESIZE - x.nbytes
-    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=begin).view(x.shape).copy_(x)
-
-for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-    for n in (*range(1, 71), *range(127, 146)):
-        for spec in SPECS:
-            if spec.name == "linear_cross_entropy":
-                continue  # torch's matrix product has other bits where x lies otherwise
-            x = torch.randn(2, n).to(dtype)
-            args = spec.bench_args(x)
-            want = spec.op(x, *args)
-            assert torch.equal(spec.op(at_the_end(x), *args), want), (spec.name, dtype, n)
-        target = torch.zeros(2, dtype=torch.long)
-        want = tse.cross_entropy(x, target, label_smoothing=0.1)
-        columns = at_the_end(x.t().contiguous()).t()
-        assert torch.equal(tse.cross_entropy(columns, target, label_smoothing=0.1), want), (dtype, n)
-        leaf = x.clone().requires_grad_()
-        tse.cross_entropy(leaf, target).backward()
-        written = at_the_end(x)
-        logits = written.mul_(torch.ones((), dtype=dtype, requires_grad=True))  # computed, in that memory
-        tse.cross_entropy(logits, target, inplace_backward=True).backward()
-        want = x if dtype == torch.float16 else leaf.grad  # whose gradient is made in backward
-        assert torch.equal(written.detach(), want), (dtype, n)
-print("all of them")
+ROWS_AND_COLUMNS = """
+for spec in SPECS:
+    args = spec.bench_args(x)
+    for options in ({}, spec.general_options):
+        for columns in (False, True):
+            y = x.t().contiguous() if columns else x
+            want = spec.op(y.t() if columns else y, *args, **options)
+            y = end_of_page.copy(y)
+            got = spec.op(y.t() if columns else y, *args, **options)
+            same = torch.equal(got, want) if spec.batch_invariant else torch.allclose(got, want, rtol=1e-2, atol=1e-2)
+            assert same, (spec.name, options, columns, dtype, n)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks for mprotect")
-@pytest.mark.parametrize("level", LEVELS)
-def test_nothing_behind_the_logits_is_touched(level):
-    """They end where memory does that may be read or written; in place the gradient is written there, too."""
-    if LEVELS.index(level) > best:
-        pytest.skip(f"this machine has {LEVELS[best]} at most")
-    out = run(level, "-c", AT_THE_END_OF_A_PAGE)
-    assert out.stdout == "all of them\n", f"exit status {out.returncode}: {out.stderr[-2000:]}"
+@levels
+def test_nothing_after_the_logits_is_read(level):
+    check_at_the_end_of_a_page(level, ROWS_AND_COLUMNS)

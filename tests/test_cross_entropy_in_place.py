@@ -1,8 +1,11 @@
 """Cross-entropy writes its gradient over the logits, where it is asked to: `inplace_backward`."""
 
+import sys
+
 import pytest
 import torch
 from conftest import dtypes, for_cpu
+from cpu_isa import check_at_the_end_of_a_page, levels
 from cross_entropy_cases import grad, logits_and_target
 
 import torch_softmax_ext as tse
@@ -262,3 +265,22 @@ def test_expanded_logits_in_place(device):
     x = torch.randn(1, 4, device=device, requires_grad=True) * 1
     with pytest.raises(RuntimeError, match="cross_entropy: inplace_backward: expected logits whose elements do not"):
         tse.cross_entropy(x.expand(3, 4), torch.zeros(3, dtype=torch.long, device=device), inplace_backward=True)
+
+
+AT_THE_END_OF_A_PAGE = """
+target = torch.zeros(2, dtype=torch.long)
+leaf = x.clone().requires_grad_()
+tse.cross_entropy(leaf, target).backward()
+written = end_of_page.copy(x)
+logits = written.mul_(torch.ones((), dtype=dtype, requires_grad=True))  # computed, in that memory
+tse.cross_entropy(logits, target, inplace_backward=True).backward()
+want = x if dtype == torch.float16 else leaf.grad  # the gradient of float16 is made in backward
+assert torch.equal(written.detach(), want), (dtype, n)
+"""
+
+
+@for_cpu
+@pytest.mark.skipif(sys.platform != "linux", reason="asks for mprotect")
+@levels
+def test_nothing_after_the_logits_is_written(level):
+    check_at_the_end_of_a_page(level, AT_THE_END_OF_A_PAGE)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import reductions
+from test_compile import options_of, with_compiled_autograd
 
 import torch_softmax_ext as tse
+from torch_softmax_ext.testing.cross_entropy import reference_with_metrics
 
 OPTIONS = {
     "plain": {},
@@ -12,20 +14,6 @@ OPTIONS = {
     "all": {"label_smoothing": 0.2, "z_loss_weight": 0.1, "softcap": 5.0, "temperature": 2.0},
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-reductions = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-
-
-def reference(x, target, weight=None, *, reduction, z_loss_weight=0.0, softcap=None, temperature=1.0, **kwargs):
-    s = (x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature
-    counted = target != -100 if not target.is_floating_point() else torch.ones_like(s.select(1, 0), dtype=torch.bool)
-    lse = torch.where(counted, s.logsumexp(1), torch.zeros(()).to(s))
-    z_loss = z_loss_weight * lse**2
-    if reduction != "none":
-        z_loss = z_loss.sum() / (counted.sum() if reduction == "mean" else 1)
-    loss = F.cross_entropy(s, target, weight, reduction=reduction, **kwargs) + z_loss
-    right = x.argmax(1) == (target if not target.is_floating_point() else target.argmax(1))
-    accuracy = (right & counted).sum() / counted.sum()
-    return loss, z_loss, lse, accuracy.float(), torch.where(counted, x.argmax(1), -100)
 
 
 def make(device, dtype, shape=(8, 30), probabilities=False):
@@ -49,7 +37,7 @@ def test_values_and_gradients(device, options, reduction, probabilities, shape):
     got = tse.cross_entropy_with_metrics(x32, target32, weight.float(), reduction=reduction, **options)
     x.copy_(x32.detach()).requires_grad_()
     target = target32.double() if probabilities else target
-    want = reference(x, target, weight, reduction=reduction, **options)
+    want = reference_with_metrics(x, target, weight, reduction=reduction, **options)
     for name, a, b in zip(got._fields, got, want, strict=True):
         torch.testing.assert_close(a.to(b.dtype), b, rtol=2e-5, atol=2e-5, msg=name)
     g = [torch.randn(b.shape, dtype=torch.float64, device=device) for b in want[:3]]
@@ -137,3 +125,20 @@ def test_errors_name_the_operator(device):
         tse.cross_entropy_with_metrics(x, target, temperature="hot")
     with pytest.raises(ValueError, match=r"cross_entropy.*: softcap: expected None or a positive number"):
         tse.cross_entropy_with_metrics(x, target, softcap=-1.0)
+
+
+@pytest.mark.not_on_host
+@pytest.mark.parametrize("options", list(options_of(tse.cross_entropy_with_metrics)), ids=str)
+@pytest.mark.parametrize("outputs", [(0,), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
+def test_compiled_autograd(device, options, outputs, probabilities):
+    x = torch.randn(7, 30, device=device)
+    target = torch.randint(0, 30, (7,), device=device) if not probabilities else x.flip(1).softmax(1)
+
+    def run():
+        leaf = x.clone().requires_grad_()
+        metrics = tse.cross_entropy_with_metrics(leaf * 1.5, target, **options)
+        loss = sum(metrics[i].square().sum() for i in outputs)
+        return *(m.detach() for m in metrics), torch.autograd.grad(loss, leaf)[0]
+
+    torch.testing.assert_close(with_compiled_autograd(run), run())

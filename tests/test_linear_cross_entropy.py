@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import dtypes, reductions
 from torch.utils.checkpoint import checkpoint
 
 import torch_softmax_ext as tse
@@ -10,8 +11,6 @@ from torch_softmax_ext.testing.linear_cross_entropy import SPEC
 from torch_softmax_ext.testing.memory import peak_memory
 
 pytestmark = pytest.mark.not_on_host  # it has no kernels of its own
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-reductions = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 NAMES = ("loss", "input", "linear_weight", "linear_bias")
 
 

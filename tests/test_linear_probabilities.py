@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import reductions
 
 import torch_softmax_ext as tse
 from torch_softmax_ext.testing.memory import peak_memory
 
-reductions = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 close = torch.testing.assert_close
 OPTIONS = {"label_smoothing": 0.1, "z_loss_weight": 0.2, "softcap": 5.0, "temperature": 0.7}
 

@@ -4,26 +4,18 @@ import math
 
 import pytest
 import torch
-from conftest import for_cpu
+from conftest import dtypes, for_cpu
+from test_compile import with_compiled_autograd
 
 import torch_softmax_ext as tse
 from torch_softmax_ext.testing.memory import peak_memory
+from torch_softmax_ext.testing.selective_log_softmax import reference_with_entropy as reference
 
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 INF = float("inf")
 
 
 def both(x, index, **kwargs):
     return tse.selective_log_softmax(x, index, return_entropy=True, **kwargs)
-
-
-def reference(x, index, temperature=1.0, softcap=None):
-    s = x if softcap is None else softcap * torch.tanh(x / softcap)
-    logp = (s / temperature).log_softmax(-1)
-    entropy = -(logp.exp() * logp.masked_fill(logp == -INF, 0)).sum(-1)
-    one = index.dim() < x.dim()
-    at_index = logp.gather(-1, index.unsqueeze(-1) if one else index)
-    return (at_index.squeeze(-1) if one else at_index), entropy
 
 
 def gradient(function, x, index, weights, **kwargs):
@@ -230,3 +222,16 @@ def test_blocks_far_apart(device, dtype, options):
         assert torch.equal(a.isnan(), b.isnan())
         torch.testing.assert_close(a[:3].double(), b[:3], rtol=2e-2 if a.dtype == dtype else 2e-5, atol=2e-5)
     assert torch.equal(got[0].nan_to_num(), tse.selective_log_softmax(x, index, **options).nan_to_num())
+
+
+@pytest.mark.not_on_host
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"softcap": 5.0}], ids=str)
+def test_compiled_autograd_of_both_results(device, options):
+    x, index = torch.randn(7, 30, device=device), torch.randint(0, 30, (7,), device=device)
+
+    def run():
+        leaf = x.clone().requires_grad_()
+        logp, entropy = tse.selective_log_softmax(leaf * 1.5, index, return_entropy=True, **options)
+        return logp.detach(), entropy.detach(), torch.autograd.grad(logp.sum() + entropy.square().sum(), leaf)[0]
+
+    torch.testing.assert_close(with_compiled_autograd(run), run())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import dtypes, for_cpu
+from conftest import dtypes, for_cpu, skip_without_memory
 
 import torch_softmax_ext as tse
 
@@ -51,3 +51,17 @@ def test_the_same_bits_along_any_dimension(dtype, n, inner):
     (got,) = torch.autograd.grad(tse.sparsemax(x, 1), x, g[..., :1].expand_as(x))  # which is read as it is
     (want,) = torch.autograd.grad(tse.sparsemax(rows, -1), rows, g[..., :1].expand_as(x).movedim(1, -1).contiguous())
     assert torch.equal(got.movedim(1, -1), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [33000, pytest.param(1, marks=pytest.mark.full)])  # one long row takes minutes
+def test_more_than_two_to_the_31_elements(rows):
+    n = 2**31 // rows + 1000
+    skip_without_memory(rows * n, torch.bfloat16, copies=4)
+    x = torch.zeros(rows, n, device="cuda", dtype=torch.bfloat16)
+    x[-1, -1] = 30
+    y = tse.sparsemax(x)
+    assert y[-1, -1].item() == 1
+    assert y[-1, : n - 1].any().item() is False
+    if rows > 1:
+        torch.testing.assert_close(y[0, 5].item(), 1 / n, rtol=1e-2, atol=0)

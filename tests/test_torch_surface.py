@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import reductions
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_softmax_ext as tse
 
-reductions = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 close = torch.testing.assert_close
 OPTIONS = {"label_smoothing": 0.1, "z_loss_weight": 0.2, "softcap": 5.0, "temperature": 0.7}
 

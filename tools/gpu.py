@@ -18,8 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PYTHON = sys.executable
 # compute-sanitizer makes kernels many times slower: it sees each of them, in two dtypes.
-WATCHED = "every_kernel and (float32 or bfloat16) and not 70001"
-SANITIZED = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_cuda.py", "-k", WATCHED]
+WATCHED = "not float64 and (bfloat16 or not float16) and not 70001"
+FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*cuda.py"))
+SANITIZED = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES, "-m", "sanitized", "-k", WATCHED]
 TESTED = "gpu and not full"
 FAILED, SKIPPED, OK = "failed", "skipped", "ok"
 

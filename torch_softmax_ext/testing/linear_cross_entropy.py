@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import torch_softmax_ext as tse
 from torch_softmax_ext.testing.cross_entropy import SPEC as CROSS_ENTROPY
-from torch_softmax_ext.testing.spec import BenchShape, ErrorCase, OpSpec, Peer, Sample
+from torch_softmax_ext.testing.spec import BenchShape, OpSpec, Peer, Random, Sample, error_case
 
 
 def _logits(input, linear_weight, linear_bias):
@@ -33,18 +33,11 @@ def _torch_op(*args, **kwargs):
 
 
 def _samples(device, dtype):
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape, scale=1.0):
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
-
-    def target(classes, *shape, ignored=0):
-        t = torch.randint(0, classes, shape, generator=generator).to(device)
-        t.view(-1)[:ignored] = -100
-        return t
+    r = Random(device, dtype)
+    normal, target = r.normal, r.classes
 
     def weight(classes):
-        return torch.rand(classes, generator=generator, dtype=torch.float64).to(dtype).to(device) + 0.5
+        return r.uniform(classes) + 0.5
 
     for reduction in ("none", "mean", "sum"):
         kwargs = {"reduction": reduction}
@@ -98,59 +91,43 @@ def _samples(device, dtype):
     yield Sample("all-ignored-mean", normal(3, 4), (normal(5, 4), target(5, 3, ignored=3)), finite=False)
 
 
-def _error(name, error, match, shape=(3, 4), classes=5, indices=(0, 1, 2), features=4, dtype=torch.float32, **options):
-    def call(device):
-        input = torch.zeros(shape, device=device)
-        linear_weight = torch.zeros(classes, features, device=device, dtype=dtype)
-        o = {
-            k: v.to(device) if isinstance(v, torch.Tensor) and v.device.type != "meta" else v
-            for k, v in options.items()
-        }
-        t = o.pop("target", None)
-        if t is None:
-            t = torch.tensor(indices, device=device)
-        return tse.linear_cross_entropy(o.pop("input", input), linear_weight, t, **o)
-
-    return ErrorCase(name, call, error, match)
-
-
-_ERRORS = (
-    _error("class-too-large", IndexError, r"target: .*\[0, 5\).* got 5 at row 1", indices=(0, 5, 1)),
-    _error("class-negative", IndexError, r"target: .* got -1 at row 2", indices=(0, 1, -1)),
-    _error("rows", ValueError, r"target: expected the shape of input without", indices=(0, 1)),
-    _error("scalar", RuntimeError, r"input: .* scalar", shape=()),
-    _error("integer-input", NotImplementedError, r"input: expected float32.* got Long", input=torch.zeros(3, 4).long()),
-    _error(
-        "int16-target",
-        RuntimeError,
-        r"target: expected int64, int32 or uint8.* got Short",
-        target=torch.zeros(3).short(),
-    ),
-    _error("target-device", RuntimeError, r"target: expected device .* got meta", target=torch.zeros(3, device="meta")),
-    _error("features", RuntimeError, r"linear_weight: expected \(C, 4\) .* got \[5, 6\]", features=6),
-    _error("dtype", RuntimeError, r"linear_weight: expected Float as input, got Double", dtype=torch.float64),
-    _error("bias-dim", RuntimeError, r"linear_bias: expected shape \(C\), got \[5, 1\]", linear_bias=torch.zeros(5, 1)),
-    _error("bias-size", RuntimeError, r"linear_bias: expected one for each of 5 .* \[4\]", linear_bias=torch.zeros(4)),
-    _error("weight-shape", RuntimeError, r"weight: expected one weight for each of 5 .* \[4\]", weight=torch.ones(4)),
-    _error(
-        "probabilities-shape",
-        RuntimeError,
-        r"target: expected class indices, or class probabilities \(…, 5\).* got Float of shape \[3, 4\]",
-        target=torch.zeros(3, 4),
-    ),
-    _error("weight-integer", RuntimeError, r"weight: expected floating point", weight=torch.ones(5).long()),
-    _error("smoothing", RuntimeError, r"label_smoothing: expected .* got 1.5", label_smoothing=1.5),
-    _error("temperature", ValueError, r"temperature: expected a positive number, got 0", temperature=0.0),
-    _error("softcap", ValueError, r"softcap: expected None or a positive number, got -1", softcap=-1.0),
-    _error("z-loss", ValueError, r"z_loss_weight: expected a finite number", z_loss_weight=float("inf")),
-    _error("chunk-size", ValueError, r"chunk_size: expected None or a positive number .* got 0", chunk_size=0),
-    _error("reduction", ValueError, r"reduction: expected 'none', 'mean' or 'sum', got 'avg'", reduction="avg"),
-    _error("no-reduction", ValueError, r"reduction: expected .* got None", reduction=None),
-    _error("no-number", TypeError, r"temperature: expected float, got str", temperature="hot"),
-    _error("no-chunk-size", TypeError, r"chunk_size: expected int or None, got float", chunk_size=1.5),
-    _error("no-tensor", TypeError, r"input: expected Tensor, got list", input=[1.0]),
-    _error("no-bias", TypeError, r"linear_bias: expected Tensor or None, got int", linear_bias=1),
-)
+def _errors():
+    error = functools.partial(error_case, tse.linear_cross_entropy)
+    x, w, t = torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 1, 2])
+    yield error("class-too-large", IndexError, r"target: .*\[0, 5\).* got 5 at row 1", x, w, torch.tensor([0, 5, 1]))
+    yield error("class-negative", IndexError, r"target: .* got -1 at row 2", x, w, torch.tensor([0, 1, -1]))
+    yield error("rows", ValueError, r"target: expected the shape of input without", x, w, t[:2])
+    yield error("scalar", RuntimeError, r"input: .* scalar", torch.zeros(()), w, t)
+    yield error("integer-input", NotImplementedError, r"input: expected float32.* got Long", x.long(), w, t)
+    yield error("int16-target", RuntimeError, r"target: expected int64, int32 or uint8.* got Short", x, w, t.short())
+    yield error("target-device", RuntimeError, r"target: expected device .* got meta", x, w, t.to("meta"))
+    match = r"linear_weight: expected \(C, 4\) .* got \[5, 6\]"
+    yield error("features", RuntimeError, match, x, torch.zeros(5, 6), t)
+    yield error("dtype", RuntimeError, r"linear_weight: expected Float as input, got Double", x, w.double(), t)
+    match = r"linear_bias: expected shape \(C\), got \[5, 1\]"
+    yield error("bias-dim", RuntimeError, match, x, w, t, linear_bias=torch.zeros(5, 1))
+    match = r"linear_bias: expected one for each of 5 .* \[4\]"
+    yield error("bias-size", RuntimeError, match, x, w, t, linear_bias=torch.zeros(4))
+    match = r"weight: expected one weight for each of 5 .* \[4\]"
+    yield error("weight-shape", RuntimeError, match, x, w, t, weight=torch.ones(4))
+    match = r"target: expected class indices, or class probabilities \(…, 5\).* got Float of shape \[3, 4\]"
+    yield error("probabilities-shape", RuntimeError, match, x, w, torch.zeros(3, 4))
+    match = r"weight: expected floating point"
+    yield error("weight-integer", RuntimeError, match, x, w, t, weight=torch.ones(5).long())
+    yield error("smoothing", RuntimeError, r"label_smoothing: expected .* got 1.5", x, w, t, label_smoothing=1.5)
+    yield error("temperature", ValueError, r"temperature: expected a positive number, got 0", x, w, t, temperature=0.0)
+    yield error("softcap", ValueError, r"softcap: expected None or a positive number, got -1", x, w, t, softcap=-1.0)
+    match = r"z_loss_weight: expected a finite number"
+    yield error("z-loss", ValueError, match, x, w, t, z_loss_weight=float("inf"))
+    match = r"chunk_size: expected None or a positive number .* got 0"
+    yield error("chunk-size", ValueError, match, x, w, t, chunk_size=0)
+    match = r"reduction: expected 'none', 'mean' or 'sum', got 'avg'"
+    yield error("reduction", ValueError, match, x, w, t, reduction="avg")
+    yield error("no-reduction", ValueError, r"reduction: expected .* got None", x, w, t, reduction=None)
+    yield error("no-number", TypeError, r"temperature: expected float, got str", x, w, t, temperature="hot")
+    yield error("no-chunk-size", TypeError, r"chunk_size: expected int or None, got float", x, w, t, chunk_size=1.5)
+    yield error("no-tensor", TypeError, r"input: expected Tensor, got list", [1.0], w, t)
+    yield error("no-bias", TypeError, r"linear_bias: expected Tensor or None, got int", x, w, t, linear_bias=1)
 
 
 def _bench_args(x):
@@ -190,7 +167,7 @@ SPEC = OpSpec(
     reference=_reference,
     torch_op=_torch_op,
     samples=_samples,
-    errors=_ERRORS,
+    errors=tuple(_errors()),
     bench_shapes=tuple(
         BenchShape(shape, dtype, label=f"{classes} classes", args=_bench_args_of(classes), **more)
         for shape, classes, dtype, more in (
@@ -207,6 +184,8 @@ SPEC = OpSpec(
     bench_roofs=_products,
     bench_bytes=lambda x, linear_weight, target: x.shape[0] * linear_weight.shape[0] * x.itemsize,
     rows=lambda x, linear_weight, target: (x[:1], linear_weight, target[:1]),
+    row_options={"reduction": "none"},
+    general_options={"label_smoothing": 0.1, "softcap": 5.0},
     batch_invariant=False,
     autocasts=True,
     has_kernels=False,

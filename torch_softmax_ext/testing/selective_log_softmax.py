@@ -1,19 +1,27 @@
-"""Specification of selective_log_softmax; of its entropy in tests/test_selective_log_softmax.py."""
+"""Specification of selective_log_softmax. tests/test_selective_log_softmax.py tests the entropy."""
+
+import functools
 
 import torch
 
 import torch_softmax_ext as tse
-from torch_softmax_ext.testing.spec import BenchShape, ErrorCase, OpSpec, Sample
+from torch_softmax_ext.testing.cross_entropy import transform
+from torch_softmax_ext.testing.spec import BenchShape, OpSpec, Random, Sample, error_case
 
 _INF = float("inf")
 
 
-def _reference(input, index, *, temperature=1.0, softcap=None):
-    s = input if softcap is None else softcap * torch.tanh(input / softcap)
-    logp = (s / temperature).log_softmax(-1)
+def reference_with_entropy(input, index, *, temperature=1.0, softcap=None):
+    """Log-probabilities and entropies in plain torch."""
+    logp = transform(input, softcap, temperature).log_softmax(-1)
+    entropy = -(logp.exp() * logp.masked_fill(logp == -_INF, 0)).sum(-1)
     if index.dim() == input.dim():
-        return logp.gather(-1, index.long())
-    return logp.gather(-1, index.long().unsqueeze(-1)).squeeze(-1)
+        return logp.gather(-1, index.long()), entropy
+    return logp.gather(-1, index.long().unsqueeze(-1)).squeeze(-1), entropy
+
+
+def _reference(*args, **kwargs):
+    return reference_with_entropy(*args, **kwargs)[0]
 
 
 def _torch_op(input, index, **kwargs):
@@ -22,13 +30,8 @@ def _torch_op(input, index, **kwargs):
 
 
 def _samples(device, dtype):
-    generator = torch.Generator().manual_seed(0)
-
-    def logits(*shape, scale=3.0):
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
-
-    def index(classes, *shape):
-        return torch.randint(0, classes, shape, generator=generator).to(device)
+    r = Random(device, dtype)
+    logits, index = functools.partial(r.normal, scale=3), r.classes
 
     yield Sample("2d", logits(7, 10), (index(10, 7),), small=True)
     yield Sample("2d-several", logits(5, 10), (index(10, 5, 3),), small=True)
@@ -94,77 +97,27 @@ def _samples(device, dtype):
     yield Sample("cold", logits(6, 300, scale=60.0), (index(300, 6, 3),), {"temperature": cold})
 
 
-def _x(device, *shape):
-    return torch.zeros(shape, device=device)
+def _errors():
+    error = functools.partial(error_case, tse.selective_log_softmax)
+    x, index = torch.zeros(2, 5), torch.tensor([0, 1])
+    match = r"index: expected a class index in \[0, 5\), got 5 at row 1"
+    yield error("class-too-large", IndexError, match, torch.zeros(3, 5), torch.tensor([0, 5, 1]), cpu_only=True)
+    match = r"index: expected a class index in \[0, 5\), got -1 at row 2"
+    several = torch.tensor([[0, 1], [2, 3], [4, -1]]).int()
+    yield error("class-negative", IndexError, match, torch.zeros(3, 5), several, return_entropy=True, cpu_only=True)
+    yield error("scalar", RuntimeError, r"input: .* scalar", torch.zeros(()), index[:1])
+    match = r"index: expected the shape of input without its last dimension.* got \[2\]"
+    yield error("rows", RuntimeError, match, torch.zeros(3, 5), index)
+    yield error("rank", RuntimeError, r"index: expected the shape", torch.zeros(2, 3, 5), index)
+    yield error("integer-logits", NotImplementedError, r"input: expected float32.* got Long", x.long(), index)
+    yield error("int16-index", RuntimeError, r"index: expected int64 or int32, got Short", x, index.short())
+    yield error("temperature", ValueError, r"temperature: expected a positive number, got 0", x, index, temperature=0.0)
+    yield error("softcap", ValueError, r"softcap: expected None or a positive number, got -1", x, index, softcap=-1.0)
+    yield error("no-number", TypeError, r"temperature: expected float, got str", x, index, temperature="hot")
+    yield error("no-tensor", TypeError, r"input: expected Tensor, got list", [1.0], index[:1])
+    yield error("no-index", TypeError, r"index: expected Tensor, got None", x, None)
+    yield error("device", RuntimeError, r"index: expected device .* got meta", x, index.to("meta"))
 
-
-def _t(device, *values):
-    return torch.tensor(values, device=device)
-
-
-_call = tse.selective_log_softmax
-_ERRORS = (
-    ErrorCase(
-        "class-too-large",
-        lambda d: _call(_x(d, 3, 5), _t(d, 0, 5, 1)),
-        IndexError,
-        r"index: expected a class index in \[0, 5\), got 5 at row 1",
-        cpu_only=True,
-    ),
-    ErrorCase(
-        "class-negative",
-        lambda d: _call(_x(d, 3, 5), _t(d, [0, 1], [2, 3], [4, -1]).int(), return_entropy=True),
-        IndexError,
-        r"index: expected a class index in \[0, 5\), got -1 at row 2",
-        cpu_only=True,
-    ),
-    ErrorCase("scalar", lambda d: _call(_x(d), _t(d, 0)), RuntimeError, r"input: .* scalar"),
-    ErrorCase(
-        "rows",
-        lambda d: _call(_x(d, 3, 5), _t(d, 0, 1)),
-        RuntimeError,
-        r"index: expected the shape of input without its last dimension.* got \[2\]",
-    ),
-    ErrorCase("rank", lambda d: _call(_x(d, 2, 3, 5), _t(d, 0, 1)), RuntimeError, r"index: expected the shape"),
-    ErrorCase(
-        "integer-logits",
-        lambda d: _call(_x(d, 2, 5).long(), _t(d, 0, 1)),
-        NotImplementedError,
-        r"input: expected float32.* got Long",
-    ),
-    ErrorCase(
-        "int16-index",
-        lambda d: _call(_x(d, 2, 5), _t(d, 0, 1).short()),
-        RuntimeError,
-        r"index: expected int64 or int32, got Short",
-    ),
-    ErrorCase(
-        "temperature",
-        lambda d: _call(_x(d, 2, 5), _t(d, 0, 1), temperature=0.0),
-        ValueError,
-        r"temperature: expected a positive number, got 0",
-    ),
-    ErrorCase(
-        "softcap",
-        lambda d: _call(_x(d, 2, 5), _t(d, 0, 1), softcap=-1.0),
-        ValueError,
-        r"softcap: expected None or a positive number, got -1",
-    ),
-    ErrorCase(
-        "no-number",
-        lambda d: _call(_x(d, 2, 5), _t(d, 0, 1), temperature="hot"),
-        TypeError,
-        r"temperature: expected float, got str",
-    ),
-    ErrorCase("no-tensor", lambda d: _call([1.0], _t(d, 0)), TypeError, r"input: expected Tensor, got list"),
-    ErrorCase("no-index", lambda d: _call(_x(d, 2, 5), None), TypeError, r"index: expected Tensor, got None"),
-    ErrorCase(
-        "device",
-        lambda d: _call(_x(d, 2, 5), _t("meta", 0, 1)),
-        RuntimeError,
-        r"index: expected device .* got meta",
-    ),
-)
 
 SPEC = OpSpec(
     name="selective_log_softmax",
@@ -173,7 +126,7 @@ SPEC = OpSpec(
     reference=_reference,
     torch_op=_torch_op,
     samples=_samples,
-    errors=_ERRORS,
+    errors=tuple(_errors()),
     bench_shapes=(
         BenchShape((256, 1000)),
         BenchShape((512, 151936), torch.bfloat16, goals=(("forward", "eager", 0.25),), front=("forward+backward",)),
@@ -184,5 +137,6 @@ SPEC = OpSpec(
     # Rounded to the dtype of the logits.
     bench_eager=lambda options: lambda x, index: x.log_softmax(-1).gather(-1, index.unsqueeze(-1)).squeeze(-1),
     rows=lambda x, index: (x[:1], index[:1]),
+    general_options={"softcap": 5.0, "temperature": 0.7},
     variants=("selective_log_softmax_with_entropy",),
 )

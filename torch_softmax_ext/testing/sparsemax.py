@@ -1,9 +1,11 @@
 """Specification of sparsemax."""
 
+import functools
+
 import torch
 
 import torch_softmax_ext as tse
-from torch_softmax_ext.testing.spec import BenchShape, ErrorCase, OpSpec, Peer, Sample
+from torch_softmax_ext.testing.spec import BenchShape, OpSpec, Peer, Random, Sample, error_case
 
 _INF = float("inf")
 
@@ -37,11 +39,7 @@ def _differentiable(input, dim=-1):
 
 
 def _samples(device, dtype):
-    generator = torch.Generator().manual_seed(0)
-
-    def logits(*shape, scale=1.0):
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).to(device)
-
+    logits = Random(device, dtype).normal
     yield Sample("2d", logits(7, 10), small=True)
     yield Sample("2d-dim0", logits(7, 10), (0,), small=True)
     yield Sample("1d", logits(9), small=True)
@@ -137,28 +135,14 @@ def _samples(device, dtype):
     yield Sample("tied-of-200000", torch.ones(2, 200000, dtype=dtype, device=device))
 
 
-_ERRORS = (
-    ErrorCase(
-        "dim",
-        lambda d: tse.sparsemax(torch.zeros(2, 3, device=d), 2),
-        IndexError,
-        r"dim: expected a dimension in \[-2, 1\].* got 2",
-    ),
-    ErrorCase("dim-negative", lambda d: tse.sparsemax(torch.zeros(2, 3, device=d), -3), IndexError, r"dim: .* got -3"),
-    ErrorCase(
-        "integer",
-        lambda d: tse.sparsemax(torch.zeros(2, 3, device=d).long()),
-        NotImplementedError,
-        r"input: expected float32.* got Long",
-    ),
-    ErrorCase("float-dim", lambda d: tse.sparsemax(torch.zeros(2, 3, device=d), 1.0), TypeError, r"dim: expected int"),
-    ErrorCase(
-        "complex",
-        lambda d: tse.sparsemax(torch.zeros(2, 3, device=d) + 0j),
-        NotImplementedError,
-        r"input: expected float32.* got ComplexFloat",
-    ),
-)
+def _errors():
+    error = functools.partial(error_case, tse.sparsemax)
+    x = torch.zeros(2, 3)
+    yield error("dim", IndexError, r"dim: expected a dimension in \[-2, 1\].* got 2", x, 2)
+    yield error("dim-negative", IndexError, r"dim: .* got -3", x, -3)
+    yield error("integer", NotImplementedError, r"input: expected float32.* got Long", x.long())
+    yield error("float-dim", TypeError, r"dim: expected int", x, 1.0)
+    yield error("complex", NotImplementedError, r"input: expected float32.* got ComplexFloat", x + 0j)
 
 
 def _bench_shapes():
@@ -202,7 +186,7 @@ SPEC = OpSpec(
     reference=_reference,
     torch_op=_reference,
     samples=_samples,
-    errors=_ERRORS,
+    errors=tuple(_errors()),
     bench_shapes=tuple(_bench_shapes()),
     bench_cuda_shapes=tuple(_bench_cuda_shapes()),
     bench_args=lambda x: (),
@@ -210,5 +194,6 @@ SPEC = OpSpec(
     bench_peers=(Peer("entmax", "entmax", _entmax()), Peer("entmax k=64", "entmax", _entmax(k=64))),
     bench_gates={"forward": 1.05},
     rows=lambda x: (x[:1],),
+    saves_output=True,
     differentiable=_differentiable,
 )

@@ -35,6 +35,44 @@ class ErrorCase:
     cpu_only: bool = False  # on CUDA a device-side assertion
 
 
+def error_case(op, name, error, match, *args, cpu_only=False, **options) -> ErrorCase:
+    """``op(*args, **options)`` must raise. Its tensors are moved to the device, unless they are meta tensors."""
+
+    def on(device, value):
+        return value.to(device) if isinstance(value, Tensor) and value.device.type != "meta" else value
+
+    def call(device):
+        return op(*(on(device, a) for a in args), **{k: on(device, v) for k, v in options.items()})
+
+    return ErrorCase(name, call, error, match, cpu_only)
+
+
+class Random:
+    """Random tensors for samples: the same on every device and, up to rounding, in every dtype."""
+
+    def __init__(self, device, dtype, seed=0) -> None:
+        self.device, self.dtype = device, dtype
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape, scale=1.0) -> Tensor:
+        x = torch.randn(shape, generator=self._generator, dtype=torch.float64)
+        return (x * scale).to(self.dtype).to(self.device)
+
+    def uniform(self, *shape) -> Tensor:
+        x = torch.rand(shape, generator=self._generator, dtype=torch.float64)
+        return x.to(self.dtype).to(self.device)
+
+    def probabilities(self, *shape, dim=-1) -> Tensor:
+        x = torch.randn(shape, generator=self._generator, dtype=torch.float64)
+        return x.softmax(dim).to(self.dtype).to(self.device)
+
+    def classes(self, count, *shape, ignored=0) -> Tensor:
+        """Class indices below `count`; the first `ignored` are -100."""
+        t = torch.randint(0, count, shape, generator=self._generator).to(self.device)
+        t.view(-1)[:ignored] = -100
+        return t
+
+
 @dataclass(frozen=True)
 class BenchShape:
     shape: tuple[int, ...]
@@ -85,7 +123,10 @@ class OpSpec:
     bench_peers: tuple[Peer, ...] = ()
     bench_roofs: Callable | None = None  # (input, *args) -> {name: function}; None: read, copy and add
     bench_gates: dict[str, float] = field(default_factory=dict)  # mode -> most new / old: benchmarks/compare.py
-    batch_invariant: bool = True  # False: of matrix products, whose sums depend on shape and threads
+    row_options: dict = field(default_factory=dict)  # keywords with which the result has something for each row
+    general_options: dict = field(default_factory=dict)  # keywords that need the kernels' most general code
+    saves_output: bool = False  # True: backward reads the result; False: it reads the input
+    batch_invariant: bool = True  # False: matrix products, whose sums depend on shape, alignment and threads
     autocasts: bool = False  # True: computes in the dtype of autocast
     has_kernels: bool = True  # False: computes with those of other operators
 
