@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import dtypes, reductions
+from numerics_cases import check_near_certainty, log_odds, near_certain
 from torch.utils.checkpoint import checkpoint
 
 import torch_softmax_ext as tse
@@ -287,3 +288,10 @@ def test_module_with_weight_and_bias(device):
     want = tse.linear_cross_entropy(x, w, target, linear_bias=b, weight=weight.to(device), chunk_size=9)
     assert torch.equal(module(x, w, target, b), want)
     torch.testing.assert_close(want, F.cross_entropy(F.linear(x, w, b), target, weight.to(device)))
+
+
+@log_odds
+def test_loss_and_gradient_near_certainty(log_odds, device):
+    x, target = near_certain("rows of 1000", torch.float32, log_odds, device)
+    identity = torch.eye(x.shape[1], device=device)
+    check_near_certainty(tse.linear_cross_entropy(x, identity, target, reduction="none"), x, target)

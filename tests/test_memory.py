@@ -1,4 +1,4 @@
-"""What a call takes beside its tensors, by the peak of the process: scratch has a bound, whatever the shape."""
+"""Memory that a call needs besides its tensors: bounded for every shape, by the peak of the process."""
 
 import os
 import subprocess
@@ -6,7 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import for_cpu
+from torch.profiler import ProfilerActivity, profile
+
+import torch_softmax_ext as tse
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
@@ -73,3 +77,14 @@ def test_scratch_is_bounded(case, size, body, options, bound):
     resident, asked = map(int, run.stdout.split())
     assert resident <= bound + 12 * MIB, run.stdout  # candidates, autograd, the allocator
     assert asked <= bound + 160 * MIB, run.stdout  # an arena of the allocator for each thread
+
+
+@pytest.mark.on_host
+@pytest.mark.parametrize("shape", [(8, 10), (4000, 10), (8, 3000)])
+def test_scratch_on_cuda_grows_with_the_grid_alone(shape):
+    x, target = torch.randn(shape), torch.randint(0, shape[1], shape[:1])
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        tse.cross_entropy(x, target)
+    allocated = [e.cpu_memory_usage for e in profiled.events() if e.name == "aten::empty"]
+    statistics = 4 * 4 * shape[0] + 3 * 8
+    assert sum(allocated) <= statistics + 16 * 4 * 32 + 200  # 32 bytes for each of 4 multiprocessors' 16 blocks

@@ -175,3 +175,18 @@ def test_options_of_backward(device, options, match):
         o[i] = value.to(device) if isinstance(value, torch.Tensor) else value
     with pytest.raises((RuntimeError, ValueError), match=f"cross_entropy: {match}: expected"):
         ops._cross_entropy_backward(*tensors, *o)
+
+
+@pytest.mark.on_host  # on a GPU a device-side assertion ends all work
+@pytest.mark.parametrize("bad", [-1, 50, 2**40])
+@pytest.mark.parametrize("classes_first", [False, True])
+def test_backward_on_cuda_checks_classes(bad, classes_first):
+    x = torch.randn(50, 4).t() if classes_first else torch.randn(4, 50)
+    good, target = torch.zeros(4, dtype=torch.long), torch.tensor([0, 1, bad, 2])
+    options = (None, -100, "mean", 0.0, 0.0, None, 1.0)
+    _, stats = ops._cross_entropy_forward(x, good, *options)
+    with pytest.raises(RuntimeError, match="cross_entropy: target: expected a class index"):
+        ops._cross_entropy_backward(torch.ones(()), None, x, target, stats, *options)
+    _, _, stats = ops._selective_log_softmax_forward(x, good, False, 1.0, None)
+    with pytest.raises(RuntimeError, match="selective_log_softmax: index: expected a class"):
+        ops._selective_log_softmax_backward(torch.ones(4), None, x, target, stats, 1.0, None)
