@@ -31,16 +31,20 @@ inline void check_same_device(const char* op, const char* arg, const at::Tensor&
   TSE_CHECK(t.device() == input.device(), op, arg, "expected device ", input.device(), " as input, got ", t.device());
 }
 
+// Whether two shapes are the same; symbolic sizes are then taken to be.
+inline bool same_sizes(c10::SymIntArrayRef a, c10::SymIntArrayRef b) {
+  bool same = a.size() == b.size();
+  for (size_t d = 0; same && d < a.size(); ++d) same = a[d].sym_eq(b[d]).expect_true(__FILE__, __LINE__);
+  return same;
+}
+
 // What a private operator is handed beside the input, as its forward made it: dtype, size, and where it lies.
 inline void check_handed(const char* op, const char* arg, const at::Tensor& t, const at::Tensor& input,
                          at::ScalarType type, c10::SymIntArrayRef sizes) {
   check_same_device(op, arg, t, input);
   TSE_CHECK(t.scalar_type() == type && t.layout() == at::kStrided, op, arg, "expected a strided tensor of ", type,
             ", got ", t.scalar_type(), " in layout ", t.layout());
-  const auto got = t.sym_sizes();
-  bool same = got.size() == sizes.size();
-  for (size_t d = 0; same && d < sizes.size(); ++d) same = got[d].sym_eq(sizes[d]).expect_true(__FILE__, __LINE__);
-  TSE_CHECK(same, op, arg, "expected shape ", sizes, ", got ", got);
+  TSE_CHECK(same_sizes(t.sym_sizes(), sizes), op, arg, "expected shape ", sizes, ", got ", t.sym_sizes());
 }
 
 inline Reduction parse_reduction(const char* op, std::string_view name) {

@@ -122,4 +122,19 @@ inline bool use_cuda(const at::Tensor& t) {
 inline cudaStream_t current_stream(const at::Tensor&) { return nullptr; }
 #endif
 
+// The kernels of an operator, for one of its directions.
+template <class Params>
+struct Kernels {
+  void (*cpu)(const Params& p, int64_t begin, int64_t end);  // rows [begin, end)
+  void (*cuda)(const Params& p, cudaStream_t stream);  // all rows; TSE_CUDA(launcher), or nullptr: there is none
+
+  // `t`: some tensor of the call.
+  void run(const char* op, const Params& p, const Rows& rows, const at::Tensor& t) const {
+    if (!use_cuda(t)) return parallel_rows(rows, [&](int64_t begin, int64_t end) { cpu(p, begin, end); });
+    TSE_CHECK_NOT_IMPLEMENTED(cuda != nullptr, op, "input", "expected a CPU tensor, as there is no CUDA kernel, got ",
+                              t.device());
+    cuda(p, current_stream(t));
+  }
+};
+
 }  // namespace tse

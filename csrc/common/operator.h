@@ -1,7 +1,8 @@
 // How an operator is defined and called below autograd, both by the function that is its kernel. [torch]
 //
-// A kernel takes tensors, then options. Where its last parameter is a struct of options, the schema has the fields of
-// that struct one by one, in the order of its member fields(), a std::tie of all of them.
+// A kernel takes tensors, then options, and serves CPU, CUDA and Meta: of meta tensors, whose sizes may be symbolic, it
+// checks what it checks and returns the shapes. Where its last parameter is a struct of options, the schema has the
+// fields of that struct one by one, in the order of its member fields(), a std::tie of all of them.
 #pragma once
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
@@ -136,14 +137,13 @@ void implement(torch::Library& m, const char* name, c10::DispatchKey key) {
   m.impl(name, torch::dispatch(key, TORCH_FN(impl::FlatOf<function>::call)));
 }
 
-// Defines an operator by its kernel and, for shapes alone, `meta`. `schema`: after the name.
-template <auto kernel, auto meta>
+// `schema`: after the name.
+template <auto kernel>
 void define(torch::Library& m, const char* name, const std::string& schema) {
   Operator<kernel>::name = name;
   m.def((name + schema).c_str(), {at::Tag::pt2_compliant_tag});
-  implement<kernel>(m, name, c10::DispatchKey::CPU);
-  implement<kernel>(m, name, c10::DispatchKey::CUDA);
-  implement<meta>(m, name, c10::DispatchKey::Meta);
+  for (const auto key : {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::Meta})
+    implement<kernel>(m, name, key);
 }
 
 }  // namespace tse

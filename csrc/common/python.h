@@ -118,9 +118,9 @@ struct PythonFunction<kernel, Result(Args...)> {
 }  // namespace impl
 
 // An operator for users: differentiable, and a function of the Python module.
-template <auto kernel, auto meta, auto autograd>
+template <auto kernel, auto autograd>
 void define_public(torch::Library& m, const char* name, const std::string& schema) {
-  define<kernel, meta>(m, name, schema);
+  define<kernel>(m, name, schema);
   implement<autograd>(m, name, c10::DispatchKey::Autograd);
   const auto function = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(impl::PythonFunction<kernel>::call));
   python_methods().push_back({name, function, METH_FASTCALL, nullptr});

@@ -29,17 +29,7 @@
 
 namespace tse {
 
-struct RowMapKernels {
-  void (*cpu)(const RowMapParams& p, int64_t begin, int64_t end);  // rows [begin, end)
-  void (*cuda)(const RowMapParams& p, cudaStream_t stream);  // all rows; nullptr: there is none. TSE_CUDA(launcher)
-
-  void run(const char* op, const RowMapParams& p, const at::Tensor& t) const {
-    if (!use_cuda(t)) return parallel_rows(p.output_rows, [&](int64_t begin, int64_t end) { cpu(p, begin, end); });
-    TSE_CHECK_NOT_IMPLEMENTED(cuda != nullptr, op, "input", "expected a CPU tensor, as there is no CUDA kernel, got ",
-                              t.device());
-    cuda(p, current_stream(t));
-  }
-};
+using RowMapKernels = Kernels<RowMapParams>;
 
 template <class Map>
 struct RowMap {
@@ -51,17 +41,12 @@ struct RowMap {
                     "] for input of shape ", input.sym_sizes(), ", got ", dim);
     return at::maybe_wrap_dim(dim, rank);
   }
-  static int64_t check_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim) {
-    dim = check(output, dim);
-    check_handed(Map::kName, "grad_output", grad_output, output, output.scalar_type(), output.sym_sizes());
-    return dim;
-  }
 
   static at::Tensor forward(const at::Tensor& input, int64_t dim) {
     dim = check(input, dim);
     const c10::OptionalDeviceGuard guard(input.device());
     const at::Tensor output = with_huge_pages(at::empty_like(input));
-    if (input.numel() == 0) return output;
+    if (input.is_meta() || input.numel() == 0) return output;
     const RowTensor x = as_rows(input, dim), y = as_rows(output, dim);
     RowMapParams p{};
     p.dtype = dtype_of(input);
@@ -69,16 +54,17 @@ struct RowMap {
     p.input = x.tensor.const_data_ptr();
     p.output_rows = y.rows;
     p.output = y.tensor.mutable_data_ptr();
-    Map::kForward.run(Map::kName, p, input);
+    Map::kForward.run(Map::kName, p, p.rows, input);
     if (!y.tensor.is_same(output)) output.copy_(y.tensor);
     return output;
   }
 
   static at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim) {
-    dim = check_backward(grad_output, output, dim);
+    dim = check(output, dim);
+    check_handed(Map::kName, "grad_output", grad_output, output, output.scalar_type(), output.sym_sizes());
     const c10::OptionalDeviceGuard guard(output.device());
     const at::Tensor grad_input = with_huge_pages(at::empty_like(output));
-    if (output.numel() == 0) return grad_input;
+    if (output.is_meta() || output.numel() == 0) return grad_input;
     const RowTensor y = as_rows(output, dim), out = as_rows(grad_input, dim);
     RowTensor g = as_rows(grad_output, dim);
     // CUDA kernels read g by 16 bytes where they read the output so; an expanded g costs a copy.
@@ -92,18 +78,9 @@ struct RowMap {
     p.grad_output = g.tensor.const_data_ptr();
     p.grad_input_rows = out.rows;
     p.grad_input = out.tensor.mutable_data_ptr();
-    Map::kBackward.run(Map::kName, p, output);
+    Map::kBackward.run(Map::kName, p, p.output_rows, output);
     if (!out.tensor.is_same(grad_input)) grad_input.copy_(out.tensor);
     return grad_input;
-  }
-
-  static at::Tensor forward_meta(const at::Tensor& input, int64_t dim) {
-    check(input, dim);
-    return at::empty_like(input);
-  }
-  static at::Tensor backward_meta(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim) {
-    check_backward(grad_output, output, dim);
-    return at::empty_like(output);
   }
 
   struct Function : torch::autograd::Function<Function> {
@@ -141,10 +118,8 @@ template <class Map>
 void define_row_map(torch::Library& m) {
   using Form = RowMap<Map>;
   static const std::string backward = std::string("_") + Map::kName + "_backward";
-  define_public<Form::forward, Form::forward_meta, Form::autograd>(m, Map::kName,
-                                                                   "(Tensor input, int dim=-1) -> Tensor");
-  define<Form::backward, Form::backward_meta>(m, backward.c_str(),
-                                              "(Tensor grad_output, Tensor output, int dim) -> Tensor");
+  define_public<Form::forward, Form::autograd>(m, Map::kName, "(Tensor input, int dim=-1) -> Tensor");
+  define<Form::backward>(m, backward.c_str(), "(Tensor grad_output, Tensor output, int dim) -> Tensor");
 }
 
 }  // namespace tse

@@ -7,7 +7,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/ScalarType.h>
 
 #include <algorithm>
@@ -38,10 +37,9 @@ bool has_mass(const at::Tensor& target, const CrossEntropyOptions& options) {
 // then row_m, row_sum, row_others, with has_mass row_mass, and for mean and sum row_loss, in the loss' dtype: each
 // tensor more is measurable in a small call. The size in doubles:
 constexpr int64_t kStatsOfAll = 3;
-template <class Int>
-Int stats_size(const Int& rows, bool is_double, bool mass, bool reduce) {
+c10::SymInt stats_size(c10::SymIntArrayRef row_sizes, bool is_double, bool mass, bool reduce) {
   const int arrays = 3 + mass + reduce;
-  return (rows * arrays + !is_double) / (is_double ? 1 : 2) + kStatsOfAll;
+  return (c10::multiply_integers(row_sizes) * arrays + !is_double) / (is_double ? 1 : 2) + kStatsOfAll;
 }
 
 enum class Gradient { kNone, kNew, kInPlace };
@@ -165,37 +163,47 @@ void set_incoming(CrossEntropyParams& p, const Operands& operands, std::optional
   if (p.incoming == Incoming::kGuessed && !operands.is_direct()) p.incoming = Incoming::kUnknown;
 }
 
+// The results of forward, to be filled in. Sizes may be symbolic.
+CrossEntropyResult allocated(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options,
+                             bool metrics) {
+  const auto type =
+      target.is_floating_point() ? c10::promoteTypes(input.scalar_type(), target.scalar_type()) : input.scalar_type();
+  const auto loss_options = input.options().dtype(accumulate_type(type));
+  const auto sizes = row_sizes(input, target);
+  const bool reduce = options.reduction != "none";
+  CrossEntropyResult r;
+  r.loss = reduce ? at::empty({}, loss_options) : at::empty_symint(sizes, loss_options);
+  r.stats =
+      at::empty_symint({stats_size(sizes, loss_options.dtype() == at::kDouble, has_mass(target, options), reduce)},
+                       input.options().dtype(at::kDouble));
+  if (metrics) {
+    r.predictions = at::empty_symint(sizes, input.options().dtype(at::kLong));
+    r.z_loss = at::empty_like(r.loss);
+  }
+  return r;
+}
+
 CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options,
                                Gradient gradient = Gradient::kNone, std::optional<double> grad_output = {},
                                bool metrics = false) {
   check_cross_entropy(input, target, options);
-  if (needs_promotion(input, target)) {
+  const bool is_meta = input.is_meta();
+  if (!is_meta && needs_promotion(input, target)) {
     const auto [x, t] = promoted(input, target);
     return run_forward(x, t, options, gradient, grad_output, metrics);
   }
   const c10::OptionalDeviceGuard guard(input.device());
+  CrossEntropyResult r = allocated(input, target, options, metrics);
+  if (is_meta) return r;
   const Operands operands(input, target, options, gradient, needs_classes_inside(input, target, options, metrics));
-  const int64_t count = row_count(operands.input.rows);
-  const auto loss_options = input.options().dtype(accumulate_type(input.scalar_type()));
-  const bool is_double = loss_options.dtype() == at::kDouble;
-
-  const bool reduce = parse_reduction(kOp, options.reduction) != Reduction::kNone;
-  CrossEntropyResult r;
-  r.stats = at::empty({stats_size<int64_t>(count, is_double, has_mass(target, options), reduce)},
-                      input.options().dtype(at::kDouble));
-  r.loss = reduce ? at::empty({}, loss_options) : at::empty_symint(row_sizes(input, target), loss_options);
-
   CrossEntropyParams p = operands.params(options, r.stats);
+  const bool reduce = p.reduction != Reduction::kNone;
   if (!reduce) p.row_loss = r.loss.mutable_data_ptr();
   else if (use_cuda(input)) p.row_loss = nullptr;
   p.loss = reduce ? r.loss.mutable_data_ptr() : nullptr;
   if (metrics) {
-    r.predictions = at::empty_symint(row_sizes(input, target), input.options().dtype(at::kLong));
     p.predictions = r.predictions.mutable_data_ptr<int64_t>();
-    if (reduce) {
-      r.z_loss = at::zeros({}, loss_options);
-      p.z_loss = r.z_loss.mutable_data_ptr();
-    }
+    p.z_loss = reduce ? r.z_loss.zero_().mutable_data_ptr() : nullptr;
   }
   if (use_cuda(input)) {
     if (gradient != Gradient::kNone) set_incoming(p, operands, grad_output, gradient == Gradient::kInPlace);
@@ -211,36 +219,10 @@ CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target
   }
   const double factor = grad_output.value_or(0);
   const float factor32 = float(factor);
-  p.grad_output = is_double ? static_cast<const void*>(&factor) : &factor32;
+  p.grad_output = p.dtype == DType::kFloat64 ? static_cast<const void*>(&factor) : &factor32;
   run_cross_entropy_fwd(p, /*with_gradient=*/gradient != Gradient::kNone);
   if (gradient != Gradient::kNone) r.grad_input = operands.finished_grad();
   return r;
-}
-
-// `written`: the gradient of a forward that guessed; what it was written for, the device compares.
-at::Tensor run_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse, const at::Tensor& input,
-                        const at::Tensor& target, const at::Tensor& stats, const CrossEntropyOptions& options,
-                        const at::Tensor& written = {}) {
-  const c10::OptionalDeviceGuard guard(input.device());
-  const Operands operands(input, target, options, Gradient::kNew,
-                          needs_classes_inside(input, target, options, grad_lse.has_value()), written);
-  CrossEntropyParams p = operands.params(options, stats);
-  p.compare_guess = written.defined();
-  // A gradient that is one number expanded over the rows, as sum() sends it back, is read as that one number.
-  const bool one_number =
-      p.reduction != Reduction::kNone || std::all_of(grad_output.strides().begin(), grad_output.strides().end(),
-                                                     [](int64_t stride) { return stride == 0; });
-  const at::Tensor g = one_number ? grad_output : grad_output.contiguous();
-  p.grad_output = g.const_data_ptr();
-  p.grad_output_stride = one_number ? 0 : 1;
-  const at::Tensor g_lse = grad_lse.has_value() ? grad_lse->contiguous() : at::Tensor();
-  if (grad_lse.has_value()) p.grad_lse = g_lse.const_data_ptr();
-  if (use_cuda(input)) {
-    if constexpr (kHasCuda) launch_cross_entropy_bwd(p, current_stream(input));
-  } else {
-    run_rows(p, /*forward=*/false, /*backward=*/true);
-  }
-  return operands.finished_grad();
 }
 
 void check_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse, const at::Tensor& input,
@@ -252,15 +234,14 @@ void check_backward(const at::Tensor& grad_output, const OptionalTensor& grad_ls
   const bool reduce = parse_reduction(kOp, options.reduction) != Reduction::kNone;
   check_handed(kOp, "grad_output", grad_output, input, type, reduce ? c10::SymIntArrayRef() : sizes);
   if (grad_lse.has_value()) check_handed(kOp, "grad_lse", *grad_lse, input, type, sizes);
-  const c10::SymInt size =
-      stats_size<c10::SymInt>(c10::multiply_integers(sizes), type == at::kDouble, has_mass(target, options), reduce);
+  const c10::SymInt size = stats_size(sizes, type == at::kDouble, has_mass(target, options), reduce);
   check_handed(kOp, "stats", stats, input, at::kDouble, {&size, 1});
 }
 
 }  // namespace
 
-LossAndStats cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
-                                   const CrossEntropyOptions& options) {
+std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
+                                                         const CrossEntropyOptions& options) {
   const CrossEntropyResult r = run_forward(input, target, options);
   return {r.loss, r.stats};
 }
@@ -269,19 +250,24 @@ at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const OptionalT
                                   const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
                                   const CrossEntropyOptions& options) {
   check_backward(grad_output, grad_lse, input, target, stats, options);
+  if (input.is_meta()) return at::empty_like(input);
   if (!use_cuda(input) && !target.is_floating_point()) {
     count_classes(kOp, "target", class_indices(target).contiguous(), input.size(class_dim(input)),
                   options.ignore_index);
   }
-  return run_backward(grad_output, grad_lse, input, target, stats.contiguous(), options);
+  return cross_entropy_gradient(grad_output, grad_lse, input, target, stats.contiguous(), options);
 }
 
 StatsAndMetrics cross_entropy_metrics_forward(const at::Tensor& input, const at::Tensor& target,
                                               const CrossEntropyOptions& options) {
-  TSE_CHECK(input.dim() == 0 || input.size(class_dim(input)) > 0, kOp, "input",
+  TSE_CHECK(input.is_meta() || input.dim() == 0 || input.size(class_dim(input)) > 0, kOp, "input",
             "expected at least one class to predict, got shape ", input.sizes());
   const CrossEntropyResult r = run_forward(input, target, options, Gradient::kNone, {}, /*metrics=*/true);
   const auto type = r.loss.scalar_type();
+  if (input.is_meta()) {
+    const at::Tensor accuracy = at::empty({}, input.options().dtype(at::kFloat));
+    return {r.loss, r.stats, r.z_loss, at::empty_like(r.predictions, r.loss.options()), accuracy, r.predictions};
+  }
   const int64_t count = r.predictions.numel();
   const at::Tensor sums = r.stats.slice(0, kStatsOfAll).view(type);
   const at::Tensor m = sums.slice(0, 0, count), sum = sums.slice(0, count, 2 * count);
@@ -297,53 +283,35 @@ StatsAndMetrics cross_entropy_metrics_forward(const at::Tensor& input, const at:
     right = (r.predictions == indices).logical_and_(ignored.logical_not());
   }
   const at::Tensor accuracy = right.sum().to(at::kDouble).div_(r.stats[1]).to(at::kFloat);
-  const at::Tensor z_loss = r.z_loss.defined() ? r.z_loss : lse.square().mul_(options.z_loss_weight);
+  const at::Tensor z_loss = options.reduction != "none" ? r.z_loss : lse.square().mul_(options.z_loss_weight);
   return {r.loss, r.stats, z_loss, lse, accuracy, r.predictions};
-}
-
-// ---- shapes only: fake tensors, whose sizes may be symbolic -------------------------------------------------------
-
-LossAndStats cross_entropy_forward_meta(const at::Tensor& input, const at::Tensor& target,
-                                        const CrossEntropyOptions& options) {
-  check_cross_entropy(input, target, options);
-  const auto type =
-      target.is_floating_point() ? c10::promoteTypes(input.scalar_type(), target.scalar_type()) : input.scalar_type();
-  const auto loss_options = input.options().dtype(accumulate_type(type));
-  const auto sizes = row_sizes(input, target);
-  const auto rows = c10::multiply_integers(sizes);
-  const bool reduce = parse_reduction(kOp, options.reduction) != Reduction::kNone;
-  const auto size =
-      stats_size<c10::SymInt>(rows, loss_options.dtype() == at::kDouble, has_mass(target, options), reduce);
-  at::Tensor stats = at::empty_symint({size}, input.options().dtype(at::kDouble));
-  if (reduce) return {at::empty({}, loss_options), stats};
-  return {at::empty_symint(sizes, loss_options), stats};
-}
-
-at::Tensor cross_entropy_backward_meta(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
-                                       const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
-                                       const CrossEntropyOptions& options) {
-  check_backward(grad_output, grad_lse, input, target, stats, options);
-  return at::empty_like(input);
-}
-
-StatsAndMetrics cross_entropy_metrics_forward_meta(const at::Tensor& input, const at::Tensor& target,
-                                                   const CrossEntropyOptions& options) {
-  const auto [loss, stats] = cross_entropy_forward_meta(input, target, options);
-  const auto sizes = row_sizes(input, target);
-  return {loss,
-          stats,
-          at::empty_like(loss),
-          at::empty_symint(sizes, loss.options()),
-          at::empty({}, input.options().dtype(at::kFloat)),
-          at::empty_symint(sizes, input.options().dtype(at::kLong))};
 }
 
 // ---- for autograd and the linear loss ------------------------------------------------------------------------------
 
 at::Tensor cross_entropy_gradient(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
                                   const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
-                                  const CrossEntropyOptions& options) {
-  return run_backward(grad_output, grad_lse, input, target, stats, options);
+                                  const CrossEntropyOptions& options, const at::Tensor& written) {
+  const c10::OptionalDeviceGuard guard(input.device());
+  const Operands operands(input, target, options, Gradient::kNew,
+                          needs_classes_inside(input, target, options, grad_lse.has_value()), written);
+  CrossEntropyParams p = operands.params(options, stats);
+  p.compare_guess = written.defined();
+  // A gradient that is one number expanded over the rows, as sum() sends it back, is read as that one number.
+  const auto is_zero = [](int64_t stride) { return stride == 0; };
+  const auto strides = grad_output.strides();
+  const bool one_number = p.reduction != Reduction::kNone || std::all_of(strides.begin(), strides.end(), is_zero);
+  const at::Tensor g = one_number ? grad_output : grad_output.contiguous();
+  p.grad_output = g.const_data_ptr();
+  p.grad_output_stride = one_number ? 0 : 1;
+  const at::Tensor g_lse = grad_lse.has_value() ? grad_lse->contiguous() : at::Tensor();
+  if (grad_lse.has_value()) p.grad_lse = g_lse.const_data_ptr();
+  if (use_cuda(input)) {
+    if constexpr (kHasCuda) launch_cross_entropy_bwd(p, current_stream(input));
+  } else {
+    run_rows(p, /*forward=*/false, /*backward=*/true);
+  }
+  return operands.finished_grad();
 }
 
 CrossEntropyResult cross_entropy_forward_backward(const at::Tensor& input, const at::Tensor& target,
@@ -351,12 +319,6 @@ CrossEntropyResult cross_entropy_forward_backward(const at::Tensor& input, const
                                                   bool in_place) {
   if (in_place) check_writable(input, target, options);
   return run_forward(input, target, options, in_place ? Gradient::kInPlace : Gradient::kNew, grad_output);
-}
-
-at::Tensor cross_entropy_backward_after_guess(const at::Tensor& written, const at::Tensor& grad_output,
-                                              const at::Tensor& input, const at::Tensor& target,
-                                              const at::Tensor& stats, const CrossEntropyOptions& options) {
-  return run_backward(grad_output, std::nullopt, input, target, stats, options, written);
 }
 
 void cross_entropy_rescale(const at::Tensor& written, const at::Tensor& grad_output, const at::Tensor& stats,

@@ -176,7 +176,7 @@ struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
       if (on_cpu && ctx->saved_data["guess"].toDouble() == g) grad_input = gradient;
       const at::AutoDispatchBelowADInplaceOrView below_autograd;
       if (on_device)  // which compares
-        grad_input = cross_entropy_backward_after_guess(gradient, grad_output, input, target, saved[2], options);
+        grad_input = cross_entropy_gradient(grad_output, {}, input, target, saved[2], options, gradient);
     }
     if (!grad_input.defined() && ctx->needs_input_grad(0))
       grad_input = call_backward(grad_output, std::nullopt, input, target, saved[2], options);
@@ -338,15 +338,11 @@ at::Tensor cross_entropy_inplace_autograd(const at::Tensor& input, const at::Ten
 at::Tensor cross_entropy_inplace(const at::Tensor& input, const at::Tensor& target, const Options& options) {
   return cross_entropy(input, target, options);
 }
-at::Tensor cross_entropy_inplace_meta(const at::Tensor& input, const at::Tensor& target, const Options& options) {
-  return cross_entropy_loss<cross_entropy_forward_meta>(input, target, options);
-}
 
 using FiveTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-template <auto forward>
 FiveTensors with_metrics(const at::Tensor& input, const at::Tensor& target, const Options& options) {
-  const auto [loss, stats, z_loss, lse, accuracy, predictions] = forward(input, target, options);
+  const auto [loss, stats, z_loss, lse, accuracy, predictions] = cross_entropy_metrics_forward(input, target, options);
   return {loss, z_loss, lse, accuracy, predictions};
 }
 
@@ -373,22 +369,18 @@ FiveTensors with_metrics_autograd(const at::Tensor& input, const at::Tensor& tar
 TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
   const std::string options = Options::kSchema, required = without_defaults(options);
   const std::string arguments = "(Tensor input, Tensor target, " + options + ") -> ";
-  define_public<cross_entropy, cross_entropy_loss<cross_entropy_forward_meta>, cross_entropy_autograd>(
-      m, "cross_entropy", arguments + "Tensor");
-  define_public<with_metrics<cross_entropy_metrics_forward>, with_metrics<cross_entropy_metrics_forward_meta>,
-                with_metrics_autograd>(
+  define_public<cross_entropy, cross_entropy_autograd>(m, "cross_entropy", arguments + "Tensor");
+  define_public<with_metrics, with_metrics_autograd>(
       m, "cross_entropy_with_metrics",
       arguments + "(Tensor loss, Tensor z_loss, Tensor lse, Tensor accuracy, Tensor predictions)");
-  define<cross_entropy_inplace, cross_entropy_inplace_meta>(
-      m, "_cross_entropy_forward_inplace", "(Tensor(a!) input, Tensor target, " + required + ") -> Tensor");
+  define<cross_entropy_inplace>(m, "_cross_entropy_forward_inplace",
+                                "(Tensor(a!) input, Tensor target, " + required + ") -> Tensor");
   implement<cross_entropy_inplace_autograd>(m, "_cross_entropy_forward_inplace", c10::DispatchKey::Autograd);
-  define<cross_entropy_forward, cross_entropy_forward_meta>(
-      m, "_cross_entropy_forward", "(Tensor input, Tensor target, " + required + ") -> (Tensor loss, Tensor stats)");
-  define<cross_entropy_metrics_forward, cross_entropy_metrics_forward_meta>(
-      m, "_cross_entropy_metrics_forward",
-      "(Tensor input, Tensor target, " + required +
-          ") -> (Tensor loss, Tensor stats, Tensor z_loss, Tensor lse, Tensor accuracy, Tensor predictions)");
-  define<cross_entropy_backward, cross_entropy_backward_meta>(
+  const std::string forward = "(Tensor input, Tensor target, " + required + ") -> (Tensor loss, Tensor stats";
+  define<cross_entropy_forward>(m, "_cross_entropy_forward", forward + ")");
+  define<cross_entropy_metrics_forward>(m, "_cross_entropy_metrics_forward",
+                                        forward + ", Tensor z_loss, Tensor lse, Tensor accuracy, Tensor predictions)");
+  define<cross_entropy_backward>(
       m, "_cross_entropy_backward",
       "(Tensor grad_output, Tensor? grad_lse, Tensor input, Tensor target, Tensor stats, " + required + ") -> Tensor");
 }

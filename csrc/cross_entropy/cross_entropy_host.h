@@ -68,7 +68,9 @@ void run_rows(const CrossEntropyParams& p, bool forward, bool backward);
 // CPU: all of forward, with the gradient where wanted. A target that is no class raises before anything is written.
 void run_cross_entropy_fwd(const CrossEntropyParams& p, bool with_gradient);
 
-// What autograd calls without the dispatcher, for plain tensors in eager mode.
+// ---- for plain tensors in eager mode, without the dispatcher
+// ---------------------------------------------------------
+
 struct CrossEntropyResult {
   at::Tensor loss;
   at::Tensor stats;       // what backward needs of each row beside the logits
@@ -76,54 +78,38 @@ struct CrossEntropyResult {
   at::Tensor z_loss, predictions;
 };
 
-// The gradient from what forward made and checked; nothing is checked again.
-at::Tensor cross_entropy_gradient(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
-                                  const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
-                                  const CrossEntropyOptions& options);
-
-// Loss and gradient in one go, for an incoming gradient that is known beforehand (of every row for "none"); in_place:
-// the gradient takes the memory of the logits. On CUDA nullopt leaves it to the device to guess, for mean and sum; then
+// Loss and gradient in one go, for a grad_output that is known beforehand (of every row for "none"); in_place: the
+// gradient takes the memory of the logits. On CUDA nullopt leaves it to the device to guess, for mean and sum; then
 // grad_input is only for one of the next two, which compare on the device. It is undefined where it had to be copied.
 CrossEntropyResult cross_entropy_forward_backward(const at::Tensor& input, const at::Tensor& target,
                                                   const CrossEntropyOptions& options, std::optional<double> grad_output,
                                                   bool in_place);
 
-// The gradient, in the memory of `written`, which is right already where the guess was.
-at::Tensor cross_entropy_backward_after_guess(const at::Tensor& written, const at::Tensor& grad_output,
-                                              const at::Tensor& input, const at::Tensor& target,
-                                              const at::Tensor& stats, const CrossEntropyOptions& options);
+// The gradient from what forward made and checked; nothing is checked again. CUDA: `written` is the gradient for the
+// device's guess, whose memory it takes, and which stays as it is where the guess was right.
+at::Tensor cross_entropy_gradient(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
+                                  const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
+                                  const CrossEntropyOptions& options, const at::Tensor& written = {});
 
-// The same for logits that `written` has taken the place of: a multiplication where the guess was wrong.
+// CUDA: the same for logits that `written` has taken the place of: a multiplication where the guess was wrong.
 void cross_entropy_rescale(const at::Tensor& written, const at::Tensor& grad_output, const at::Tensor& stats,
                            std::string_view reduction);
 
-// ---- kernels of the operators, and their shapes: sizes may be symbolic ----------------------------------------------
+// ---- kernels of the operators ---------------------------------------------------------------------------------------
 
-using LossAndStats = std::tuple<at::Tensor, at::Tensor>;
-LossAndStats cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
-                                   const CrossEntropyOptions& options);
-LossAndStats cross_entropy_forward_meta(const at::Tensor& input, const at::Tensor& target,
-                                        const CrossEntropyOptions& options);
+std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input, const at::Tensor& target,
+                                                         const CrossEntropyOptions& options);  // loss, stats
+inline at::Tensor cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
+  return std::get<0>(cross_entropy_forward(input, target, options));
+}
 
 // Loss, stats, z-loss, lse, accuracy, predictions. lse is 0 and predictions are ignore_index where a row is ignored.
 using StatsAndMetrics = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 StatsAndMetrics cross_entropy_metrics_forward(const at::Tensor& input, const at::Tensor& target,
                                               const CrossEntropyOptions& options);
-StatsAndMetrics cross_entropy_metrics_forward_meta(const at::Tensor& input, const at::Tensor& target,
-                                                   const CrossEntropyOptions& options);
 
 at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
                                   const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
                                   const CrossEntropyOptions& options);
-at::Tensor cross_entropy_backward_meta(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
-                                       const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
-                                       const CrossEntropyOptions& options);
-
-// The kernel of cross_entropy.
-template <auto forward>
-at::Tensor cross_entropy_loss(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
-  return std::get<0>(forward(input, target, options));
-}
-inline constexpr auto cross_entropy = cross_entropy_loss<cross_entropy_forward>;
 
 }  // namespace tse

@@ -7,18 +7,13 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mv.h>
 #include <ATen/ops/nonzero.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
-#include <string>
 #include <tuple>
-#include <vector>
 
 #include "common/host.h"
 #include "common/row_loss.h"
@@ -29,40 +24,27 @@ constexpr const char* kOp = "linear_cross_entropy";
 
 void check_linear_cross_entropy(const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
                                 const LinearCrossEntropyOptions& options) {
-  const auto equal = [](const c10::SymInt& a, const c10::SymInt& b) {
-    return a.sym_eq(b).expect_true(__FILE__, __LINE__);
-  };
-  const auto check_parameter = [&](const char* name, const at::Tensor& t, int64_t dim, const char* shape) {
-    check_same_device(kOp, name, t, input);
-    TSE_CHECK(t.scalar_type() == input.scalar_type(), kOp, name, "expected ", input.scalar_type(), " as input, got ",
-              t.scalar_type());
-    TSE_CHECK(t.layout() == at::kStrided && t.dim() == dim, kOp, name, "expected shape ", shape, ", got ",
-              t.sym_sizes());
-  };
   check_floating(kOp, "input", input);
   const auto x = input.sym_sizes(), t = target.sym_sizes();
   TSE_CHECK(!x.empty(), kOp, "input", "expected (…, H), got a scalar");
-  check_parameter("linear_weight", linear_weight, 2, "(C, H)");
-  TSE_CHECK(equal(linear_weight.sym_size(1), x.back()), kOp, "linear_weight", "expected (C, ", x.back(),
-            ") for input of shape ", x, ", got ", linear_weight.sym_sizes());
-  const c10::SymInt classes = linear_weight.sym_size(0);
-  if (options.bias.has_value()) {
-    check_parameter("linear_bias", *options.bias, 1, "(C)");
-    TSE_CHECK(equal(options.bias->sym_size(0), classes), kOp, "linear_bias", "expected one for each of ", classes,
-              " classes, got shape ", options.bias->sym_sizes());
-  }
+  TSE_CHECK(linear_weight.dim() == 2, kOp, "linear_weight", "expected shape (C, H), got ", linear_weight.sym_sizes());
+  const c10::SymInt weight_sizes[] = {linear_weight.sym_size(0), x.back()}, &classes = weight_sizes[0];
+  check_handed(kOp, "linear_weight", linear_weight, input, input.scalar_type(), weight_sizes);
+  if (options.bias.has_value())
+    check_handed(kOp, "linear_bias", *options.bias, input, input.scalar_type(), {&classes, 1});
   check_same_device(kOp, "target", target, input);
+  const auto rows = x.slice(0, x.size() - 1);
   const bool probabilities = target.is_floating_point();
-  bool same = t.size() + (probabilities ? 0 : 1) == x.size();
-  for (size_t d = 0; same && d + 1 < x.size(); ++d) same = equal(x[d], t[d]);
   if (probabilities) {
     check_floating(kOp, "target", target);
-    TSE_CHECK(same && equal(t.back(), classes), kOp, "target", "expected class indices, or class probabilities (…, ",
-              classes, ") for input of shape ", x, ", got ", target.scalar_type(), " of shape ", t);
+    c10::SymDimVector sizes(rows.begin(), rows.end());
+    sizes.push_back(classes);
+    TSE_CHECK(same_sizes(t, sizes), kOp, "target", "expected class indices, or class probabilities (…, ", classes,
+              ") for input of shape ", x, ", got ", target.scalar_type(), " of shape ", t);
   } else {
     check_index_dtype(kOp, target);
-    TSE_CHECK_VALUE(same, kOp, "target", "expected the shape of input without its last dimension, input ", x, ", got ",
-                    t);
+    TSE_CHECK_VALUE(same_sizes(t, rows), kOp, "target",
+                    "expected the shape of input without its last dimension, input ", x, ", got ", t);
   }
   TSE_CHECK_VALUE(!options.chunk_size.has_value() || options.chunk_size->sym_gt(0).expect_true(__FILE__, __LINE__), kOp,
                   "chunk_size", "expected None or a positive number of rows, got ", *options.chunk_size);
@@ -183,82 +165,88 @@ class Gradients {
   const Wanted wanted_;
 };
 
+// out = rows · linear_weightᵀ + bias, in the dtype of rows.
+void multiply(const at::Tensor& out, const at::Tensor& rows, const at::Tensor& linear_weight,
+              const OptionalTensor& bias) {
+  const auto type = rows.scalar_type();
+  const auto columns = [&](int64_t c, int64_t n) {
+    at::Tensor part = out.narrow(1, c, n);
+    const at::Tensor w = linear_weight.narrow(0, c, n).t().to(type);
+    if (bias.has_value()) at::addmm_out(part, bias->narrow(0, c, n).to(type), rows, w);
+    else at::mm_out(part, rows, w);
+  };
+  if (type == linear_weight.scalar_type()) columns(0, linear_weight.size(0));
+  else by_classes(linear_weight.size(0), columns);
+}
+
+LossAndGradients shapes(const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
+                        const LinearCrossEntropyOptions& options, Wanted wanted) {
+  const auto loss_options = input.options().dtype(loss_type(input, target));
+  const auto gradient = [&](bool is_wanted, c10::SymIntArrayRef sizes) {
+    return is_wanted ? at::empty_symint(sizes, input.options().dtype(gradient_type(input.scalar_type())))
+                     : at::empty({0}, input.options());
+  };
+  const auto row_sizes = input.sym_sizes().slice(0, input.dim() - 1);
+  return {options.loss.reduction == "none" ? at::empty_symint(row_sizes, loss_options) : at::empty({}, loss_options),
+          gradient(wanted.input, input.sym_sizes()), gradient(wanted.weight, linear_weight.sym_sizes()),
+          gradient(wanted.bias, linear_weight.sym_sizes().slice(0, 1))};
+}
+
 // grad_output: of each row, for reduction "none"; undefined: 1.
 LossAndGradients run(const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
                      const LinearCrossEntropyOptions& options, Wanted wanted, const at::Tensor& grad_output = {}) {
   check_linear_cross_entropy(input, linear_weight, target, options);
+  if (input.is_meta()) return shapes(input, linear_weight, target, options, wanted);
   const c10::OptionalDeviceGuard guard(input.device());
   const auto row_sizes = input.sizes().slice(0, input.dim() - 1);
-  const int64_t classes = linear_weight.size(0), features = linear_weight.size(1);
-  const int64_t rows = c10::multiply_integers(row_sizes);
-  const at::Tensor x = input.reshape({rows, features}), w_t = linear_weight.t();
+  const int64_t classes = linear_weight.size(0), rows = c10::multiply_integers(row_sizes);
+  const at::Tensor x = input.reshape({rows, input.size(-1)});
   const CountedRows counted(target, classes, options.loss);
-  const bool is_half = input.scalar_type() == at::kHalf;
-  const Reduction reduction = parse_reduction(kOp, options.loss.reduction);
-  const bool mean = reduction == Reduction::kMean, probabilities = target.is_floating_point();
+  const bool by_rows = options.loss.reduction == "none", mean = options.loss.reduction == "mean";
   const auto loss_options = input.options().dtype(loss_type(input, target));
+  const auto type = gradient_type(input.scalar_type());  // of the logits
+  const auto wider = target.is_floating_point() ? c10::promoteTypes(type, target.scalar_type()) : type;
 
   CrossEntropyOptions o = options.loss;
   if (o.weight.has_value()) o.weight = o.weight->to(loss_options.dtype());  // once, not per chunk
-  o.reduction = reduction == Reduction::kNone ? "none" : "sum";
+  o.reduction = by_rows ? "none" : "sum";
   // The z-loss has the count as its divisor: scaled so that it may be divided by the weights as the rest.
   if (mean && counted.count != 0) o.z_loss_weight *= counted.total_weight / double(counted.count);
   const double factor = mean ? 1 / counted.total_weight : 1;
 
   Gradients gradients(x, linear_weight, counted, wanted);
-  at::Tensor loss = reduction == Reduction::kNone ? at::zeros({rows}, loss_options)
-                                                  : at::zeros({}, input.options().dtype(at::kDouble));
+  at::Tensor loss = by_rows ? at::zeros({rows}, loss_options) : at::zeros({}, input.options().dtype(at::kDouble));
   at::Tensor factors = grad_output;
-  if (factors.defined()) {
-    factors = factors.reshape({-1}).to(gradient_type(input.scalar_type()));
-    if (counted.index.defined()) factors = factors.index_select(0, counted.index);
-  }
+  if (factors.defined()) factors = factors.reshape({-1}).to(type);
+  if (factors.defined() && counted.index.defined()) factors = factors.index_select(0, counted.index);
   const int64_t chunk_size = options.chunk_size.has_value() ? options.chunk_size->guard_int(__FILE__, __LINE__)
                                                             : default_chunk_size(counted.count);
   const int64_t chunk = std::min(chunk_size, counted.count);
-  const auto buffer_type = gradient_type(input.scalar_type());
-  const auto type = probabilities ? c10::promoteTypes(buffer_type, target.scalar_type()) : buffer_type;
-  const at::Tensor buffer = with_huge_pages(at::empty({chunk, classes}, input.options().dtype(buffer_type)));
+  const at::Tensor buffer = with_huge_pages(at::empty({chunk, classes}, input.options().dtype(type)));
 
   for (int64_t begin = 0; begin < counted.count; begin += chunk) {
     const int64_t n = std::min(chunk, counted.count - begin);
-    const auto part = [&](const at::Tensor& t) { return t.narrow(0, begin, n); };
-    const at::Tensor chunk_rows =
-        (counted.index.defined() ? x.index_select(0, part(counted.index)) : part(x)).to(buffer_type);
+    const auto part = [&](const at::Tensor& t) { return t.defined() ? t.narrow(0, begin, n) : t; };
+    const at::Tensor index = part(counted.index);
+    const at::Tensor chunk_rows = (index.defined() ? x.index_select(0, index) : part(x)).to(type);
     const at::Tensor logits = buffer.narrow(0, 0, n);
-    const auto multiply = [&](at::Tensor out, int64_t c, int64_t count) {
-      const at::Tensor w = w_t.narrow(1, c, count).to(buffer_type);
-      if (!options.bias.has_value()) at::mm_out(out, chunk_rows, w);
-      else at::addmm_out(out, options.bias->narrow(0, c, count).to(buffer_type), chunk_rows, w);
-    };
-    if (is_half) by_classes(classes, [&](int64_t c, int64_t count) { multiply(logits.narrow(1, c, count), c, count); });
-    else multiply(logits, 0, classes);
-
-    const at::Tensor t = probabilities ? part(counted.target).to(type) : part(counted.target);
-    const at::Tensor z = logits.to(type);  // mostly the logits themselves
+    multiply(logits, chunk_rows, linear_weight, options.bias);
+    const at::Tensor z = logits.to(wider),
+                     t = part(counted.target).to(target.is_floating_point() ? wider : counted.target.scalar_type());
     const at::Tensor chunk_loss = wanted.any() ? cross_entropy_forward_backward(z, t, o, factor, /*in_place=*/true).loss
                                                : Operator<cross_entropy>::call(z, t, o);
-    if (reduction != Reduction::kNone) loss.add_(chunk_loss);
-    else if (counted.index.defined()) loss.index_copy_(0, part(counted.index), chunk_loss);
+    if (!by_rows) loss.add_(chunk_loss);
+    else if (index.defined()) loss.index_copy_(0, index, chunk_loss);
     else part(loss).copy_(chunk_loss);
-    if (wanted.any()) gradients.add(begin, z.to(buffer_type), chunk_rows, factors.defined() ? part(factors) : factors);
+    if (wanted.any()) gradients.add(begin, z.to(type), chunk_rows, part(factors));
   }
   if (mean) loss.div_(counted.total_weight);  // 0 / 0 is NaN
-  loss = reduction == Reduction::kNone ? loss.reshape(row_sizes) : loss.to(loss_options.dtype());
+  loss = by_rows ? loss.reshape(row_sizes) : loss.to(loss_options.dtype());
   const auto finished = [&](const at::Tensor& sum, at::IntArrayRef sizes) {
-    if (!sum.defined()) return at::empty({0}, input.options());
-    return sum.to(gradient_type(input.scalar_type())).reshape(sizes);
+    return sum.defined() ? sum.to(type).reshape(sizes) : at::empty({0}, input.options());
   };
   return {loss, finished(gradients.input, input.sizes()), finished(gradients.weight, linear_weight.sizes()),
           finished(gradients.bias, {classes})};
-}
-
-void check_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& linear_weight,
-                    const at::Tensor& target, const LinearCrossEntropyOptions& options) {
-  check_linear_cross_entropy(input, linear_weight, target, options);
-  TSE_CHECK(options.loss.reduction == "none", kOp, "reduction", "expected 'none', got '", options.loss.reduction, "'");
-  check_handed(kOp, "grad_output", grad_output, input, loss_type(input, target),
-               input.sym_sizes().slice(0, input.dim() - 1));
 }
 
 }  // namespace
@@ -271,33 +259,12 @@ LossAndGradients linear_cross_entropy_forward(const at::Tensor& input, const at:
 ThreeGradients linear_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input,
                                              const at::Tensor& linear_weight, const at::Tensor& target,
                                              const LinearGradientOptions& o) {
-  check_backward(grad_output, input, linear_weight, target, o.options);
-  const auto [loss, of_input, of_weight, of_bias] = run(input, linear_weight, target, o.options, o.wanted, grad_output);
-  return {of_input, of_weight, of_bias};
-}
-
-LossAndGradients linear_cross_entropy_forward_meta(const at::Tensor& input, const at::Tensor& linear_weight,
-                                                   const at::Tensor& target, const LinearGradientOptions& o) {
   check_linear_cross_entropy(input, linear_weight, target, o.options);
-  const auto type = input.scalar_type();
-  const auto loss_options = input.options().dtype(loss_type(input, target));
-  const bool reduce = parse_reduction(kOp, o.options.loss.reduction) != Reduction::kNone;
-  const auto gradient = [&](bool wanted, c10::SymIntArrayRef sizes) {
-    return wanted ? at::empty_symint(sizes, input.options().dtype(gradient_type(type)))
-                  : at::empty({0}, input.options());
-  };
-  const c10::SymInt classes = linear_weight.sym_size(0);
-  return {reduce ? at::empty({}, loss_options)
-                 : at::empty_symint(input.sym_sizes().slice(0, input.dim() - 1), loss_options),
-          gradient(o.wanted.input, input.sym_sizes()), gradient(o.wanted.weight, linear_weight.sym_sizes()),
-          gradient(o.wanted.bias, {&classes, 1})};
-}
-
-ThreeGradients linear_cross_entropy_backward_meta(const at::Tensor& grad_output, const at::Tensor& input,
-                                                  const at::Tensor& linear_weight, const at::Tensor& target,
-                                                  const LinearGradientOptions& o) {
-  check_backward(grad_output, input, linear_weight, target, o.options);
-  const auto [loss, of_input, of_weight, of_bias] = linear_cross_entropy_forward_meta(input, linear_weight, target, o);
+  TSE_CHECK(o.options.loss.reduction == "none", kOp, "reduction", "expected 'none', got '", o.options.loss.reduction,
+            "'");
+  check_handed(kOp, "grad_output", grad_output, input, loss_type(input, target),
+               input.sym_sizes().slice(0, input.dim() - 1));
+  const auto [loss, of_input, of_weight, of_bias] = run(input, linear_weight, target, o.options, o.wanted, grad_output);
   return {of_input, of_weight, of_bias};
 }
 

@@ -28,12 +28,10 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using Options = LinearCrossEntropyOptions;
 
-template <auto forward>
-at::Tensor loss_of(const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
-                   const Options& options) {
-  return std::get<0>(forward(input, linear_weight, target, {options, Wanted{}}));
+at::Tensor linear_cross_entropy(const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
+                                const Options& options) {
+  return std::get<0>(linear_cross_entropy_forward(input, linear_weight, target, {options, Wanted{}}));
 }
-constexpr auto linear_cross_entropy = loss_of<linear_cross_entropy_forward>;
 
 std::pair<at::Tensor, variable_list> call_forward(const at::Tensor& input, const at::Tensor& linear_weight,
                                                   const at::Tensor& target, const Options& options, Wanted wanted) {
@@ -176,7 +174,7 @@ at::Tensor linear_cross_entropy_autocast(const at::Tensor& input, const at::Tens
 
 TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
   const std::string options = Options::schema();
-  define_public<linear_cross_entropy, loss_of<linear_cross_entropy_forward_meta>, linear_cross_entropy_autograd>(
+  define_public<linear_cross_entropy, linear_cross_entropy_autograd>(
       m, "linear_cross_entropy", "(Tensor input, Tensor linear_weight, Tensor target, " + options + ") -> Tensor");
   implement<linear_cross_entropy_autocast<c10::DeviceType::CPU>>(m, "linear_cross_entropy",
                                                                  c10::DispatchKey::AutocastCPU);
@@ -185,10 +183,10 @@ TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
   const std::string arguments = "Tensor input, Tensor linear_weight, Tensor target, " + without_defaults(options) +
                                 ", bool grad_input, bool grad_weight, bool grad_bias) -> ";
   const std::string gradients = "Tensor grad_input, Tensor grad_weight, Tensor grad_bias)";
-  define<linear_cross_entropy_forward, linear_cross_entropy_forward_meta>(
-      m, "_linear_cross_entropy_forward", "(" + arguments + "(Tensor loss, " + gradients);
-  define<linear_cross_entropy_backward, linear_cross_entropy_backward_meta>(
-      m, "_linear_cross_entropy_backward", "(Tensor grad_output, " + arguments + "(" + gradients);
+  define<linear_cross_entropy_forward>(m, "_linear_cross_entropy_forward",
+                                       "(" + arguments + "(Tensor loss, " + gradients);
+  define<linear_cross_entropy_backward>(m, "_linear_cross_entropy_backward",
+                                        "(Tensor grad_output, " + arguments + "(" + gradients);
 }
 
 }  // namespace tse

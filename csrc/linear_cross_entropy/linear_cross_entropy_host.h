@@ -38,21 +38,16 @@ struct LinearGradientOptions {
 void check_linear_cross_entropy(const at::Tensor& input, const at::Tensor& linear_weight, const at::Tensor& target,
                                 const LinearCrossEntropyOptions& options);
 
-// ---- kernels of the operators, and their shapes ---------------------------------------------------------------------
+// ---- kernels of the operators ---------------------------------------------------------------------------------------
 
 // Loss, then the gradients of input, weight and bias for a grad_output of 1.
 using LossAndGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 LossAndGradients linear_cross_entropy_forward(const at::Tensor& input, const at::Tensor& linear_weight,
                                               const at::Tensor& target, const LinearGradientOptions& options);
-LossAndGradients linear_cross_entropy_forward_meta(const at::Tensor& input, const at::Tensor& linear_weight,
-                                                   const at::Tensor& target, const LinearGradientOptions& options);
 
 using ThreeGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 ThreeGradients linear_cross_entropy_backward(const at::Tensor& grad_output, const at::Tensor& input,
                                              const at::Tensor& linear_weight, const at::Tensor& target,
                                              const LinearGradientOptions& options);
-ThreeGradients linear_cross_entropy_backward_meta(const at::Tensor& grad_output, const at::Tensor& input,
-                                                  const at::Tensor& linear_weight, const at::Tensor& target,
-                                                  const LinearGradientOptions& options);
 
 }  // namespace tse

@@ -28,6 +28,10 @@ using TwoTensors = std::tuple<at::Tensor, at::Tensor>;
 using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 constexpr const char* kOp = "selective_log_softmax";
+constexpr Kernels<SelectiveLogSoftmaxParams> kForward = {selective_log_softmax_fwd_rows,
+                                                         TSE_CUDA(launch_selective_log_softmax_fwd)};
+constexpr Kernels<SelectiveLogSoftmaxParams> kBackward = {selective_log_softmax_bwd_rows,
+                                                          TSE_CUDA(launch_selective_log_softmax_bwd)};
 
 struct Options {
   double temperature = 1;
@@ -46,9 +50,8 @@ void check(const at::Tensor& input, const at::Tensor& index, const Options& opti
   TSE_CHECK(!x.empty(), kOp, "input", "expected (…, C), got a scalar");
   TSE_CHECK(index.scalar_type() == at::kLong || index.scalar_type() == at::kInt, kOp, "index",
             "expected int64 or int32, got ", index.scalar_type());
-  bool same = i.size() == x.size() || i.size() + 1 == x.size();
-  for (size_t d = 0; same && d + 1 < x.size(); ++d) same = x[d].sym_eq(i[d]).expect_true(__FILE__, __LINE__);
-  TSE_CHECK(same, kOp, "index",
+  const bool fits = i.size() == x.size() || i.size() + 1 == x.size();
+  TSE_CHECK(fits && same_sizes(x.slice(0, x.size() - 1), i.slice(0, x.size() - 1)), kOp, "index",
             "expected the shape of input without its last dimension, or with K in its place, input ", x, ", got ", i);
   check_transform(kOp, options.softcap, options.temperature);
 }
@@ -104,19 +107,17 @@ struct Operands {
 ThreeTensors forward(const at::Tensor& input, const at::Tensor& index, bool entropy, const Options& options) {
   check(input, index, options);
   const c10::OptionalDeviceGuard guard(input.device());
-  const Operands operands(input, index);
   const auto type = input.options().dtype(accumulate_type(input.scalar_type()));
-  const at::Tensor stats = at::empty({entropy ? 4 : 3, row_count(operands.input.rows)}, type);
-  const at::Tensor logp = at::empty(index.sizes(), type);
-  const at::Tensor h = entropy ? at::empty(input.sizes().slice(0, input.dim() - 1), type) : at::empty({0}, type);
+  const auto rows = input.sym_sizes().slice(0, input.dim() - 1);
+  const at::Tensor logp = at::empty_symint(index.sym_sizes(), type);
+  const at::Tensor h = entropy ? at::empty_symint(rows, type) : at::empty({0}, type);
+  const at::Tensor stats = at::empty_symint({entropy ? 4 : 3, c10::multiply_integers(rows)}, type);
+  if (input.is_meta()) return {logp, h, stats};
+  const Operands operands(input, index);
   SelectiveLogSoftmaxParams p = operands.params(stats, options);
   p.logp = logp.mutable_data_ptr();
   if (entropy) p.entropy = h.mutable_data_ptr();
-  if (use_cuda(input)) {
-    if constexpr (kHasCuda) launch_selective_log_softmax_fwd(p, current_stream(input));
-  } else {
-    parallel_rows(p.rows, [&](int64_t begin, int64_t end) { selective_log_softmax_fwd_rows(p, begin, end); });
-  }
+  kForward.run(kOp, p, p.rows, input);
   return {logp, h, stats};
 }
 
@@ -124,9 +125,9 @@ at::Tensor backward(const OptionalTensor& grad_logp, const OptionalTensor& grad_
                     const at::Tensor& index, const at::Tensor& stats, const Options& options) {
   check_backward(grad_logp, grad_entropy, input, index, stats, options);
   const c10::OptionalDeviceGuard guard(input.device());
-  const Operands operands(input, index);
   const at::Tensor grad_input = with_huge_pages(at::empty_like(input));
-  if (input.numel() == 0) return grad_input;
+  if (input.is_meta() || input.numel() == 0) return grad_input;
+  const Operands operands(input, index);
   RowTensor grad = as_rows(grad_input, input.dim() - 1);
   if (grad.rows.stride_n != 1 && !use_cuda(input))
     grad = as_rows(at::empty(input.sizes(), input.options()), input.dim() - 1);
@@ -138,34 +139,14 @@ at::Tensor backward(const OptionalTensor& grad_logp, const OptionalTensor& grad_
   const at::Tensor g_entropy = grad_entropy.has_value() ? grad_entropy->contiguous() : at::Tensor();
   if (g.defined()) p.grad_logp = g.const_data_ptr();
   if (g_entropy.defined()) p.grad_entropy = g_entropy.const_data_ptr();
-  if (use_cuda(input)) {
-    if constexpr (kHasCuda) launch_selective_log_softmax_bwd(p, current_stream(input));
-  } else {
-    parallel_rows(p.rows, [&](int64_t begin, int64_t end) { selective_log_softmax_bwd_rows(p, begin, end); });
-  }
+  kBackward.run(kOp, p, p.rows, input);
   if (!grad.tensor.is_same(grad_input)) grad_input.copy_(grad.tensor);
   return grad_input;
 }
 
-// Shapes only; sizes may be symbolic.
-ThreeTensors forward_meta(const at::Tensor& input, const at::Tensor& index, bool entropy, const Options& options) {
-  check(input, index, options);
-  const auto type = input.options().dtype(accumulate_type(input.scalar_type()));
-  const auto sizes = input.sym_sizes().slice(0, input.dim() - 1);
-  return {at::empty_symint(index.sym_sizes(), type), entropy ? at::empty_symint(sizes, type) : at::empty({0}, type),
-          at::empty_symint({entropy ? 4 : 3, c10::multiply_integers(sizes)}, type)};
-}
-at::Tensor backward_meta(const OptionalTensor& grad_logp, const OptionalTensor& grad_entropy, const at::Tensor& input,
-                         const at::Tensor& index, const at::Tensor& stats, const Options& options) {
-  check_backward(grad_logp, grad_entropy, input, index, stats, options);
-  return at::empty_like(input);
-}
-
-template <auto forward>
 at::Tensor log_probability(const at::Tensor& input, const at::Tensor& index, const Options& options) {
   return std::get<0>(forward(input, index, /*entropy=*/false, options));
 }
-template <auto forward>
 TwoTensors with_entropy(const at::Tensor& input, const at::Tensor& index, const Options& options) {
   const auto [logp, entropy, stats] = forward(input, index, /*entropy=*/true, options);
   return {logp, entropy};
@@ -225,12 +206,12 @@ at::Tensor log_probability_autograd(const at::Tensor& input, const at::Tensor& i
   const GradientPath path = gradient_path(input);
   if (path == GradientPath::kFused) return SelectiveLogSoftmax::apply(input, index, false, options)[0];
   if (path == GradientPath::kComposed) return composed(input, index, false, options)[0];
-  return Operator<log_probability<forward>>::call(input, index, options);
+  return Operator<log_probability>::call(input, index, options);
 }
 
 TwoTensors with_entropy_autograd(const at::Tensor& input, const at::Tensor& index, const Options& options) {
   const GradientPath path = gradient_path(input);
-  if (path == GradientPath::kNone) return Operator<with_entropy<forward>>::call(input, index, options);
+  if (path == GradientPath::kNone) return Operator<with_entropy>::call(input, index, options);
   const variable_list r = path == GradientPath::kFused ? SelectiveLogSoftmax::apply(input, index, true, options)
                                                        : composed(input, index, true, options);
   return {r[0], r[1]};
@@ -241,17 +222,15 @@ TwoTensors with_entropy_autograd(const at::Tensor& input, const at::Tensor& inde
 TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
   const std::string options = Options::kSchema, required = without_defaults(options);
   const std::string arguments = "(Tensor input, Tensor index, *, " + options + ") -> ";
-  define_public<log_probability<forward>, log_probability<forward_meta>, log_probability_autograd>(
-      m, kOp, arguments + "Tensor");
-  define_public<with_entropy<forward>, with_entropy<forward_meta>, with_entropy_autograd>(
-      m, "selective_log_softmax_with_entropy", arguments + "(Tensor logp, Tensor entropy)");
-  define<forward, forward_meta>(
+  define_public<log_probability, log_probability_autograd>(m, kOp, arguments + "Tensor");
+  define_public<with_entropy, with_entropy_autograd>(m, "selective_log_softmax_with_entropy",
+                                                     arguments + "(Tensor logp, Tensor entropy)");
+  define<forward>(
       m, "_selective_log_softmax_forward",
       "(Tensor input, Tensor index, bool entropy, " + required + ") -> (Tensor logp, Tensor entropy, Tensor stats)");
-  define<backward, backward_meta>(m, "_selective_log_softmax_backward",
-                                  "(Tensor? grad_logp, Tensor? grad_entropy, Tensor input, Tensor index, Tensor "
-                                  "stats, " +
-                                      required + ") -> Tensor");
+  define<backward>(m, "_selective_log_softmax_backward",
+                   "(Tensor? grad_logp, Tensor? grad_entropy, Tensor input, Tensor index, Tensor stats, " + required +
+                       ") -> Tensor");
 }
 
 }  // namespace tse

@@ -101,12 +101,13 @@ def _errors():
     yield error("integer-input", NotImplementedError, r"input: expected float32.* got Long", x.long(), w, t)
     yield error("int16-target", RuntimeError, r"target: expected int64, int32 or uint8.* got Short", x, w, t.short())
     yield error("target-device", RuntimeError, r"target: expected device .* got meta", x, w, t.to("meta"))
-    match = r"linear_weight: expected \(C, 4\) .* got \[5, 6\]"
+    match = r"linear_weight: expected shape \[5, 4\], got \[5, 6\]"
     yield error("features", RuntimeError, match, x, torch.zeros(5, 6), t)
-    yield error("dtype", RuntimeError, r"linear_weight: expected Float as input, got Double", x, w.double(), t)
-    match = r"linear_bias: expected shape \(C\), got \[5, 1\]"
+    match = r"linear_weight: expected a strided tensor of Float, got Double"
+    yield error("dtype", RuntimeError, match, x, w.double(), t)
+    match = r"linear_bias: expected shape \[5\], got \[5, 1\]"
     yield error("bias-dim", RuntimeError, match, x, w, t, linear_bias=torch.zeros(5, 1))
-    match = r"linear_bias: expected one for each of 5 .* \[4\]"
+    match = r"linear_bias: expected shape \[5\], got \[4\]"
     yield error("bias-size", RuntimeError, match, x, w, t, linear_bias=torch.zeros(4))
     match = r"weight: expected one weight for each of 5 .* \[4\]"
     yield error("weight-shape", RuntimeError, match, x, w, t, weight=torch.ones(4))
