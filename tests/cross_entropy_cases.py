@@ -1,4 +1,4 @@
-"""What the tests of cross_entropy share."""
+"""Shared by the tests of cross_entropy."""
 
 import torch
 
@@ -12,7 +12,7 @@ def logits_and_target(device, rows=40, classes=3000, dtype=torch.float32, scale=
 
 def grad(function, x, *args, scale=1.0, **kwargs):
     x = x.detach().requires_grad_()
-    z = x * 1  # computed, so that it may be written in place
+    z = x * 1  # not a leaf, so that it may be written in place
     loss = function(z, *args, **kwargs) * scale
     loss.sum().backward()
     return loss.detach(), x.grad

@@ -37,7 +37,7 @@ def value_and_grad(function, sample, input, g=None):
 
 
 def assert_close(ours, reference, torchs, what):
-    """Our error against float64 is at most twice torch's own in the same precision, plus one rounding of the result."""
+    """Our error against float64 is at most twice torch's in the same precision, plus one rounding of the result."""
     assert ours.shape == reference.shape
     ours, torchs = ours.double(), torchs.double()
     assert torch.equal(ours.isnan(), reference.isnan()), what
@@ -154,7 +154,7 @@ def test_errors(spec, case, device):
 
 @specs_where(lambda s: not s.autocasts)  # those that do have their own tests
 @dtypes
-def test_autocast_keeps_the_logits(spec, device, dtype):
+def test_autocast_changes_nothing(spec, device, dtype):
     s = first(spec, device, dtype)
     with torch.autocast(device.type, torch.bfloat16):
         y = s.call(spec.op)
@@ -174,7 +174,7 @@ def test_saved_tensor_modified_in_place_is_caught(spec, device):
 
 
 @specs
-def test_checkpointing_and_deterministic_algorithms(spec, device):
+def test_same_gradient_with_checkpointing_and_deterministic_algorithms(spec, device):
     s = first(spec, device, torch.float32)
     x = s.input.requires_grad_()
     (want,) = torch.autograd.grad(s.call(spec.op).sum(), x)
@@ -197,7 +197,7 @@ def test_retain_graph_gives_the_same_gradient_twice(spec, device):
 
 
 @specs_where(lambda s: s.module is not None)
-def test_module(spec, device):
+def test_module_computes_the_function_also_after_copying_and_pickling(spec, device):
     s = first(spec, device, torch.float32)
     module = spec.module()
     for m in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
@@ -241,7 +241,7 @@ def test_same_bits_alone_in_a_batch_and_with_any_threads(spec, device, dtype, sh
 
 
 @specs
-def test_many_python_threads(spec, device):
+def test_python_threads_do_not_disturb_each_other(spec, device):
     s = first(spec, device, torch.float32)
     want = s.call(spec.op)
     wrong = []

@@ -1,4 +1,4 @@
-"""A batch of grad_outputs at once, by PyTorch's older batching and by torch.func.vmap, after each way of forward."""
+"""Gradients for a batch of grad_outputs at once, by is_grads_batched and by torch.func.vmap."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop")
 
 
 def cases():
-    """name, function of x."""
+    """Pairs of a name and a function of x, one for each path through autograd."""
 
     def indices(x):
         return torch.arange(len(x), device=x.device) % x.shape[1]
@@ -58,7 +58,7 @@ functions = pytest.mark.parametrize("name", CASES)
 @functions
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", ["is_grads_batched", "vmap"])
-def test_the_batch_has_the_gradients_one_by_one(name, dtype, way, device):
+def test_a_batch_gives_the_gradients_of_single_calls(name, dtype, way, device):
     f = CASES[name]
     x = torch.randn(5, 6, device=device).to(dtype).requires_grad_()
     g = torch.randn(4, *f(x).shape, device=device).to(f(x).dtype)
@@ -84,8 +84,8 @@ def test_vectorized_jacobian(name, device):
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
-def test_a_batch_leaves_the_gradient_in_place(scale, device):
-    """Which a later backward through the same graph gets."""
+def test_a_batch_does_not_use_up_the_gradient_of_forward(scale, device):
+    """A later backward through the same graph still gets it."""
     x = torch.randn(5, 6, device=device, requires_grad=True)
     target = torch.arange(5, device=device)
     (want,) = torch.autograd.grad(tse.cross_entropy(x * 2, target) * scale, x)

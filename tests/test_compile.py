@@ -37,7 +37,7 @@ def value_and_grad(function, x, *args, **options):
 @specs
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_compile_fullgraph(spec, device, dynamic, dtype):
+def test_compiles_without_graph_breaks(spec, device, dynamic, dtype):
     compiled = torch.compile(spec.op, fullgraph=True, dynamic=dynamic)
     x, args = batch(spec, 7, device, dtype)
     for got, want in zip(value_and_grad(compiled, x, *args), value_and_grad(spec.op, x, *args), strict=True):
@@ -48,7 +48,7 @@ def test_compile_fullgraph(spec, device, dynamic, dtype):
 
 @specs
 def test_batch_sizes_share_a_graph(spec, device):
-    """The second size makes torch compile for all sizes; the operators do not specialise on one."""
+    """The second batch size compiles a graph for every size: the operators do not specialise on one."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(spec.op, fullgraph=True, backend=counter)
     for rows in (7, 9, 16, 33):
@@ -82,7 +82,7 @@ VALUES = dict(zip(NUMBERS, (0.1, 0.2, 5.0, 0.7, 3), strict=True))
 
 
 def options_of(function):
-    """Each option alone, each reduction, all together."""
+    """Each option alone, each reduction, and all options together."""
     names = inspect.signature(function).parameters
     numbers = {name: value for name, value in VALUES.items() if name in names}
     yield {}
@@ -143,7 +143,7 @@ torch.save(torch._inductor.aoti_load_package(package)(*torch.load(inputs)), outp
 
 @specs
 def test_aot_inductor(spec, device, tmp_path):
-    """Loaded in another process, as packages are."""
+    """The package is loaded in another process."""
     x, args = batch(spec, 7, device)
     program = torch.export.export(Wrapper(spec.op), (x, *args))
     with inductor_config.patch({"compile_threads": 1}):

@@ -1,4 +1,4 @@
-"""Numbers that change from step to step compile at most three graphs, with the values of the uncompiled operators."""
+"""Options that change from step to step under torch.compile: at most three graphs, and the eager values."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def run(function, x, target, **options):
 
 
 CASES = [(*pair, "aot_eager") for pair in PAIRS]
-CASES += [(*pair, "inductor") for pair in PAIRS if pair[0] not in ("metrics", "entropy")]  # whose graphs are the same
+CASES += [(*pair, "inductor") for pair in PAIRS if pair[0] not in ("metrics", "entropy")]  # same graphs
 
 
 @pytest.mark.parametrize(("function", "name", "backend"), CASES)
@@ -70,7 +70,7 @@ def test_a_changing_number_compiles_at_most_three_graphs(device, function, name,
 @reductions
 @pytest.mark.parametrize("function", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_all_numbers_at_once(device, function, reduction, dtype):
+def test_numbers_that_change_together_compile_at_most_three_graphs(device, function, reduction, dtype):
     f = LOSSES[function]
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(f, backend=counter, fullgraph=True)
@@ -81,14 +81,14 @@ def test_all_numbers_at_once(device, function, reduction, dtype):
         options = {n: 0.5 + 0.1 * step * (i + 1) for i, n in enumerate(names)}
         options |= {"reduction": reduction, "label_smoothing": 0.1}
         for got, want in zip(run(compiled, x, target, **options), run(f, x, target, **options), strict=True):
-            eps = 4 * torch.finfo(dtype).eps  # bfloat16 gradients that are added up in another order
+            eps = 4 * torch.finfo(dtype).eps  # bfloat16 gradients are summed in another order
             torch.testing.assert_close(got, want, rtol=eps, atol=eps * want.abs().max().item())
         with torch.no_grad():
             torch.testing.assert_close(compiled(x, target, **options), f(x, target, **options))
     assert counter.frame_count <= 6  # three with gradients, three without
 
 
-def test_probabilities_of_another_dtype(device):
+def test_a_changing_number_with_probabilities_of_another_dtype(device):
     compiled = torch.compile(tse.cross_entropy, backend="aot_eager", fullgraph=True)
     x, target = torch.randn(5, 4, device=device), torch.rand(5, 4, device=device, dtype=torch.float64)
     for temperature in (0.5, 0.6, 0.7):
@@ -96,8 +96,8 @@ def test_probabilities_of_another_dtype(device):
         torch.testing.assert_close(got, want)
 
 
-def test_gradients_of_class_probabilities(device):
-    """Are right, though each number is compiled for."""
+def test_a_changing_number_with_gradients_of_class_probabilities(device):
+    """The gradients are right, though each number is compiled for."""
     compiled = torch.compile(tse.cross_entropy, backend="aot_eager", fullgraph=True)
     x, target = torch.randn(5, 4, device=device), torch.rand(5, 4, device=device)
     for temperature in (0.5, 0.6, 0.7):
@@ -126,7 +126,7 @@ def test_tensors_and_numpys_numbers_in_a_graph(device, number):
         torch.testing.assert_close(got, run(f, x, target, temperature=float(number)))
 
 
-def test_autocast(device):
+def test_a_changing_number_under_autocast(device):
     def f(x, target, temperature):
         with torch.autocast(device.type, torch.bfloat16):
             return linear(x, target, temperature=temperature)

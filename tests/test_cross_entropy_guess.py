@@ -1,4 +1,4 @@
-"""Cross-entropy guesses the incoming gradient, and writes its own in forward: no bit may show it."""
+"""cross_entropy writes its gradient in forward, for a guess of grad_output: the guess must not change a bit."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +17,7 @@ from torch_softmax_ext.testing.memory import peak_memory
 @dtypes
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_guess_never_changes_a_bit(device, dtype, reduction):
-    """Whatever came before, the gradient has the bits of reduction 'none' with the same factor."""
+    """After any sequence of backwards, the gradient has the bits of reduction 'none' with the same factor."""
     x, target = logits_and_target(device, dtype=dtype)
     counted = (target != -100).sum().item()
     for scale in (1.0, 0.25, 0.25, 0.25, 1 / 3, 1 / 7, 1 / 7, 1 / 7, 1.0, 65536.0, 65536.0, 65536.0, 1.0, 1.0, 1.0):
@@ -31,7 +31,7 @@ def test_the_guess_never_changes_a_bit(device, dtype, reduction):
 
 
 def late_maximum(device, dtype, rows, classes):
-    """Logits whose later blocks of 4096 classes outgrow the first one's reference."""
+    """Logits whose later blocks of 4096 classes exceed the reference that the first block set."""
     x = 3 * torch.randn(rows, classes, device=device)
     x[:, 5000] = 30
     return x.to(dtype), torch.randint(classes, (rows,), device=device)
@@ -39,14 +39,14 @@ def late_maximum(device, dtype, rows, classes):
 
 @pytest.fixture
 def two_threads():
-    """Fewer than there are rows, so that the CPU kernels take rows, not parts of them."""
+    """Fewer threads than rows, so that the CPU kernels do not split a row."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(threads)
 
 
-# Of rows of up to 262144 the CPU kernels keep the terms of forward's sum, of longer ones they compute them again.
+# For rows of up to 262144 elements the CPU kernels keep the terms of the sum; for longer ones they compute them again.
 KEPT_AND_NOT = [9000, pytest.param(100003, marks=for_cpu), pytest.param(270001, marks=for_cpu)]
 
 
@@ -67,7 +67,7 @@ def test_same_gradient_bits_alone_and_with_any_threads(device, dtype):
     x, target = late_maximum(device, dtype, 3, 32000)
     threads = torch.get_num_threads()
     try:
-        for _ in range(3):  # the guess is right from the second on
+        for _ in range(3):  # from the second call on the guess is right
             torch.set_num_threads(2)
             want = grad(tse.cross_entropy, x, target, reduction="sum")[1]
             alone = grad(tse.cross_entropy, x[1:2], target[1:2], reduction="sum")[1]
@@ -82,7 +82,7 @@ def test_same_gradient_bits_alone_and_with_any_threads(device, dtype):
 def test_fp16_under_a_loss_scale_loses_nothing_to_underflow(device):
     x, target = logits_and_target(device, rows=64, classes=5000, dtype=torch.float16, scale=0.1)
     want = grad(F.cross_entropy, x.double(), target, scale=65536.0)[1]
-    for _ in range(3):  # guessed wrong, not guessed, guessed right
+    for _ in range(3):  # a wrong guess, none, a right one
         got = grad(tse.cross_entropy, x, target, scale=65536.0)[1]
         counted = target != -100
         assert (got[counted] != 0).all()
@@ -91,7 +91,7 @@ def test_fp16_under_a_loss_scale_loses_nothing_to_underflow(device):
 
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_the_guess_under_checkpointing(device, scale):
-    """What is computed again must not depend on what was seen since; nor may it differ in what it saves."""
+    """Recomputation must save the same tensors, whatever other calls came between."""
     x, target = logits_and_target(device)
     want = grad(tse.cross_entropy, x, target, scale=1.0)[1]
     z = x.detach().requires_grad_()
@@ -107,7 +107,7 @@ def test_checkpointing_keeps_no_gradient():
     x = torch.randn(512, 4096, requires_grad=True)
     target = torch.randint(0, 4096, (512,))
     loss = lambda z: tse.cross_entropy(z, target)  # noqa: E731
-    assert peak_memory(lambda: loss(x)) > 0.99 * x.nbytes  # a guess
+    assert peak_memory(lambda: loss(x)) > 0.99 * x.nbytes  # the gradient of a guess
     assert peak_memory(lambda: checkpoint(loss, x, use_reentrant=False)) < 0.01 * x.nbytes
 
 
@@ -122,7 +122,7 @@ def test_a_gradient_that_was_handed_out_may_be_changed(device):
 
 
 def test_every_call_keeps_its_own_guess(device):
-    """Forwards before backwards, and a factor that changes in between."""
+    """Several forwards, then their backwards, with a factor that changes in between."""
     x, target = logits_and_target(device)
     factor = lambda scale: torch.tensor(scale, device=device) / (target != -100).sum()  # noqa: E731
     z = x.detach().requires_grad_()
@@ -139,7 +139,7 @@ def test_every_call_keeps_its_own_guess(device):
 
 @pytest.mark.full_on_host
 def test_threads_do_not_mix_their_sums(device):
-    """Calls of several threads are under way at a time, each with the losses of many blocks to add."""
+    """Several threads call at the same time, each with many blocks' losses to add."""
     x, target = logits_and_target(device, rows=256, classes=3)
     want = tse.cross_entropy(x, target)
 
@@ -153,7 +153,7 @@ def test_threads_do_not_mix_their_sums(device):
 @pytest.mark.full_on_host
 @dtypes
 def test_the_guess_over_many_rows_with_weights(device, dtype):
-    """So many rows that a CUDA kernel of its own adds their weights; loss and gradient keep their bits."""
+    """So many rows that a separate CUDA kernel sums the weights. Loss and gradient keep their bits."""
     x, target = logits_and_target(device, rows=9000, classes=7, dtype=dtype)
     weight = torch.rand(7, device=device)
     with torch.no_grad():
@@ -170,7 +170,7 @@ def test_the_guess_over_many_rows_with_weights(device, dtype):
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_cuda_graphs_beside_eager_calls(scale, in_place):
-    """Each graph has its own ticket and guess; nothing waits for the device."""
+    """Each graph has its own ticket and guess; the host never waits for the device."""
     device = torch.device("cuda")
     x, target = logits_and_target(device)
     leaf = x.detach().requires_grad_()

@@ -1,4 +1,4 @@
-"""Cross-entropy writes its gradient over the logits, where it is asked to: `inplace_backward`."""
+"""cross_entropy with inplace_backward: the gradient overwrites the logits, and autograd notices later uses of them."""
 
 import sys
 
@@ -65,7 +65,7 @@ def test_inplace_backward_needs_no_second_buffer():
     assert step(False) > 0.99 * x.nbytes
 
 
-def test_inplace_backward_is_refused_or_noticed_where_it_would_be_wrong(device):
+def test_wrong_uses_are_refused_or_noticed_in_backward(device):
     x, target = logits_and_target(device, 8, 50)
     leaf = x.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="cross_entropy: inplace_backward: expected logits that were computed"):
@@ -74,7 +74,7 @@ def test_inplace_backward_is_refused_or_noticed_where_it_would_be_wrong(device):
         tse.cross_entropy(leaf.view_as(leaf), target, inplace_backward=True)
     with pytest.raises(RuntimeError, match="elements do not share memory"):
         tse.cross_entropy((leaf * 1)[:1].expand(8, 50), target, inplace_backward=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # tanh saved its result
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # tanh has saved its result
         tse.cross_entropy(leaf.tanh(), target, inplace_backward=True).backward()
     logits = leaf * 1
     loss = tse.cross_entropy(logits, target, inplace_backward=True)
@@ -105,7 +105,7 @@ def test_inplace_backward_is_refused_or_noticed_where_it_would_be_wrong(device):
 @pytest.mark.parametrize("shape", [(8, 30), (2, 30, 5)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradient_in_place_with_options(device, options, shape, dtype):
-    """The same bits as without, in the memory of the logits."""
+    """The same bits as out of place, in the memory of the logits."""
     options = dict(options)
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=dtype, device=device)
@@ -126,8 +126,8 @@ def test_gradient_in_place_with_options(device, options, shape, dtype):
     assert torch.equal(results[0][1], results[1][1])
 
 
-def test_gradient_in_place_after_extreme_gradients(device):
-    """What came before must not decide what a float can hold."""
+def test_earlier_extreme_gradients_do_not_matter(device):
+    """An earlier grad_output must not make this gradient overflow or underflow."""
     x, target = logits_and_target(device, dtype=torch.float32)
     target = target.clamp_min(0)
     for last, now in ((1e-42, 1.0), (1e30, 1e-20), (1.0, 1.0)):
@@ -156,7 +156,7 @@ def test_bad_options_in_place_or_not(device, options, error, text):
 
 
 def shared_elsewhere(device, how):
-    """Logits whose elements share memory; torch calls the last three "too hard" to tell."""
+    """Logits whose elements share memory. For the last three, torch's check answers "too hard"."""
     base = torch.randn(40, device=device, requires_grad=True) * 1
     return {
         "expanded": lambda: base[:4].expand(3, 4),
@@ -167,7 +167,7 @@ def shared_elsewhere(device, how):
 
 
 @pytest.mark.parametrize("how", ["expanded", "unfold", "as_strided", "transposed"])
-def test_overlapping_logits_in_place(device, how):
+def test_logits_that_overlap_themselves_are_refused(device, how):
     logits = shared_elsewhere(device, how)
     target = torch.zeros(len(logits), dtype=torch.long, device=device)
     before = logits.detach().clone()
@@ -177,7 +177,7 @@ def test_overlapping_logits_in_place(device, how):
 
 
 @pytest.mark.parametrize("how", ["every-other", "permuted", "rows", "split", "one-row", "padded", "no-rows"])
-def test_sliced_logits_do_not_overlap(device, how):
+def test_sliced_logits_are_not_taken_for_overlapping(device, how):
     x = torch.randn(4, 6, 8, device=device, requires_grad=True)
 
     def logits():
@@ -199,7 +199,7 @@ def test_sliced_logits_do_not_overlap(device, how):
     torch.testing.assert_close(got, want)
 
 
-def test_target_or_weight_in_the_memory_of_the_logits(device):
+def test_target_or_weight_in_the_memory_of_the_logits_is_refused(device):
     x = torch.randn(3, 4, device=device, requires_grad=True) * 1
     with pytest.raises(RuntimeError, match="inplace_backward: expected logits in memory of their own"):
         tse.cross_entropy(x, x.detach(), inplace_backward=True)
@@ -208,7 +208,7 @@ def test_target_or_weight_in_the_memory_of_the_logits(device):
 
 
 def later_use(logits, passed, use):
-    """What is computed with overwritten logits: `logits`, the tensor that was `passed`, or another view."""
+    """A computation with overwritten logits: with `logits`, the tensor that was `passed`, or another view."""
     return {"logits": logits, "passed": passed, "slice": logits.flatten()[1:], "alias": passed.view_as(passed)}[use]
 
 
@@ -234,8 +234,8 @@ def test_later_use_of_overwritten_logits_raises_in_backward(device, view, use, r
     assert leaf.grad is None
 
 
-def test_use_before_and_values_afterwards(device):
-    """An earlier use that saved nothing is right, and so is looking at the memory without gradients."""
+def test_earlier_uses_and_reading_values_afterwards_are_allowed(device):
+    """An earlier use that saved nothing, and a look at the memory without gradients."""
     leaf = torch.randn(6, 7, device=device, requires_grad=True)
     target = torch.arange(6, device=device)
     (want,) = torch.autograd.grad(tse.cross_entropy(leaf * 2, target) + (leaf * 2).sum(), leaf)
@@ -249,7 +249,7 @@ def test_use_before_and_values_afterwards(device):
 
 
 def test_the_base_may_be_written_into_again(device):
-    """A buffer that each step fills anew."""
+    """Each step fills the same buffer again."""
     leaf = torch.randn(6, 7, device=device, requires_grad=True)
     target = torch.arange(6, device=device)
     (want,) = torch.autograd.grad(tse.cross_entropy(leaf * 2, target), leaf)
@@ -274,7 +274,7 @@ tse.cross_entropy(leaf, target).backward()
 written = end_of_page.copy(x)
 logits = written.mul_(torch.ones((), dtype=dtype, requires_grad=True))  # computed, in that memory
 tse.cross_entropy(logits, target, inplace_backward=True).backward()
-want = x if dtype == torch.float16 else leaf.grad  # the gradient of float16 is made in backward
+want = x if dtype == torch.float16 else leaf.grad  # float16 computes its gradient in backward
 assert torch.equal(written.detach(), want), (dtype, n)
 """
 

@@ -1,4 +1,4 @@
-"""cross_entropy_with_metrics: all that it returns, from one reading of the logits."""
+"""cross_entropy_with_metrics: values, gradients and modes of all five results."""
 
 import pytest
 import torch
@@ -68,12 +68,12 @@ def test_the_loss_has_the_bits_of_cross_entropy(device):
     got = tse.cross_entropy_with_metrics(x, target, weight)
     assert not got.accuracy.requires_grad
     assert not got.predictions.requires_grad
-    assert got.z_loss.item() == 0  # not added when it is off
+    assert got.z_loss.item() == 0  # no z-loss without z_loss_weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_predictions_are_argmax(device, dtype):
-    x = torch.randint(-3, 3, (40, 5000)).to(dtype).to(device)  # ties everywhere: the first one
+    x = torch.randint(-3, 3, (40, 5000)).to(dtype).to(device)  # many ties: the first one wins
     x[1, 7] = float("nan")
     x[2] = -float("inf")
     x[3, 4500] = float("inf")
@@ -85,7 +85,7 @@ def test_predictions_are_argmax(device, dtype):
     assert got.accuracy.dtype == torch.float32
 
 
-def test_nothing_counted(device):
+def test_accuracy_and_mean_are_nan_if_nothing_is_counted(device):
     x, target, _ = make(device, torch.float32)
     got = tse.cross_entropy_with_metrics(x, torch.full_like(target, -100), reduction="sum")
     assert got.loss == 0

@@ -1,4 +1,4 @@
-"""How rows are laid out on cards that are not there: csrc/common/cuda/limits.h, compiled as C++."""
+"""How much of a row various cards keep in shared memory: csrc/common/cuda/limits.h, compiled as C++."""
 
 import subprocess
 from pathlib import Path
@@ -19,7 +19,7 @@ int main(int, char** v) {
 }
 """
 KIB = 1024
-CARDS = {  # multiprocessors, threads of one, shared memory of a block and of a multiprocessor
+CARDS = {  # multiprocessors, threads per multiprocessor, shared memory per block and per multiprocessor
     "T4": (40, 1024, 64 * KIB, 64 * KIB),
     "A100": (108, 2048, 163 * KIB, 164 * KIB),
     "RTX 4090": (128, 1536, 99 * KIB, 100 * KIB),
@@ -36,7 +36,7 @@ def layout(tmp_path_factory):
     subprocess.run(["g++", "-std=c++17", f"-I{CSRC}", folder / "main.cpp", "-o", folder / "main"], check=True)
 
     def run(card, threads, row_bytes):
-        """Bytes of the row that are kept, blocks of a multiprocessor, and the longest row of which it keeps two."""
+        """Bytes of the row that are kept, blocks per multiprocessor, and the longest row of which it keeps two."""
         command = [folder / "main", *map(str, (*CARDS[card], threads, row_bytes))]
         return map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
@@ -50,7 +50,7 @@ def test_the_card_has_what_is_asked_for(layout, card, threads, row_bytes):
     _, most_threads, per_block, per_multiprocessor = CARDS[card]
     kept, blocks, _ = layout(card, threads, row_bytes)
     assert 0 < kept <= row_bytes
-    assert kept + 5 * KIB <= per_block  # 5 KiB: of the reductions, and of the system
+    assert kept + 5 * KIB <= per_block  # 5 KiB: reductions and the system
     assert blocks * (kept + 5 * KIB) <= per_multiprocessor
     assert 1 <= blocks <= max(1, most_threads // threads)
     assert kept == row_bytes or blocks == 1

@@ -1,4 +1,4 @@
-"""DTensor inputs in two processes: replicated, or sharded along rows, they give what plain tensors give."""
+"""DTensor inputs in two processes: replicated or sharded along rows, the results are those of plain tensors."""
 
 import os
 
@@ -14,7 +14,7 @@ OPTIONS = {"label_smoothing": 0.1, "z_loss_weight": 0.2, "softcap": 5.0, "temper
 
 
 def cases():
-    """name, function of tensors, tensors, class dimension (of the first), which are differentiated."""
+    """Tuples: name, function of tensors, tensors, class dimension of the first, indices of those differentiated."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -79,7 +79,7 @@ def cases():
 
 
 def total(metrics):
-    """All of them in one differentiable number for each."""
+    """The sum of each differentiable result."""
     return sum((i + 1) * metric.double().sum() for i, metric in enumerate(metrics))
 
 

@@ -1,4 +1,4 @@
-"""What only linear_cross_entropy has: chunks, gradients of weight and bias, memory that does not grow with the rows."""
+"""What only linear_cross_entropy has: chunks, gradients of weight and bias, bounded memory."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ NAMES = ("loss", "input", "linear_weight", "linear_bias")
 
 
 def problem(device, rows=60, features=24, classes=501, dtype=torch.float32, ignored=True, options=False):
-    """input, linear_weight, linear_bias, target and further options."""
+    """input, linear_weight, linear_bias, target, and a dictionary of options."""
 
     def normal(*shape):
         return torch.randn(shape, dtype=torch.float64).to(device, dtype)
@@ -76,7 +76,7 @@ def test_each_option_alone(device):
 
 
 def test_several_blocks_of_classes(device):
-    """Half types convert weights block by block."""
+    """Half types convert the weights one block of classes at a time."""
     for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
         x, w, b, target, _ = problem(device, classes=9001, dtype=dtype)
         got = gradients(tse.linear_cross_entropy, x, w, b, target, chunk_size=17)
@@ -85,7 +85,7 @@ def test_several_blocks_of_classes(device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_many_chunks_are_added_up_in_float32(device, dtype):
-    """One row each: in the half type the sum would stop growing."""
+    """With one row per chunk, a sum in the half type would stop growing."""
     x, w, b, _, _ = problem(device, rows=1200, classes=3, features=4, dtype=dtype, ignored=False)
     x, target = x[:1].expand(1200, 4), torch.zeros(1200, dtype=torch.long, device=device)
     got = gradients(tse.linear_cross_entropy, x, w, b, target, reduction="sum", chunk_size=1)
@@ -95,7 +95,7 @@ def test_many_chunks_are_added_up_in_float32(device, dtype):
 
 def test_float16_under_a_loss_scale_loses_nothing_to_underflow(device):
     x, w, b, target, _ = problem(device, rows=500, classes=3000, dtype=torch.float16)
-    x, w = x * 2.0**-10, w * 2.0**-10  # and with them the gradients
+    x, w = x * 2.0**-10, w * 2.0**-10  # makes the gradients small, too
     scale = torch.tensor(2.0**14, device=device)
     got = gradients(tse.linear_cross_entropy, x, w, b, target, scale)
     want = gradients(SPEC.reference, x.double(), w.double(), b.double(), target, scale)
@@ -171,15 +171,15 @@ def test_func_transforms_of_all_tensors(device, reduction):
     close(f.vmap(ours, (None, 0, None))(x, batch[1], b), torch.stack([reference(x, k * w, b) for k in (1, 2)]))
 
 
-def test_incoming_gradient(device):
+def test_backward_scales_by_grad_output(device):
     x, w, b, target, _ = problem(device)
-    for factor in (1.0, 0.25, 0.0):  # powers of two: the same bits
+    for factor in (1.0, 0.25, 0.0):  # powers of two keep the bits
         want = gradients(tse.linear_cross_entropy, x, w, b, target)[1:]
         got = gradients(tse.linear_cross_entropy, x, w, b, target, torch.tensor(factor, device=device))[1:]
         assert all(torch.equal(a, factor * b) for a, b in zip(got, want, strict=True))
 
 
-def test_stride_zero_incoming_gradient(device):
+def test_expanded_grad_output(device):
     x, w, b, target, _ = problem(device)
     want = gradients(tse.linear_cross_entropy, x, w, b, target, reduction="sum")
     for g in (torch.ones((), device=device).expand(60), torch.ones(60, 2, device=device)[:, 1]):
@@ -207,7 +207,7 @@ def test_the_same_bits_again_and_without_gradients(device, reduction):
     assert torch.equal(tse.linear_cross_entropy(x, w, target, linear_bias=b, **o), first[0])
 
 
-def test_layouts(device):
+def test_inputs_of_any_strides(device):
     x, w, b, target, _ = problem(device)
     want = gradients(tse.linear_cross_entropy, x, w, b, target)
     other = x.t().contiguous().t(), w.t().contiguous().t(), b.repeat_interleave(2)[::2]
@@ -258,11 +258,11 @@ def test_checkpointing_keeps_no_gradient(device):
 
 
 def test_memory_does_not_grow_with_the_logits(device):
-    """Beyond the gradients an eighth of the logits at most; no more than a chunk of them."""
+    """Besides the gradients, at most an eighth of the logits, and no more than a chunk of them."""
     x, w, b, target, _ = problem(device, rows=4096, features=64, classes=1000)
     logits, own = 4 * 4096 * 1000, x.nbytes + w.nbytes + b.nbytes
     if device.type == "cuda":
-        own += (1 << 18) + 1024  # what blocks of the grid add, whatever the size
+        own += (1 << 18) + 1024  # scratch of the grid's blocks, whatever the size
 
     def step(**options):
         return lambda: gradients(tse.linear_cross_entropy, x, w, b, target, **options)

@@ -1,4 +1,4 @@
-"""linear_cross_entropy with class probabilities, as F.linear_cross_entropy takes them."""
+"""linear_cross_entropy with class probabilities as targets."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ OPTIONS = {"label_smoothing": 0.1, "z_loss_weight": 0.2, "softcap": 5.0, "temper
 
 
 def grads(function, leaves, *args, **options):
-    """The result and its gradients."""
+    """The result and the gradients of all leaves."""
     leaves = [t.detach().requires_grad_() for t in leaves]
     y = function(*leaves, *args, **options)
     g = torch.linspace(0.5, 1, y.numel(), dtype=y.dtype, device=y.device).reshape(y.shape)
@@ -127,7 +127,7 @@ def test_derivatives_and_modes(device):
     close(compiled(*(t.detach() for t in leaves)), function(*leaves).detach())
 
 
-def test_no_logits_are_held():
+def test_the_logits_are_never_stored():
     x, w = torch.randn(4096, 16, requires_grad=True), torch.randn(1000, 16, requires_grad=True)
     target = torch.rand(4096, 1000)
     peak = peak_memory(lambda: tse.linear_cross_entropy(x, w, target, chunk_size=64).backward())

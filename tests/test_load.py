@@ -1,4 +1,4 @@
-"""A library that cannot be loaded gives one readable error; threads, processes and the OpenMP runtime."""
+"""Loading: a readable error for every failure, one OpenMP runtime, threads, and processes after fork."""
 
 import os
 import subprocess
@@ -50,7 +50,7 @@ def test_library_that_needs_a_missing_one(tmp_path):
 
 
 def test_cuda_kernels_are_in_the_library_where_they_can_be_built():
-    """So that a machine with nvcc, as CI has, compiles, links and loads them, and none goes without unnoticed."""
+    """On a machine with nvcc, such as CI, they are compiled, linked and loaded."""
     code = """
 import runpy, torch, torch_softmax_ext
 can, why = runpy.run_path("setup.py", run_name="functions")["choose_cuda"]()
@@ -78,7 +78,7 @@ print(len(set(re.findall(r"\\S*libgomp\\S*", maps))), len(__import__("os").listd
 
 
 def test_fork():
-    """A child of fork, as a DataLoader's worker is, computes: with one thread, as workers have."""
+    """A child of fork, such as a DataLoader's worker, computes with one thread."""
     code = """
 import os, torch, torch_softmax_ext as tse
 x, t = torch.randn(64, 5000), torch.zeros(64, dtype=torch.long)

@@ -15,7 +15,7 @@ import torch_softmax_ext as tse
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
 
-# Prints the bytes by which the process grew beyond the tensors that are left: resident, and asked for.
+# Prints by how many bytes the process grew beyond the tensors that the call returns: resident, and requested.
 PROBE = """
 import re, sys, torch, torch_softmax_ext as tse
 
@@ -25,7 +25,7 @@ def status(key):
 def grows(function):
     function(*arguments(1000))  # threads, code and the allocator's first pages
     args = arguments({size})
-    open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+    open("/proc/self/clear_refs", "w").write("5")  # resets the peak
     before, asked = status("VmRSS"), status("VmPeak")
     kept = sum(t.nbytes for t in function(*args))
     return status("VmHWM") - before - kept, status("VmPeak") - asked - kept
@@ -58,7 +58,7 @@ SMOOTHED = ", label_smoothing=0.1"
 @pytest.mark.parametrize(
     ("case", "size", "body", "options", "bound"),
     [
-        # Two threads, each with tiles of one row where one row alone is longer than 2 MiB.
+        # Two threads, each with tiles of one row, as a row is longer than 2 MiB.
         pytest.param(SPARSEMAX, 10**6, FORWARD, "", 2 * 2 * 4 * 10**6, id="sparsemax-columns"),
         pytest.param(SPARSEMAX, 10**6, BACKWARD, "", 2 * 3 * 4 * 10**6, id="sparsemax-columns-backward"),
         pytest.param(ROW, 2 * 10**7, FORWARD, "", 2 * 8 * 10**7, id="sparsemax-one-strided-row"),
@@ -76,7 +76,7 @@ def test_scratch_is_bounded(case, size, body, options, bound):
     assert run.returncode == 0, run.stderr[-2000:]
     resident, asked = map(int, run.stdout.split())
     assert resident <= bound + 12 * MIB, run.stdout  # candidates, autograd, the allocator
-    assert asked <= bound + 160 * MIB, run.stdout  # an arena of the allocator for each thread
+    assert asked <= bound + 160 * MIB, run.stdout  # the allocator's arenas, one for each thread
 
 
 @pytest.mark.on_host
@@ -87,4 +87,4 @@ def test_scratch_on_cuda_grows_with_the_grid_alone(shape):
         tse.cross_entropy(x, target)
     allocated = [e.cpu_memory_usage for e in profiled.events() if e.name == "aten::empty"]
     statistics = 4 * 4 * shape[0] + 3 * 8
-    assert sum(allocated) <= statistics + 16 * 4 * 32 + 200  # 32 bytes for each of 4 multiprocessors' 16 blocks
+    assert sum(allocated) <= statistics + 16 * 4 * 32 + 200  # 32 bytes a block, 16 blocks on each of 4 multiprocessors

@@ -1,4 +1,4 @@
-"""The source distribution holds all that a build needs, and the wheel built from it works where it is installed."""
+"""The source distribution holds all that a build needs, and the wheel built from it works."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
 
 
 def run(*command, cwd):
-    path = f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"  # ninja compiles files side by side
+    path = f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"  # ninja compiles in parallel
     environment = {**os.environ, "PATH": path, "FORCE_CUDA": "0"}
     done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -25,7 +25,7 @@ def run(*command, cwd):
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory):
-    """Built from a copy: setuptools adds what an earlier build of the same folder listed."""
+    """Built from a copy, as setuptools would add files that an earlier build in the same folder listed."""
     source = tmp_path_factory.mktemp("sdist") / "source"
     source.mkdir()
     for folder in SOURCES:
@@ -59,7 +59,7 @@ print(tse.__file__)
 
 @pytest.mark.full
 def test_the_wheel_built_from_the_sdist_works(sdist, tmp_path):
-    """In an environment of its own, with the torch of this one."""
+    """In a fresh environment that sees this one's torch."""
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
     offline = ("--no-index", "--no-deps")
     run(*pip, "wheel", *offline, "--no-build-isolation", "--wheel-dir", tmp_path, sdist, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""Bugs that others had. Each test asserts what their behaviour at the time would fail."""
+"""Bugs of other libraries. Each test fails with the behaviour that was reported there."""
 
 import mmap
 
@@ -21,7 +21,7 @@ def targets(device, classes, *shape, ignored=0):
 
 
 def test_reduction_none_weighs_each_row_by_its_gradient(device):
-    """Liger-Kernel #680: with reduction="none" the gradient was computed as if every row's incoming gradient were 1."""
+    """Liger-Kernel #680: with reduction="none" the gradient was computed as if every row's grad_output were 1."""
     x, t = logits(device, 6, 11), targets(device, 11, 6)
     g = torch.arange(6.0, device=device)
     (got,) = torch.autograd.grad(tse.cross_entropy(x, t, reduction="none"), x, g)
@@ -31,7 +31,7 @@ def test_reduction_none_weighs_each_row_by_its_gradient(device):
 
 
 def test_ignored_rows_under_compile(device):
-    """Liger-Kernel #1338: compiled, the count of targets that are not ignored was a constant of the first call."""
+    """Liger-Kernel #1338: the compiled loss kept the number of counted targets of the first call."""
     compiled = torch.compile(lambda x, t: tse.cross_entropy(x * 1.0, t), fullgraph=True, backend="aot_eager")
     x = logits(device, 8, 11)
     for ignored in (0, 3, 6):
@@ -43,7 +43,7 @@ def test_ignored_rows_under_compile(device):
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_smoothing_with_ignored_targets_and_weights(device, reduction):
-    """pytorch #72056, #73205: ignored rows entered the smoothed loss, and weights its divisor in another way."""
+    """pytorch #72056, #73205: ignored rows entered the smoothed loss, and its divisor used the weights differently."""
     x, t = logits(device, 8, 11), targets(device, 11, 8, ignored=3)
     w = torch.rand(11, device=device) + 0.1
     got = tse.cross_entropy(x, t, w, label_smoothing=0.3, reduction=reduction)
@@ -75,7 +75,7 @@ def test_ignored_target_reads_nothing(device):
     if device.type == "cuda":
         pytest.skip("mapped memory is the host's")
     page, n = mmap.PAGESIZE, mmap.PAGESIZE // 4
-    memory = mmap.mmap(-1, page)  # the row begins where the mapping does
+    memory = mmap.mmap(-1, page)  # the row starts where the mapping starts
     x = torch.frombuffer(memory, dtype=torch.float32).view(1, n)
     t = torch.tensor([-100])
     for options in ({}, {"weight": torch.ones(n)}, {"label_smoothing": 0.1}, {"softcap": 2.0}, {"z_loss_weight": 1.0}):
@@ -85,7 +85,7 @@ def test_ignored_target_reads_nothing(device):
 
 @pytest.mark.parametrize("offset", [1e4, -1e4, 1e6])
 def test_a_common_offset_changes_nothing(device, offset):
-    """pytorch #195829: large logits with a large common part lost the loss."""
+    """pytorch #195829: the loss of large logits with a large common offset lost its digits."""
     x = torch.randint(-8, 8, (5, 300), device=device).float()
     t = targets(device, 300, 5)
     for options in ({}, {"label_smoothing": 0.1}):
@@ -111,7 +111,7 @@ def test_z_loss_is_absent_when_off(device):
     assert tse.cross_entropy_with_metrics(x, t).z_loss == 0
 
 
-def test_gradient_in_place_leaves_what_is_upstream(device):
+def test_gradient_in_place_does_not_change_saved_tensors(device):
     """Liger-Kernel #1251: writing the gradient over the logits changed a tensor that upstream had saved."""
     w, t = logits(device, 12, 11), targets(device, 11, 8)
     h = torch.randn(8, 12, device=device)
@@ -125,7 +125,7 @@ def test_gradient_in_place_leaves_what_is_upstream(device):
     "options", [{}, {"label_smoothing": 0.1}, {"softcap": 3.0}], ids=["plain", "smoothing", "softcap"]
 )
 def test_expanded_and_strided_gradients(device, options):
-    """Kernels that took the incoming gradient for contiguous read beyond it, or the wrong rows."""
+    """Kernels that assumed a contiguous grad_output read beyond it, or the wrong rows."""
     x, t = logits(device, 6, 11), targets(device, 11, 6)
     y = tse.cross_entropy(x, t, reduction="none", **options)
     wide = torch.randn(6, 4, device=device)

@@ -1,4 +1,4 @@
-"""Private operators check what they are handed: shape, dtype and device of every tensor, the range of every index."""
+"""Private operators check their arguments: shape, dtype and device of every tensor, the range of every index."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def linear(device):
 
 
 def calls(device):
-    """name, argument names, tensors, call(*tensors)."""
+    """Tuples: name, names of the tensors, tensors, and the call that takes them."""
     for name, options in OPTIONS.items():
         for probabilities in (False, True):
             for dtype in (torch.float32, torch.float64, torch.bfloat16):
@@ -79,7 +79,7 @@ def calls(device):
 
 
 def changes(t):
-    """Other tensors in the place of `t`."""
+    """Tensors that do not fit in the place of `t`."""
     flat = t.flatten()
     yield "short", flat[: t.numel() // 2].clone()
     yield "long", torch.cat([flat, flat])
@@ -98,7 +98,7 @@ def refused():
 
 
 def fits_in_another_dtype(call, argument):
-    """Class weights are of any floating type; of logits another half type or float32 has the same statistics."""
+    """Class weights may have any floating dtype; logits, any dtype with statistics of the same dtype."""
     return argument == "weight" or (argument == "input" and "probabilities" not in call and "linear" not in call)
 
 
@@ -106,7 +106,7 @@ CALLS = [name for name, *_ in calls("cpu")]
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_what_does_not_fit_is_refused(name, device):
+def test_a_tensor_that_does_not_fit_is_refused(name, device):
     names, tensors, call = next(c[1:] for c in calls(device) if c[0] == name)
     call(*tensors)
     for i, tensor in enumerate(tensors):
@@ -124,8 +124,8 @@ def test_what_does_not_fit_is_refused(name, device):
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_shapes_alone_have_the_same_checks(name):
-    """Meta tensors: what fits gives the shapes of the gradients, what does not is refused."""
+def test_meta_tensors_have_the_same_checks(name):
+    """Those that fit give the shapes of the gradients; the others are refused."""
     names, tensors, call = next(c[1:] for c in calls("cpu") if c[0] == name)
     want = call(*tensors)
     meta = [t if t is None else t.to("meta") for t in tensors]
@@ -146,7 +146,7 @@ def test_shapes_alone_have_the_same_checks(name):
                 pytest.fail(f"{names[i]}: {change}: {call(*meta[:i], other, *meta[i + 1 :])}")
 
 
-def test_strided_statistics(device):
+def test_statistics_of_any_strides(device):
     grad, lse, x, target, stats = cross_entropy(device, OPTIONS["none"])
     want = ops._cross_entropy_backward(grad, lse, x, target, stats, *OPTIONS["none"])
     strided = stats.repeat_interleave(2)[::2]
@@ -168,7 +168,7 @@ def test_strided_statistics(device):
     ],
     ids=str,
 )
-def test_options_of_backward(device, options, match):
+def test_wrong_options_of_backward_are_refused(device, options, match):
     tensors = cross_entropy(device, OPTIONS["none"])
     o = list(OPTIONS["none"])
     for i, value in options.items():

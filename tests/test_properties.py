@@ -1,4 +1,4 @@
-"""Properties over random shapes, strides, dtypes and options (hypothesis), and random calls that must raise."""
+"""Random shapes, strides, dtypes and options (hypothesis), and random calls that must raise as torch does."""
 
 import random
 
@@ -18,11 +18,11 @@ TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-11, torch.bfloat16: 8e-3, to
 
 @st.composite
 def tensors(draw, minimum_rank=1):
-    """Logits of any shape, dtype and strides: permuted, expanded, with holes, misaligned."""
+    """Logits of any shape, dtype and strides: permuted, expanded, sliced, misaligned."""
     rank = draw(st.integers(minimum_rank, 4))
     shape = [draw(st.integers(1, 6)) for _ in range(rank)]
     shape[min(1, rank - 1)] = draw(st.one_of(st.integers(1, 70), st.sampled_from([127, 1000, 5000])))
-    if rank > 2 and draw(st.booleans()):  # whole vectors of neighbouring rows
+    if rank > 2 and draw(st.booleans()):  # enough rows for whole vectors of them
         shape[1], shape[-1] = min(shape[1], 70), 40
     seed, scale = draw(st.integers(0, 2**31)), draw(st.sampled_from([0.01, 1.0, 5.0, 50.0]))
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +50,7 @@ def check(function, reference, x, generator, args, kwargs, classes=1, weight=1.0
     (want_grad,) = torch.autograd.grad(want, x64, g.to(y.dtype).double())
     assert torch.equal(y.isnan(), want.isnan())
     scale = want.detach().abs().nan_to_num().max().clamp_min(1)
-    # The exp of half types is shorter: 3e-6 in each row's loss.
+    # The exp of half types has an error of 3e-6 in each row's loss.
     value_tolerance = TOLERANCE[x.dtype] if y.dtype == x.dtype else 2e-5
     assert (y.double() - want).abs().nan_to_num().max() <= value_tolerance * scale
     if want.isnan().any():
@@ -126,7 +126,7 @@ def test_sparsemax(examples):
 
 
 def random_call(r):
-    """Arguments of which some fit and some do not."""
+    """Arguments, some of which do not fit."""
     n, c = r.choice([(0, 4), (1, 1), (3, 5), (4, 7)])
     shape = r.choice([(n, c), (n, c), (c,), (n, c, 2), (), (n, c, 2, 3)])
     x = torch.randn(shape).to(r.choice([torch.float32, torch.float32, torch.bfloat16, torch.float64, torch.int64]))
@@ -162,7 +162,7 @@ def outcome(function, x, target, kwargs):
         return error
 
 
-# We take what torch does not: weights in another precision than the logits, and one row's target as (1) in backward.
+# Not compared: torch refuses weights of another precision than the logits, and a target of shape (1) in backward.
 @pytest.mark.parametrize("calls", [2000, pytest.param(20000, marks=pytest.mark.full)])
 def test_bad_arguments_raise_where_torch_raises(calls):
     r = random.Random(0)
@@ -177,9 +177,9 @@ def test_bad_arguments_raise_where_torch_raises(calls):
         call = (i, x if not torch.is_tensor(x) else (x.shape, x.dtype), target, kwargs, torchs, ours)
         if not isinstance(torchs, Exception):
             if torch.is_tensor(x) and not x.is_floating_point():
-                continue  # torch looks at nothing where there are no elements
+                continue  # torch checks nothing if there are no elements
             if "weight" in kwargs and kwargs["weight"].dim() != 1:
-                continue  # nor at the shape of weights for images
+                continue  # nor the shape of weights for images
             assert not isinstance(ours, Exception), call
             torch.testing.assert_close(ours.double(), torchs.double(), rtol=2e-2, atol=2e-2, equal_nan=True)
             agreed += 1

@@ -1,4 +1,4 @@
-"""What only selective_log_softmax has: the entropy, exact zeros, many indices, memory."""
+"""What only selective_log_softmax has: the entropy, exact zeros, several indices a row, memory."""
 
 import math
 
@@ -39,7 +39,7 @@ def test_values_and_gradients_of_both_results(device, dtype, options, shapes):
     weights = torch.randn(index.shape, device=device), torch.randn(x.shape[:-1], device=device)
     logp, entropy, g = gradient(both, x, index, weights, **options)
     logp64, entropy64, g64 = gradient(reference, x.double(), index, [w.double() for w in weights], **options)
-    exact = 1e-11 if dtype == torch.float64 else 2e-6 if dtype == torch.float32 else 8e-6  # a shorter exp2
+    exact = 1e-11 if dtype == torch.float64 else 2e-6 if dtype == torch.float32 else 8e-6  # shorter exp2
     assert logp.dtype == entropy.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert g.dtype == dtype
     for got, want in ((logp, logp64), (entropy, entropy64)):
@@ -117,7 +117,7 @@ def test_nothing_is_positive_and_entropy_is_not_negative(device, dtype):
 @dtypes
 @pytest.mark.parametrize("n", [40, 6000])
 def test_minus_infinity_has_no_part_in_the_entropy(device, dtype, n):
-    """Masked logits: as if they were not there. Whole blocks of them, too, and -inf at the index."""
+    """Masked logits count as absent: single ones, whole blocks, and one at the index."""
     x = (torch.randn(3, n, dtype=torch.float64) * 3).to(device, dtype)
     kept = torch.arange(n, device=device) % 3 == 1 if n == 40 else torch.arange(n, device=device) >= n - 700
     masked = x.masked_fill(~kept, -INF)
@@ -144,7 +144,7 @@ def test_rows_that_are_not_finite_are_nan_and_leave_the_others_alone(device):
         assert got[4] == clean[4]
 
 
-@for_cpu  # on CUDA it is an assertion of the kernel
+@for_cpu  # on CUDA a device-side assertion
 @pytest.mark.parametrize("shape", [(3,), (3, 2)], ids=str)
 def test_no_index_is_read_outside(shape):
     index = torch.zeros(shape, dtype=torch.int64)
@@ -189,7 +189,7 @@ def test_compile_of_both_results(device, dynamic):
 @for_cpu
 @pytest.mark.parametrize("return_entropy", [False, True])
 def test_memory(return_entropy):
-    """Nothing of the logits' size in forward, and one gradient in backward."""
+    """Forward allocates nothing of the logits' size, backward only the gradient."""
     x = torch.randn(64, 30000, requires_grad=True)
     index = torch.randint(0, 30000, (64,))
 
@@ -208,7 +208,7 @@ def test_memory(return_entropy):
 @dtypes
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_blocks_far_apart(device, dtype, options):
-    """A block of large negative logits, NaN in a block of its own: the other blocks are as they are alone."""
+    """A block of large negative logits, or a NaN in its own block, does not change the other blocks."""
     lowest = torch.finfo(dtype).min
     x = (torch.randn(4, 8192, dtype=torch.float64) * 20).to(device, dtype)
     x[1, :4096] = lowest

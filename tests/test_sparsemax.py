@@ -29,7 +29,7 @@ def test_rows_that_are_not_finite_have_gradients_of_nan_and_leave_the_others_alo
 @pytest.mark.parametrize("offset", [0, 1000])
 @pytest.mark.parametrize("n", [2, 64, 500, 5000])
 def test_probabilities_add_up_to_one_wherever_the_threshold_lies(device, n, offset):
-    """One element has most, all others lie a little above the threshold: its rounding would show n times."""
+    """One element has most of the mass. All others lie just above the threshold: its rounding error counts n times."""
     x = -0.9 + 0.1 / (n - 1) + 1e-5 * torch.randn(100, n, dtype=torch.float64)
     x[:, 0] = 0
     y = tse.sparsemax((x + offset).to(device, torch.float32))
@@ -50,7 +50,7 @@ def test_the_same_bits_along_any_dimension(dtype, n, inner):
     (got,) = torch.autograd.grad(y, x, g)
     (want,) = torch.autograd.grad(want, rows, g.movedim(1, -1).contiguous())
     assert torch.equal(got.movedim(1, -1), want)
-    (got,) = torch.autograd.grad(tse.sparsemax(x, 1), x, g[..., :1].expand_as(x))  # which is read as it is
+    (got,) = torch.autograd.grad(tse.sparsemax(x, 1), x, g[..., :1].expand_as(x))  # is not copied
     (want,) = torch.autograd.grad(tse.sparsemax(rows, -1), rows, g[..., :1].expand_as(x).movedim(1, -1).contiguous())
     assert torch.equal(got.movedim(1, -1), want)
 

@@ -1,4 +1,4 @@
-"""Where sparsemax keeps a row on cards that are not there: csrc/sparsemax/sparsemax_plan.h, compiled as C++."""
+"""Where sparsemax keeps a row on various cards: csrc/sparsemax/sparsemax_plan.h, compiled as C++."""
 
 import subprocess
 
@@ -26,7 +26,7 @@ def plan(tmp_path_factory):
     subprocess.run(["g++", "-std=c++17", f"-I{CSRC}", folder / "main.cpp", "-o", folder / "main"], check=True)
 
     def run(card, n, element_bytes, shared_per_vector=16):
-        """Threads of a row, elements of a thread in registers, vectors in shared memory."""
+        """Threads per row, elements per thread in registers, vectors in shared memory."""
         command = [folder / "main", *map(str, (*CARDS[card], n, element_bytes, shared_per_vector))]
         return tuple(map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()))
 

@@ -1,5 +1,5 @@
-"""What torch's own functions take, and what its tools expect: kinds of targets and numbers, class weights that are
-differentiated or batched, FLOP counters."""
+"""Arguments that torch's own functions accept (uint8 targets, NumPy's numbers, class weights that are differentiated or
+batched), the short way from Python, and FLOP counters."""
 
 import inspect
 import subprocess
@@ -23,7 +23,7 @@ def metrics(*args, **options):
 
 
 def linear(x, target, weight=None, **options):
-    """linear_cross_entropy with the logits as they are."""
+    """linear_cross_entropy with the identity as its linear layer."""
     eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     return tse.linear_cross_entropy(x, eye, target, weight=weight, chunk_size=3, **options)
 
@@ -75,7 +75,7 @@ def test_uint8_targets_of_images_and_weights(device):
 
 @losses
 def test_a_uint8_target_is_compared_by_value(device, loss):
-    """156 is no class, though -100 has its bits."""
+    """156 is not a class, and not -100, though both have the same bits."""
     x, target = torch.randn(3, 5, device=device), torch.tensor([0, 156, 2], dtype=torch.uint8, device=device)
     if device.type == "cpu":
         with pytest.raises((IndexError, RuntimeError), match=r"156|device-side assertion: cross_entropy: target"):
@@ -213,7 +213,7 @@ def test_whole_numbers_of_other_kinds(kind):
     ],
     ids=str,
 )
-def test_no_numbers(name, value):
+def test_other_types_than_numbers_are_refused(name, value):
     with pytest.raises(TypeError, match=f"{name}: expected"):
         tse.cross_entropy(torch.ones(2, 3), torch.tensor([0, 2]), **{name: value})
 
@@ -261,7 +261,7 @@ def test_flop_counters_see_the_products(reduction):
         leaves = [t.clone().requires_grad_(t is a) for t, a in zip((x, w), wanted, strict=True)]
         tse.linear_cross_entropy(*leaves, target, reduction=reduction).sum().backward()
 
-    again = product if reduction == "none" else 0  # backward computes the logits once more
+    again = product if reduction == "none" else 0  # backward computes the logits again
     assert counted(step, x, w) == 3 * product + again
     assert counted(step, x, None) == 2 * product + again
 
@@ -280,7 +280,7 @@ assert counter.get_total_flops() == 2 * 3 * 4 * 5
 
 @pytest.mark.parametrize("first", ["", "import torch.utils.flop_counter, torch.distributed.tensor"])
 def test_importing_stays_light(first):
-    """Rules for modules of torch are registered when somebody else imports them, or has."""
+    """Importing the package imports no further modules of torch; their rules are registered once they are imported."""
     then = "" if first else "assert not {'torch.utils.flop_counter', 'torch.distributed.tensor'} & set(sys.modules)"
     run = subprocess.run(
         [sys.executable, "-c", IMPORT.format(first=first, then=then)], capture_output=True, text=True, timeout=120

@@ -1,4 +1,4 @@
-"""One OpSpec per operator: what the tests and the benchmarks need to know of it.
+"""One OpSpec per operator: all that tests and benchmarks need to know about it.
 
 A new operator adds a file here and its spec to ``SPECS``; it then has every test of ``tests/test_all_ops.py`` and a row
 in every benchmark.

@@ -1,13 +1,13 @@
-"""Peak memory of a call, by what torch's allocator was asked for."""
+"""Peak memory of a call, as torch's allocator counts it."""
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 
 def peak_memory(function, device="cpu") -> int:
-    """The most bytes that were allocated during ``function()``, on CUDA the second, above what was allocated before."""
+    """The peak of allocated bytes during ``function()``, minus those allocated before; on CUDA, of its second call."""
     if torch.device(device).type == "cuda":
-        function()  # the first matrix product of each thread allocates a workspace that stays
+        function()  # the first matrix product allocates a workspace that stays
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -78,14 +78,14 @@ def _samples(device, dtype):
     broken[2] = -_INF
     yield Sample("nan-inf", broken, (index(5000, 5),), finite=False)
 
-    for n in (4097, 9000):  # a last, and a first block that hold nothing but NaN and -inf
+    for n in (4097, 9000):  # the first or last block holds only NaN or only -inf
         broken = logits(3, n)
         broken[0, 4096] = float("nan")
         broken[1, :4096] = float("nan")
         broken[2, 4096:] = -_INF
         yield Sample(f"nan-block-{n}", broken, (index(4096, 3),), finite=False)
 
-    # Finite logits of any size, as masks by large negative numbers and small temperatures make them.
+    # Finite logits of any size, from masks with large negative numbers or from small temperatures.
     huge, cold = (2e4, 1e-4) if dtype == torch.float16 else (1e30, 1e-9)
     masked = logits(2, 9000)
     masked[:, :4096] = -huge

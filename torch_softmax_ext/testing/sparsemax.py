@@ -11,14 +11,14 @@ _INF = float("inf")
 
 
 def _reference(input, dim=-1):
-    """By sorting, as in the paper; rows of -inf alone give zeros."""
+    """By sorting, as in the paper. A row of -inf alone gives zeros."""
     if input.numel() == 0:
         return input.clone()
     z = input.unsqueeze(0) if input.dim() == 0 else input
     masked = (z == -_INF).all(dim, keepdim=True)
     z = torch.where(masked, torch.zeros_like(z), z)
     bad = z.isnan().any(dim, keepdim=True) | (z == _INF).any(dim, keepdim=True)
-    z = z - z.amax(dim, keepdim=True).detach()  # changes nothing but the sums' range
+    z = z - z.amax(dim, keepdim=True).detach()  # only keeps the sums in range
     ordered = z.sort(dim=dim, descending=True).values
     shape = [-1 if d == dim % z.dim() else 1 for d in range(z.dim())]
     k = torch.arange(1, z.shape[dim] + 1, dtype=z.dtype, device=z.device).view(shape)
@@ -30,7 +30,7 @@ def _reference(input, dim=-1):
 
 
 def _differentiable(input, dim=-1):
-    """Rows with no element on the edge of the support, where half precision logits often lie exactly."""
+    """False in rows with an element exactly on the edge of the support, as often with half-precision logits."""
     if input.numel() == 0:
         return torch.ones_like(input, dtype=torch.bool)
     p = _reference(input, dim)
@@ -117,7 +117,7 @@ def _samples(device, dtype):
     largest[:, ::32] = torch.finfo(dtype).max
     yield Sample("largest", largest)
     hidden = torch.full((2, 512), torch.finfo(dtype).max, dtype=dtype, device=device)
-    hidden.view(2, 8, 64)[..., :16] *= -1  # where a sample of the row may see nothing else
+    hidden.view(2, 8, 64)[..., :16] *= -1  # a sample of the row may see nothing else
     yield Sample("largest-hidden", hidden)
     for bad in ("inf", "nan"):
         broken = logits(3, 5000, scale=0.001)

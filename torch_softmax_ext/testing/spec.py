@@ -26,7 +26,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ErrorCase:
-    """A call that must raise ``error`` with a text that names operator and argument and matches ``match``."""
+    """A call that must raise ``error`` with the text ``{operator}: {match}``."""
 
     name: str
     call: Callable[[torch.device], object]
@@ -123,7 +123,7 @@ class OpSpec:
     bench_peers: tuple[Peer, ...] = ()
     bench_roofs: Callable | None = None  # (input, *args) -> {name: function}; None: read, copy and add
     bench_gates: dict[str, float] = field(default_factory=dict)  # mode -> most new / old: benchmarks/compare.py
-    row_options: dict = field(default_factory=dict)  # keywords with which the result has something for each row
+    row_options: dict = field(default_factory=dict)  # keywords that make the result one number or more per row
     general_options: dict = field(default_factory=dict)  # keywords that need the kernels' most general code
     saves_output: bool = False  # True: backward reads the result; False: it reads the input
     batch_invariant: bool = True  # False: matrix products, whose sums depend on shape, alignment and threads
