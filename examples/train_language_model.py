@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the memory profiler's greetings
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # silences the memory profiler
 
 import matplotlib
 
@@ -83,7 +83,7 @@ def batches(codes, count, batch, context, device, seed):
 
 
 def loss_part(loss_function, logits, target):
-    """Loss and gradient of the logits apart from the model, so that they can be timed."""
+    """The loss and the gradient of the logits, apart from the model, so that they can be timed."""
     leaf = logits.detach().requires_grad_()
     loss = loss_function(leaf, target)
     loss.backward()
@@ -91,7 +91,7 @@ def loss_part(loss_function, logits, target):
 
 
 def run(name, args, data, loss_function, attention, compiled):
-    """Trains from the one seed; returns what the table and the figure need."""
+    """Trains a model from the seed; returns its row of the table and its data for the figure."""
     training, validation, vocabulary = data
     torch.manual_seed(args.seed)
     model = LanguageModel(len(vocabulary), args.context, ATTENTIONS[attention]).to(args.device)
@@ -184,7 +184,7 @@ def main():
         for attention in ("softmax", "sparsemax") if args.attention == "both" else (args.attention,):
             for package, function in (("PyTorch", F.cross_entropy), ("torch_softmax_ext", tse.cross_entropy)):
                 if compiled and args.compile == args.attention == "both" and attention == "sparsemax":
-                    continue  # one compiled pair is enough beside the plain ones
+                    continue  # one compiled pair is enough
                 if package == "PyTorch" and attention == "sparsemax" and args.attention == "both":
                     continue  # PyTorch has no sparsemax; the pair with softmax compares the losses
                 name = f"{package}, {attention}{', compiled' if compiled else ''}"

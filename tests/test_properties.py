@@ -57,12 +57,12 @@ def check(function, reference, x, generator, args, kwargs, classes=1, weight=1.0
         return
     if where is not None:
         grad, want_grad = (torch.where(where, v, torch.zeros_like(v)) for v in (grad, want_grad))
-    # p and t may nearly cancel, a saturated softcap has the difference of nearly equal numbers for its slope, and of a
-    # float16 gradient much is subnormal: beside its norm counts that of what comes in.
+    # The gradient may be small only because p and the target nearly cancel, or a softcap saturates; much of a float16
+    # gradient may be subnormal. So the error is also compared with the norm of grad_output.
     rows = max(1, want.numel() if kwargs.get("reduction", "none") == "none" else x.numel() // classes)
-    incoming = g.norm() * {"sum": rows**0.5, "mean": rows**-0.5}.get(kwargs.get("reduction"), 1.0)
+    norm_of_g = g.norm() * {"sum": rows**0.5, "mean": rows**-0.5}.get(kwargs.get("reduction"), 1.0)
     subnormal = 2.0**-25 * x.numel() ** 0.5 if x.dtype == torch.float16 else 0.0
-    allowed = TOLERANCE[x.dtype] * max(want_grad.norm(), 0.3 * incoming * weight) + subnormal
+    allowed = TOLERANCE[x.dtype] * max(want_grad.norm(), 0.3 * norm_of_g * weight) + subnormal
     assert (grad.double() - want_grad).norm() <= allowed
 
 
