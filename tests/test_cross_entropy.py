@@ -4,7 +4,7 @@ function in scripts and transforms."""
 import pytest
 import torch
 from conftest import dtypes, for_cpu
-from cross_entropy_cases import grad, logits_and_target
+from cross_entropy_cases import grad
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import torch_softmax_ext as tse
@@ -49,19 +49,6 @@ def test_ignored_rows_have_zero_gradient_with_infinite_weights():
     x, weight = torch.randn(3, 4, requires_grad=True), torch.tensor([float("inf"), 1, 1, 1])
     loss = tse.cross_entropy(x, torch.tensor([1, -100, 2]), weight, label_smoothing=0.1, reduction="none")
     assert (torch.autograd.grad(loss.sum(), x)[0][1] == 0).all()
-
-
-def test_class_weights_have_no_gradient(device):
-    x, target = logits_and_target(device)
-    weight = torch.ones(x.shape[1], device=device, requires_grad=True)
-    for logits in (x, x.detach().requires_grad_(), x.detach().requires_grad_() * 1):
-        for function in (tse.cross_entropy, tse.cross_entropy_with_metrics):
-            with pytest.raises(RuntimeError, match="cross_entropy: weight: expected no gradient"):
-                function(logits, target, weight)
-    with pytest.raises(RuntimeError, match="cross_entropy: weight: expected no gradient"):
-        tse.cross_entropy(logits, target, weight, inplace_backward=True)
-    with torch.no_grad():
-        assert torch.equal(tse.cross_entropy(x, target, weight), tse.cross_entropy(x, target))
 
 
 def train(device, loss_module, steps=15):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from conftest import reductions
 
 import torch_softmax_ext as tse
+from torch_softmax_ext.testing.linear_cross_entropy import SPEC
 from torch_softmax_ext.testing.memory import peak_memory
 
 close = torch.testing.assert_close
@@ -29,12 +30,8 @@ def problem(device, dtype, shape=(9,)):
     return normal(*shape, 6), normal(5, 6), normal(5), normal(*shape, 5).softmax(-1)
 
 
-def reference(x, w, b, target, *, weight=None, reduction="mean", z_loss_weight=0.0, softcap=None, temperature=1.0, **o):
-    rows = target.reshape(-1, 5)
-    s = F.linear(x.reshape(-1, 6), w, b)
-    s = (s if softcap is None else softcap * torch.tanh(s / softcap)) / temperature
-    loss = F.cross_entropy(s, rows, weight, reduction="none", **o) + z_loss_weight * s.logsumexp(1) ** 2
-    return {"none": lambda t: t.reshape(target.shape[:-1]), "sum": torch.sum, "mean": torch.mean}[reduction](loss)
+def reference(x, w, b, target, **options):
+    return SPEC.reference(x, w, target, linear_bias=b, **options)
 
 
 def ours(x, w, b, target, **options):

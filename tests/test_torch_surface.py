@@ -13,6 +13,7 @@ from conftest import reductions
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_softmax_ext as tse
+from torch_softmax_ext.testing.cross_entropy import SPEC
 
 close = torch.testing.assert_close
 OPTIONS = {"label_smoothing": 0.1, "z_loss_weight": 0.2, "softcap": 5.0, "temperature": 0.7}
@@ -95,23 +96,17 @@ def test_class_weights_that_require_grad_with_probabilities(device, loss, reduct
     weight = torch.rand(5, generator=generator, dtype=torch.float64).to(device) + 0.5
     o = {**options, "reduction": reduction}
 
-    def reference(x, q, weight, reduction, label_smoothing=0.0, z_loss_weight=0.0, softcap=None, temperature=1.0):
-        s = (x if softcap is None else softcap * torch.tanh(x / softcap)) / temperature
-        z = z_loss_weight * s.logsumexp(1) ** 2
-        y = F.cross_entropy(s, q, weight, reduction="none", label_smoothing=label_smoothing) + z
-        return y if reduction == "none" else getattr(y, reduction)()
-
-    close(grads(loss, [x, q.softmax(1), weight], **o), grads(reference, [x, q.softmax(1), weight], **o))
+    close(grads(loss, [x, q.softmax(1), weight], **o), grads(SPEC.reference, [x, q.softmax(1), weight], **o))
     w = weight.requires_grad_()
     (only,) = torch.autograd.grad(loss(x, q.softmax(1), w, **o).sum(), w)
-    close(only, torch.autograd.grad(reference(x, q.softmax(1), w, **o).sum(), w)[0])
+    close(only, torch.autograd.grad(SPEC.reference(x, q.softmax(1), w, **o).sum(), w)[0])
     f = torch.func
     close(
         f.grad(lambda w: loss(x, q.softmax(1), w, **o).sum())(weight.detach()),
-        f.grad(lambda w: reference(x, q.softmax(1), w, **o).sum())(weight.detach()),
+        f.grad(lambda w: SPEC.reference(x, q.softmax(1), w, **o).sum())(weight.detach()),
     )
     tangent = f.jvp(lambda w: loss(x, q.softmax(1), w, **o), (weight.detach(),), (weight.detach(),))
-    close(tangent, f.jvp(lambda w: reference(x, q.softmax(1), w, **o), (weight.detach(),), (weight.detach(),)))
+    close(tangent, f.jvp(lambda w: SPEC.reference(x, q.softmax(1), w, **o), (weight.detach(),), (weight.detach(),)))
 
 
 def test_weights_that_require_grad_in_place(device):
@@ -125,12 +120,17 @@ def test_weights_that_require_grad_in_place(device):
 def test_class_weights_have_no_gradient_with_indices(device, loss):
     x, target = torch.randn(4, 5, device=device), torch.arange(4, device=device)
     weight = torch.ones(5, device=device, requires_grad=True)
-    with pytest.raises(RuntimeError, match="weight: expected no gradient to be asked for with class indices"):
-        loss(x, target, weight)
-    with pytest.raises(RuntimeError, match="weight: expected no gradient to be asked for with class indices"):
+    refused = pytest.raises(RuntimeError, match="weight: expected no gradient to be asked for with class indices")
+    for logits in (x, x.clone().requires_grad_(), x.clone().requires_grad_() * 1):
+        with refused:
+            loss(logits, target, weight)
+    with refused:
         torch.func.grad(lambda w: loss(x, target, w))(weight.detach())
+    with refused:
+        tse.cross_entropy(logits, target, weight, inplace_backward=True)
     with torch.no_grad():
         close(loss(x, target, weight), F.cross_entropy(x, target))
+        assert torch.equal(loss(x, target, weight), loss(x, target))
 
 
 @losses
