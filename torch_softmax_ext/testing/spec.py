@@ -99,36 +99,40 @@ class Peer:
     devices: tuple[str, ...] = ("cpu",)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OpSpec:
     name: str  # of the public function and of torch.ops.torch_softmax_ext.<name>
     op: Callable  # the public function
     module: Callable | None  # its nn.Module, without arguments; None: there is none
+    variants: tuple[str, ...] = ()  # its operators with several results; tests/test_<name>*.py has their tests
+
+    # What it computes.
     reference: Callable  # the same call in plain torch, differentiable any number of times; tested in float64
     torch_op: Callable  # what a user has today, in the same dtype: the yardstick for half types
     samples: Callable[[torch.device, torch.dtype], Iterator[Sample]]
     errors: tuple[ErrorCase, ...]
-    bench_shapes: tuple[BenchShape, ...]
-    bench_args: Callable  # (input) -> further arguments for the benchmark
-    bench_modes: dict[str, str]  # what is measured, each with the roof (benchmarks/providers.py) of its bytes
+    dtypes: tuple[torch.dtype, ...] = FLOATING
     rows: Callable  # (input, *args) -> the same call for its first row alone: batch invariance
+    row_options: dict = field(default_factory=dict)  # keywords that give each row a result of its own
+    general_options: dict = field(default_factory=dict)  # keywords that need the kernels' most general code
     # (input in float64, *args) -> where the gradient exists, by a margin; None: everywhere
     differentiable: Callable | None = None
-    dtypes: tuple[torch.dtype, ...] = FLOATING
-    variants: tuple[str, ...] = ()  # its operators with several results; tests/test_<name>*.py has their tests
-    bench_bytes: Callable = lambda x, *args: x.nbytes  # of the logits
+    saves_output: bool = False  # True: backward reads the result; False: it reads the input
+    batch_invariant: bool = True  # False: matrix products, whose sums depend on shape, alignment and threads
+    autocasts: bool = False  # True: computes in the dtype of autocast
+    has_kernels: bool = True  # False: computes with those of other operators
+
+    # What benchmarks measure.
+    bench_shapes: tuple[BenchShape, ...]
     bench_cuda_shapes: tuple[BenchShape, ...] = ()
+    bench_args: Callable  # (input) -> further arguments
+    bench_modes: dict[str, str]  # what is measured, each with the roof (benchmarks/providers.py) of its bytes
+    bench_bytes: Callable = lambda x, *args: x.nbytes  # of the logits
     bench_eager: Callable | None = None  # (options) -> what a user has today, in input's dtype; None: torch_op
     bench_compiles: bool = True  # False: torch.compile has nothing to fuse in it
     bench_peers: tuple[Peer, ...] = ()
     bench_roofs: Callable | None = None  # (input, *args) -> {name: function}; None: read, copy and add
     bench_gates: dict[str, float] = field(default_factory=dict)  # mode -> most new / old: benchmarks/compare.py
-    row_options: dict = field(default_factory=dict)  # keywords that make the result one number or more per row
-    general_options: dict = field(default_factory=dict)  # keywords that need the kernels' most general code
-    saves_output: bool = False  # True: backward reads the result; False: it reads the input
-    batch_invariant: bool = True  # False: matrix products, whose sums depend on shape, alignment and threads
-    autocasts: bool = False  # True: computes in the dtype of autocast
-    has_kernels: bool = True  # False: computes with those of other operators
 
     @property
     def overload(self):
