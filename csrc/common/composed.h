@@ -22,15 +22,15 @@ inline at::Tensor transformed(const at::Tensor& input, const std::optional<doubl
 inline torch::autograd::variable_list differentiable_gradients(const torch::autograd::variable_list& outputs,
                                                                const torch::autograd::variable_list& grad_outputs,
                                                                torch::autograd::variable_list inputs) {
-  torch::autograd::variable_list differentiated, incoming, wanted;
-  for (size_t i = 0; i < outputs.size(); ++i) {
+  torch::autograd::variable_list differentiated, of_outputs, wanted;
+  for (size_t i = 0; i < grad_outputs.size(); ++i) {
     if (!grad_outputs[i].defined()) continue;
     differentiated.push_back(outputs[i]);
-    incoming.push_back(grad_outputs[i]);
+    of_outputs.push_back(grad_outputs[i]);
   }
   for (const at::Tensor& input : inputs)
     if (input.defined()) wanted.push_back(input);
-  const auto gradients = torch::autograd::grad(differentiated, wanted, incoming, /*retain_graph=*/true,
+  const auto gradients = torch::autograd::grad(differentiated, wanted, of_outputs, /*retain_graph=*/true,
                                                /*create_graph=*/true, /*allow_unused=*/true);
   auto next = gradients.begin();
   for (at::Tensor& input : inputs)

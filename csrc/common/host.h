@@ -37,7 +37,7 @@ inline DType dtype_of(const at::Tensor& t) {
 // Arithmetic and statistics are in float32 for half types.
 inline at::ScalarType accumulate_type(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
 
-// `t` as rows along `dim`, or nothing where the dimensions before or behind `dim` do not collapse to one stride each.
+// `t` as rows along `dim`, or nothing where the dimensions before or after `dim` do not collapse to one stride each.
 inline std::optional<Rows> try_rows(const at::Tensor& t, int64_t dim) {
   const auto sizes = t.sizes(), strides = t.strides();
   // Merges dimensions [begin, end) into one size and stride; dimensions of size 1 have no say.

@@ -1,85 +1,144 @@
-// What the losses of rows share: the targets' checks, their count, and sums over rows in a fixed order. [torch]
+// The form of the losses of rows, loss(input, target, options): how a call is differentiated. [torch]
+//
+// First derivatives come from the loss's kernels. Where grad_output is one number, the gradient is computed in forward
+// for the grad_output that is guessed (gradient_guess.h), and handed out in backward where the guess was right.
+// A loss is a struct:
+//
+//   struct Loss {
+//     using Options;  // a struct of options with `reduction`, saved() and from_saved(saved, weight)
+//     // The kernels of the loss and of its forward, which returns loss and statistics, as operators.
+//     using Op, Forward = Operator<…>;
+//     // Loss, statistics and gradient in one go, for a guess; nullopt: the device's.
+//     static Result forward_backward(input, target, options, std::optional<double> guess);
+//     // CUDA: `written` is the gradient for the device's guess.
+//     static at::Tensor backward(grad_output, input, target, stats, options, const at::Tensor& written);
+//     static at::Tensor target_backward(grad_output, input, target, stats, options);
+//     // The loss, and what else is differentiated of `count` results, of torch's operators; stats: of forward, or
+//     // undefined.
+//     static variable_list composed(input, target, options, size_t count, const at::Tensor& stats);
+//     // Where options are differentiated, which only the composition can.
+//     static bool needs_composition(target, options);
+//   };
 #pragma once
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
+#include <ATen/SavedTensorHooks.h>
+#include <torch/csrc/autograd/custom_function.h>
 
-#include <algorithm>
-#include <atomic>
-#include <numeric>
 #include <optional>
-#include <vector>
+#include <string_view>
+#include <utility>
 
-#include "common/check.h"
+#include "common/autograd.h"
+#include "common/composed.h"
+#include "common/gradient_guess.h"
+#include "common/host.h"
+#include "common/operator.h"
+#include "common/targets.h"
 
 namespace tse {
 
-// Class indices as the kernels read them: int32 or int64.
-inline at::Tensor class_indices(const at::Tensor& target) {
-  return target.scalar_type() == at::kByte ? target.to(at::kInt) : target;
-}
+template <class Loss>
+struct RowLoss {
+  using AutogradContext = torch::autograd::AutogradContext;
+  using variable_list = torch::autograd::variable_list;
+  using Options = typename Loss::Options;
 
-// Σ f(begin, end) over chunks of the rows, which run in parallel and are added in order: the same bits for any threads.
-template <class F>
-double sum_by_chunks(int64_t rows, const F& f) {
-  constexpr int64_t kChunk = 8192;
-  if (rows <= kChunk) return f(0, rows);
-  std::vector<double> chunks((rows + kChunk - 1) / kChunk);
-  at::parallel_for(0, int64_t(chunks.size()), 2, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) chunks[c] = f(c * kChunk, std::min((c + 1) * kChunk, rows));
-  });
-  return std::accumulate(chunks.begin(), chunks.end(), 0.0);
-}
-
-// Σ of the rows' losses. Four sums: one would wait for each addition.
-template <class A>
-double sum_of_rows(const A* row_loss, int64_t rows) {
-  return sum_by_chunks(rows, [&](int64_t begin, int64_t end) {
-    double a = 0, b = 0, c = 0, d = 0;
-    int64_t i = begin;
-    for (; i + 4 <= end; i += 4) {
-      a += double(row_loss[i]);
-      b += double(row_loss[i + 1]);
-      c += double(row_loss[i + 2]);
-      d += double(row_loss[i + 3]);
-    }
-    for (; i < end; ++i) a += double(row_loss[i]);
-    return (a + b) + (c + d);
-  });
-}
-
-// CPU: the number of indices, `per_row` of each row, that are not ignored. One that is no class raises.
-template <class Index>
-double count_classes(const char* op, const char* arg, const Index* index, int64_t count, int64_t classes,
-                     std::optional<int64_t> ignore_index, int64_t per_row = 1) {
-  const bool may_ignore = ignore_index.has_value();
-  const int64_t ignored = ignore_index.value_or(0);
-  std::atomic<bool> bad = false;
-  const double counted = sum_by_chunks(count, [&](int64_t begin, int64_t end) {
-    int64_t found = 0, outside = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t is_counted = !may_ignore | (index[i] != ignored);
-      found += is_counted;
-      outside += is_counted & int64_t(uint64_t(index[i]) >= uint64_t(classes));
-    }
-    if (outside != 0) bad = true;
-    return double(found);
-  });
-  if (bad) {
-    const Index* i = std::find_if(index, index + count,
-                                  [&](int64_t v) { return (v < 0 || v >= classes) && !(may_ignore && v == ignored); });
-    TSE_CHECK_INDEX(false, op, arg, "expected a class index in [0, ", classes, ")",
-                    may_ignore ? " or ignore_index " + std::to_string(ignored) : "", ", got ", int64_t(*i), " at row ",
-                    (i - index) / per_row);
+  static GradientGuess& guess_for(std::string_view reduction) {
+    static GradientGuess mean, sum;
+    return reduction == "mean" ? mean : sum;
   }
-  return counted;
-}
-// Of a contiguous tensor, int32 or int64.
-inline double count_classes(const char* op, const char* arg, const at::Tensor& index, int64_t classes,
-                            std::optional<int64_t> ignore_index, int64_t per_row = 1) {
-  const int64_t count = index.numel();
-  return index.scalar_type() == at::kInt
-             ? count_classes(op, arg, index.const_data_ptr<int32_t>(), count, classes, ignore_index, per_row)
-             : count_classes(op, arg, index.const_data_ptr<int64_t>(), count, classes, ignore_index, per_row);
-}
+
+  // tensors: input, target, statistics, and what else backward needs.
+  static void save(AutogradContext* ctx, const Options& options, variable_list tensors) {
+    if (options.weight.has_value()) tensors.push_back(*options.weight);
+    ctx->save_for_backward(std::move(tensors));
+    ctx->saved_data["options"] = options.saved();
+  }
+  // `count`: of the tensors that were saved.
+  static Options saved_options(AutogradContext* ctx, const variable_list& saved, size_t count) {
+    return Options::from_saved(ctx->saved_data["options"], saved.size() > count ? saved.back() : at::Tensor());
+  }
+
+  // The gradients of input and target, differentiable again.
+  static variable_list composed_gradients(AutogradContext* ctx, const variable_list& saved, const Options& options,
+                                          const variable_list& grad_outputs) {
+    variable_list inputs(2);
+    for (size_t i = 0; i < 2; ++i)
+      if (ctx->needs_input_grad(i)) inputs[i] = saved[i];
+    const auto outputs = Loss::composed(saved[0], saved[1], options, grad_outputs.size(), saved[2]);
+    return differentiable_gradients(outputs, grad_outputs, inputs);
+  }
+
+  struct Function : torch::autograd::Function<Function> {
+    static constexpr bool is_traceable = true;
+
+    static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
+                              const Options& options) {
+      // Not under saved-tensor hooks: checkpointing would keep the gradient that it is there to drop.
+      const bool hooks = !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+      const bool may_guess =
+          options.reduction != "none" && input.requires_grad() && !hooks && all_plain(input, target, options);
+      const bool on_device = may_guess && is_plain_cuda(input);  // the device guesses
+      const auto guess = may_guess && !on_device ? guess_for(options.reduction).get() : std::nullopt;
+      if (on_device || guess.has_value()) {
+        const at::AutoDispatchBelowADInplaceOrView below_autograd;
+        const auto r = Loss::forward_backward(input, target, options, guess);
+        save(ctx, options, {input, target, r.stats});
+        if (guess.has_value()) ctx->saved_data["guess"] = *guess;
+        if (r.grad_input.defined()) ctx->saved_data["grad_input"] = r.grad_input;
+        return r.loss;
+      }
+      auto [loss, stats] = Loss::Forward::call(input, target, options);
+      save(ctx, options, {input, target, stats});
+      return loss;
+    }
+
+    static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
+      const auto saved = ctx->get_saved_variables();
+      const Options options = saved_options(ctx, saved, 3);
+      const at::Tensor &g = grad_outputs[0], &input = saved[0], &target = saved[1], &stats = saved[2];
+      variable_list gradients(3);
+      if (at::GradMode::is_enabled()) {  // somebody will differentiate this gradient
+        gradients = composed_gradients(ctx, saved, options, grad_outputs);
+        gradients.resize(3);
+        return gradients;
+      }
+      if (target.is_floating_point() && ctx->needs_input_grad(1))
+        gradients[1] = Loss::target_backward(g, input, target, stats, options);
+      const bool on_cpu = is_plain_cpu(input) && is_plain_cpu(g);
+      const bool on_device = is_plain_cuda(input) && is_plain_cuda(g);
+      const double number = on_cpu && options.reduction != "none" ? number_in(g) : 0;
+      if (on_cpu && options.reduction != "none") guess_for(options.reduction).observe(number);
+      at::Tensor written;
+      const auto found = ctx->saved_data.find("grad_input");
+      if ((on_cpu || on_device) && found != ctx->saved_data.end()) {
+        written = found->second.toTensor();
+        ctx->saved_data.erase(found);  // given away once: whoever gets it may change it
+      }
+      if (on_cpu && written.defined() && ctx->saved_data["guess"].toDouble() == number) gradients[0] = written;
+      else if (ctx->needs_input_grad(0))
+        gradients[0] = Loss::backward(g, input, target, stats, options, on_device ? written : at::Tensor());
+      return gradients;
+    }
+  };
+
+  static GradientPath path(const at::Tensor& input, const at::Tensor& target, const Options& options) {
+    if (Loss::needs_composition(target, options)) return GradientPath::kComposed;
+    const GradientPath of_input = gradient_path(input);
+    if (!target.is_floating_point()) return of_input;
+    const GradientPath of_target = gradient_path(target);
+    return of_target == GradientPath::kComposed || of_input == GradientPath::kNone ? of_target : of_input;
+  }
+
+  static at::Tensor autograd(const at::Tensor& input, const at::Tensor& target, const Options& options) {
+    if (needs_promotion(input, target)) {
+      const auto [x, t] = promoted(input, target);
+      return autograd(x, t, options);
+    }
+    const GradientPath p = path(input, target, options);
+    if (p == GradientPath::kFused) return Function::apply(input, target, options);
+    if (p == GradientPath::kComposed) return Loss::composed(input, target, options, /*count=*/1, /*stats=*/{})[0];
+    return Loss::Op::call(input, target, options);
+  }
+};
 
 }  // namespace tse

@@ -12,7 +12,7 @@ enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 enum class Reduction : int32_t { kNone, kMean, kSum };  // the codes of at::Reduction
 
 // A tensor seen as `outer × n × inner`: one row is the n elements along the operator's dimension, and row r lies at
-// outer index r / inner and inner index r % inner. Strides are in elements. Where nothing lies behind the dimension,
+// outer index r / inner and inner index r % inner. Strides are in elements. Where no dimension follows,
 // the dimensions before it are `inner` and outer is 1. Tensors of one shape have the same outer, n and inner.
 struct Rows {
   int64_t outer = 0, n = 0, inner = 0;

@@ -1,7 +1,5 @@
-// Host entries of cross-entropy: schema, allocation, dispatch to CPU threads (cross_entropy_threads.cpp) or CUDA
-// launchers. [torch]
-// They sit below autograd (cross_entropy_autograd.cpp), so inference mode has the same checks
-// (cross_entropy_checks.cpp).
+// Cross-entropy below autograd: allocation, layouts, rows of the CPU (cross_entropy_threads.cpp) or CUDA launchers.
+// [torch]
 #include "cross_entropy/cross_entropy.h"
 
 #include <ATen/TensorOperators.h>
@@ -15,7 +13,7 @@
 #include <vector>
 
 #include "common/host.h"
-#include "common/row_loss.h"
+#include "common/targets.h"
 #include "cross_entropy/cross_entropy_host.h"
 
 namespace tse {
@@ -23,7 +21,7 @@ constexpr const char* kOp = "cross_entropy";
 
 namespace {
 
-// A copy whose classes are neighbours in memory.
+// A copy in which a row's classes are contiguous.
 at::Tensor classes_last(const at::Tensor& t) {
   return t.movedim(class_dim(t), -1).contiguous().movedim(-1, class_dim(t));
 }
@@ -44,18 +42,17 @@ c10::SymInt stats_size(c10::SymIntArrayRef row_sizes, bool is_double, bool mass,
 
 enum class Gradient { kNone, kNew, kInPlace };
 
-// The tensors of a call in forms that the kernels can walk: of logits and gradient, classes or rows are neighbours in
-// memory in both. Copies where the logits are not dense, and on CUDA for options that only rows of neighbouring classes
-// have (softcap, metrics, a gradient of lse, smoothing, probabilities); without a gradient in the same cases, so that
-// the loss has the same bits with and without (on CUDA the rows' losses have; blocks may add others of them).
-struct Operands {
+// The tensors of a call in layouts that the kernels support: in logits and gradient alike, the classes of a row are
+// contiguous, or the rows at a class. Else they are copied; on CUDA also where an option needs contiguous classes. The
+// layout is chosen with and without a gradient, so that the losses of rows have the same bits in both.
+struct Layouts {
   RowTensor input, grad, probabilities;
   at::Tensor grad_input;  // what the caller gets
   at::Tensor target, weight;
 
   // `buffer`: memory for a new gradient, where the caller has some.
-  Operands(const at::Tensor& logits, const at::Tensor& target_, const CrossEntropyOptions& options, Gradient gradient,
-           bool classes_inside, const at::Tensor& buffer = {})
+  Layouts(const at::Tensor& logits, const at::Tensor& target_, const CrossEntropyOptions& options, Gradient gradient,
+          bool contiguous_classes, const at::Tensor& buffer = {})
       : input(as_rows(logits, class_dim(logits))) {
     const int64_t dim = class_dim(logits);
     if (target_.is_floating_point()) {
@@ -66,12 +63,12 @@ struct Operands {
     }
     if (options.weight.has_value()) weight = options.weight->to(accumulate_type(logits.scalar_type())).contiguous();
     const bool columns = input.rows.stride_inner == 1 && input.tensor.is_non_overlapping_and_dense() &&
-                         !classes_inside && input.rows.n <= std::numeric_limits<int32_t>::max();
+                         !contiguous_classes && input.rows.n <= std::numeric_limits<int32_t>::max();
     if (input.rows.stride_n != 1 && !columns)
-      input = as_rows(classes_inside ? classes_last(logits) : input.tensor.contiguous(), dim);
+      input = as_rows(contiguous_classes ? classes_last(logits) : input.tensor.contiguous(), dim);
     if (!target.defined()) {
       probabilities = as_rows(target_, dim);
-      const bool readable =  // beside rows that are neighbours, either layout is
+      const bool readable =  // where rows are contiguous, either layout is
           probabilities.rows.stride_n == 1 || (input.rows.stride_n != 1 && probabilities.rows.stride_inner == 1);
       if (!readable) probabilities = as_rows(classes_last(target_), dim);
     }
@@ -141,9 +138,9 @@ struct Operands {
   }
 };
 
-// Whether the kernels have these options only where classes are neighbours in memory.
-bool needs_classes_inside(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options,
-                          bool metrics_or_their_gradient) {
+// Whether the kernels have these options only where a row's classes are contiguous.
+bool needs_contiguous_classes(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options,
+                              bool metrics_or_their_gradient) {
   return use_cuda(input) && (metrics_or_their_gradient || options.softcap.has_value() || has_mass(target, options));
 }
 
@@ -155,12 +152,12 @@ c10::SymDimVector row_sizes(const at::Tensor& input, const at::Tensor& target) {
   return sizes;
 }
 
-// CUDA: where the caller does not know the incoming gradient, the device guesses it, for a gradient that is written
-// where it stays.
-void set_incoming(CrossEntropyParams& p, const Operands& operands, std::optional<double> grad_output, bool in_place) {
-  p.incoming = grad_output.has_value() ? Incoming::kFixed : in_place ? Incoming::kGuessedOrOne : Incoming::kGuessed;
-  p.fixed_incoming = grad_output.value_or(0);
-  if (p.incoming == Incoming::kGuessed && !operands.is_direct()) p.incoming = Incoming::kUnknown;
+// CUDA: the device guesses a grad_output that the caller does not know, if the kernels write into the tensor that the
+// caller gets.
+void set_assumed(CrossEntropyParams& p, const Layouts& layouts, std::optional<double> grad_output, bool in_place) {
+  p.assumed = grad_output.has_value() ? Assumed::kFixed : in_place ? Assumed::kGuessedOrOne : Assumed::kGuessed;
+  p.fixed_grad_output = grad_output.value_or(0);
+  if (p.assumed == Assumed::kGuessed && !layouts.is_direct()) p.assumed = Assumed::kNone;
 }
 
 // The results of forward, to be filled in. Sizes may be symbolic.
@@ -195,8 +192,8 @@ CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target
   const c10::OptionalDeviceGuard guard(input.device());
   CrossEntropyResult r = allocated(input, target, options, metrics);
   if (is_meta) return r;
-  const Operands operands(input, target, options, gradient, needs_classes_inside(input, target, options, metrics));
-  CrossEntropyParams p = operands.params(options, r.stats);
+  const Layouts layouts(input, target, options, gradient, needs_contiguous_classes(input, target, options, metrics));
+  CrossEntropyParams p = layouts.params(options, r.stats);
   const bool reduce = p.reduction != Reduction::kNone;
   if (!reduce) p.row_loss = r.loss.mutable_data_ptr();
   else if (use_cuda(input)) p.row_loss = nullptr;
@@ -206,7 +203,7 @@ CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target
     p.z_loss = reduce ? r.z_loss.zero_().mutable_data_ptr() : nullptr;
   }
   if (use_cuda(input)) {
-    if (gradient != Gradient::kNone) set_incoming(p, operands, grad_output, gradient == Gradient::kInPlace);
+    if (gradient != Gradient::kNone) set_assumed(p, layouts, grad_output, gradient == Gradient::kInPlace);
     if constexpr (kHasCuda) {
       const int64_t bytes = cross_entropy_scratch(p);
       at::Tensor sums;
@@ -214,14 +211,14 @@ CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target
       if (bytes > 0) p.sums = static_cast<CrossEntropySums*>(sums.mutable_data_ptr());
       launch_cross_entropy_fwd(p, current_stream(input));
     }
-    if (p.incoming != Incoming::kUnknown) r.grad_input = operands.finished_grad();
+    if (p.assumed != Assumed::kNone) r.grad_input = layouts.finished_grad();
     return r;
   }
   const double factor = grad_output.value_or(0);
   const float factor32 = float(factor);
   p.grad_output = p.dtype == DType::kFloat64 ? static_cast<const void*>(&factor) : &factor32;
   run_cross_entropy_fwd(p, /*with_gradient=*/gradient != Gradient::kNone);
-  if (gradient != Gradient::kNone) r.grad_input = operands.finished_grad();
+  if (gradient != Gradient::kNone) r.grad_input = layouts.finished_grad();
   return r;
 }
 
@@ -293,9 +290,9 @@ at::Tensor cross_entropy_gradient(const at::Tensor& grad_output, const OptionalT
                                   const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
                                   const CrossEntropyOptions& options, const at::Tensor& written) {
   const c10::OptionalDeviceGuard guard(input.device());
-  const Operands operands(input, target, options, Gradient::kNew,
-                          needs_classes_inside(input, target, options, grad_lse.has_value()), written);
-  CrossEntropyParams p = operands.params(options, stats);
+  const Layouts layouts(input, target, options, Gradient::kNew,
+                        needs_contiguous_classes(input, target, options, grad_lse.has_value()), written);
+  CrossEntropyParams p = layouts.params(options, stats);
   p.compare_guess = written.defined();
   // A gradient that is one number expanded over the rows, as sum() sends it back, is read as that one number.
   const auto is_zero = [](int64_t stride) { return stride == 0; };
@@ -311,7 +308,7 @@ at::Tensor cross_entropy_gradient(const at::Tensor& grad_output, const OptionalT
   } else {
     run_rows(p, /*forward=*/false, /*backward=*/true);
   }
-  return operands.finished_grad();
+  return layouts.finished_grad();
 }
 
 CrossEntropyResult cross_entropy_forward_backward(const at::Tensor& input, const at::Tensor& target,

@@ -15,18 +15,18 @@
 
 namespace tse {
 
-// CUDA: the incoming gradient that forward already writes the gradient for.
-enum class Incoming : int32_t {
-  kUnknown,  // none: backward will write it
-  kFixed,  // fixed_incoming
-  kGuessed,  // what the stream's last two backwards had in common; none where they differ
-  kGuessedOrOne,  // the same, and 1 where they differ
+// CUDA: the grad_output that forward assumes when it writes the gradient.
+enum class Assumed : int32_t {
+  kNone,  // none: backward writes the gradient
+  kFixed,  // fixed_grad_output
+  kGuessed,  // the last one of this stream, if it occurred twice in a row; else none
+  kGuessedOrOne,  // the same; else 1
 };
 
-// CUDA: what a stream remembers from call to call, on the device; zero in the beginning.
+// CUDA: the state of a stream between calls, on the device; zero at first.
 struct CrossEntropyState {
-  double last[3];  // incoming gradient of the last backward, by reduction
-  int repeated[3];  // it was the same in the one before
+  double last[3];  // grad_output of the last backward, by reduction
+  int repeated[3];  // whether it was the same in the one before
   unsigned ticket;  // blocks of the running grid that are done
 };
 
@@ -41,7 +41,7 @@ struct CrossEntropySums {
 struct CrossEntropyParams {
   DType dtype;  // of input and grad_input; fp16 and bf16 are computed in fp32
   Rows rows;  // of input; n = classes
-  int64_t image;  // rows of one sample: what lies behind the dimension of the classes
+  int64_t image;  // rows of one sample: the sizes after the dimension of the classes
   const void* input;  // (rows, n)  logits
   const void* target;  // (rows)     class indices, contiguous
   bool target_is_int32;  //            else int64
@@ -64,10 +64,10 @@ struct CrossEntropyParams {
   void* loss;  // ()         with mean or sum: the reduced loss, in row_loss' dtype
   void* z_loss;  // ()         the z-loss in it; nullptr: not asked for
   double* total_weight;  // (2)        divisor of the mean; counted targets
-  double* guess;  // ()         CUDA: the incoming gradient that grad_input is written for, NaN: it is not written
+  double* guess;  // ()         CUDA: the grad_output that grad_input is written for, NaN: it is not written
   CrossEntropySums* sums;  // CUDA: cross_entropy_scratch bytes
-  Incoming incoming;
-  double fixed_incoming;
+  Assumed assumed;
+  double fixed_grad_output;
 
   // backward
   Rows grad_rows;  // of grad_input; sizes as rows
@@ -156,8 +156,7 @@ void cross_entropy_finish_row(const CrossEntropyParams& p, int64_t row, const Bl
 void cross_entropy_bwd_blocks(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end);
 
 // CUDA: all rows, on `stream`, no synchronisation. A target outside [0, n) trips a device-side assertion. Forward
-// writes grad_input, too, unless `incoming` is kUnknown. rescale multiplies it by what the incoming gradient differs
-// from the guess.
+// writes grad_input, too, unless `assumed` is kNone. rescale multiplies it by grad_output / guess.
 void launch_cross_entropy_fwd(const CrossEntropyParams& p, cudaStream_t stream);
 void launch_cross_entropy_bwd(const CrossEntropyParams& p, cudaStream_t stream);
 void launch_cross_entropy_rescale(const CrossEntropyParams& p, cudaStream_t stream);

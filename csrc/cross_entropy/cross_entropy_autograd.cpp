@@ -1,8 +1,5 @@
-// Autograd and autocast of cross-entropy. [torch]
-//
-// The fused operators give the first derivative. Where somebody differentiates further or in another mode (double
-// backward, torch.func, forward-mode AD), torch's own composition takes their place: the same mathematics, any order.
-#include <ATen/SavedTensorHooks.h>
+// Autograd of cross-entropy: alone (the form of a loss, common/row_loss.h), with metrics, and in place; and the
+// composition of torch's operators for double backward, torch.func and forward-mode AD. [torch]
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/log_softmax.h>
@@ -22,9 +19,9 @@
 #include "common/autograd.h"
 #include "common/check.h"
 #include "common/composed.h"
-#include "common/gradient_guess.h"
 #include "common/host.h"
 #include "common/python.h"
+#include "common/row_loss.h"
 #include "cross_entropy/cross_entropy_host.h"
 
 namespace tse {
@@ -35,24 +32,11 @@ using torch::autograd::variable_list;
 
 using Options = CrossEntropyOptions;
 
-at::Tensor call_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse, const at::Tensor& input,
-                         const at::Tensor& target, const at::Tensor& stats, const Options& options) {
-  if (!all_plain(grad_output, grad_lse, input, target, options))
-    return Operator<cross_entropy_backward>::call(grad_output, grad_lse, input, target, stats, options);
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return cross_entropy_gradient(grad_output, grad_lse, input, target, stats, options);
-}
-
 // ---- the same as a composition of torch's differentiable operators ------------------------------------------------
 
-// Loss, z-loss in it and lse; without `metrics` the loss alone.
-struct Composed {
-  at::Tensor loss, z_loss, lse;
-};
-
-// may_ignore: whether some target may be ignored.
-Composed composed(const at::Tensor& input, const at::Tensor& target, const Options& options, bool metrics,
-                  bool may_ignore = true) {
+// {loss}, or {loss, z-loss in it, lse}. stats: of forward, where it ran.
+variable_list composed(const at::Tensor& input, const at::Tensor& target, const Options& options, size_t count,
+                       const at::Tensor& stats) {
   check_cross_entropy(input, target, options);
   const auto code = static_cast<int64_t>(parse_reduction("cross_entropy", options.reduction));
   const bool indices = !target.is_floating_point();
@@ -61,24 +45,25 @@ Composed composed(const at::Tensor& input, const at::Tensor& target, const Optio
     // One row may have its target as () or as (1), which torch's own backward does not know.
     t = (input.dim() == 1 ? target.reshape({}) : target).to(at::kLong);
     // An ignored row's gradient is 0 even where its logits are not finite. The mask is a fifth of a small double
-    // backward.
-    if (may_ignore) x = x.masked_fill(t.eq(options.ignore_index).unsqueeze(class_dim(input)), 0);
+    // backward: not where stats are known to have counted every row.
+    const bool all_count =
+        stats.defined() && is_plain_cpu(stats) && is_plain_cpu(input) &&
+        stats.const_data_ptr<double>()[1] * double(input.size(class_dim(input))) == double(input.numel());
+    if (!all_count) x = x.masked_fill(t.eq(options.ignore_index).unsqueeze(class_dim(input)), 0);
   }
   const at::Tensor s = transformed(x, options.softcap, options.temperature);
   if (!indices) t = target.to(s.scalar_type());
   const auto weight = options.weight.has_value() ? OptionalTensor(options.weight->to(s.scalar_type())) : std::nullopt;
-  Composed c;
-  c.loss = at::cross_entropy_loss(s, t, weight, code, options.ignore_index, options.label_smoothing);
-  if (metrics || options.z_loss_weight != 0) {
-    c.lse = at::logsumexp(s, class_dim(input));
-    const at::Tensor counted = indices ? t != options.ignore_index : at::ones_like(c.lse, at::kBool);
-    c.lse = c.lse.masked_fill(counted.logical_not(), 0);
-    c.z_loss = c.lse * c.lse * options.z_loss_weight;
-    if (code != at::Reduction::None) c.z_loss = c.z_loss.sum();
-    if (code == at::Reduction::Mean) c.z_loss = c.z_loss / counted.sum();
-    if (options.z_loss_weight != 0) c.loss = c.loss + c.z_loss;
-  }
-  return c;
+  at::Tensor loss = at::cross_entropy_loss(s, t, weight, code, options.ignore_index, options.label_smoothing);
+  if (count == 1 && options.z_loss_weight == 0) return {loss};
+  at::Tensor lse = at::logsumexp(s, class_dim(input));
+  const at::Tensor counted = indices ? t != options.ignore_index : at::ones_like(lse, at::kBool);
+  lse = lse.masked_fill(counted.logical_not(), 0);
+  at::Tensor z_loss = lse * lse * options.z_loss_weight;
+  if (code != at::Reduction::None) z_loss = z_loss.sum();
+  if (code == at::Reduction::Mean) z_loss = z_loss / counted.sum();
+  if (options.z_loss_weight != 0) loss = loss + z_loss;
+  return {loss, z_loss, lse};
 }
 
 // The gradient of class probabilities: w (1 - smoothing) (lse - s) · g.
@@ -97,97 +82,43 @@ at::Tensor target_gradient(const at::Tensor& grad_output, const at::Tensor& inpu
   return (grad * g * (1 - options.label_smoothing)).to(target.scalar_type());
 }
 
-// ---- what backward needs --------------------------------------------------------------------------------------------
-
-void save(AutogradContext* ctx, const Options& options, variable_list tensors) {
-  if (options.weight.has_value()) tensors.push_back(*options.weight);
-  ctx->save_for_backward(std::move(tensors));
-  ctx->saved_data["options"] = options.saved();
+// The gradient from what forward checked, without the dispatcher where nothing watches.
+at::Tensor call_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse, const at::Tensor& input,
+                         const at::Tensor& target, const at::Tensor& stats, const Options& options,
+                         const at::Tensor& written = {}) {
+  if (!all_plain(grad_output, grad_lse, input, target, options))
+    return Operator<cross_entropy_backward>::call(grad_output, grad_lse, input, target, stats, options);
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return cross_entropy_gradient(grad_output, grad_lse, input, target, stats, options, written);
 }
 
-// `count`: of the tensors that were saved before the weight.
-Options saved_options(AutogradContext* ctx, const variable_list& tensors, size_t count) {
-  return Options::from_saved(ctx->saved_data["options"], tensors.size() > count ? tensors.back() : at::Tensor());
-}
+struct CrossEntropy {
+  using Options = CrossEntropyOptions;
+  using Op = Operator<cross_entropy>;
+  using Forward = Operator<cross_entropy_forward>;
 
-GradientGuess& guess_for(std::string_view reduction) {
-  static GradientGuess mean, sum;
-  return reduction == "mean" ? mean : sum;
-}
-
-// Gradients of loss, z-loss and lse, differentiable again; of target, too, where it is asked for.
-variable_list composed_gradients(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
-                                 const at::Tensor& stats, const Options& options, const variable_list& grad_outputs) {
-  const bool all_count =
-      is_plain_cpu(stats) && is_plain_cpu(input) &&
-      stats.const_data_ptr<double>()[1] * double(input.size(class_dim(input))) == double(input.numel());
-  const Composed c = composed(input, target, options, /*metrics=*/grad_outputs.size() > 1, /*may_ignore=*/!all_count);
-  variable_list outputs = {c.loss, c.z_loss, c.lse}, inputs(2);
-  outputs.resize(grad_outputs.size());
-  if (ctx->needs_input_grad(0)) inputs[0] = input;
-  if (ctx->needs_input_grad(1)) inputs[1] = target;
-  return differentiable_gradients(outputs, grad_outputs, inputs);
-}
-
-struct CrossEntropy : torch::autograd::Function<CrossEntropy> {
-  static constexpr bool is_traceable = true;
-
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
-                            const Options& options) {
-    // Not under saved-tensor hooks: checkpointing would keep the gradient that it is there to drop.
-    const bool hooks = !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
-    const bool may_guess =
-        options.reduction != "none" && input.requires_grad() && !hooks && all_plain(input, target, options);
-    const bool on_device = may_guess && is_plain_cuda(input);  // the device guesses
-    const auto guess = may_guess && !on_device ? guess_for(options.reduction).get() : std::nullopt;
-    if (on_device || guess.has_value()) {
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      CrossEntropyResult r = cross_entropy_forward_backward(input, target, options, guess, /*in_place=*/false);
-      save(ctx, options, {input, target, r.stats});
-      if (guess.has_value()) ctx->saved_data["guess"] = *guess;
-      if (r.grad_input.defined()) ctx->saved_data["grad_input"] = r.grad_input;
-      return r.loss;
-    }
-    auto [loss, stats] = Operator<cross_entropy_forward>::call(input, target, options);
-    save(ctx, options, {input, target, stats});
-    return loss;
+  static CrossEntropyResult forward_backward(const at::Tensor& input, const at::Tensor& target, const Options& options,
+                                             std::optional<double> guess) {
+    return cross_entropy_forward_backward(input, target, options, guess, /*in_place=*/false);
   }
-
-  static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
-    const auto saved = ctx->get_saved_variables();
-    const Options options = saved_options(ctx, saved, 3);
-    const at::Tensor &grad_output = grad_outputs[0], &input = saved[0], &target = saved[1];
-    if (at::GradMode::is_enabled()) {  // somebody will differentiate this gradient
-      variable_list gradients = composed_gradients(ctx, input, target, saved[2], options, grad_outputs);
-      gradients.resize(3);
-      return gradients;
-    }
-    at::Tensor grad_input, grad_target;
-    if (target.is_floating_point() && ctx->needs_input_grad(1))
-      grad_target = target_gradient(grad_output, input, target, saved[2], options);
-    const bool on_cpu = is_plain_cpu(input) && is_plain_cpu(grad_output);
-    const bool on_device = is_plain_cuda(input) && is_plain_cuda(grad_output);
-    const double g = on_cpu && options.reduction != "none" ? number_in(grad_output) : 0;
-    if (on_cpu && options.reduction != "none") guess_for(options.reduction).observe(g);
-    const auto written = ctx->saved_data.find("grad_input");
-    if ((on_cpu || on_device) && written != ctx->saved_data.end()) {
-      const at::Tensor gradient = written->second.toTensor();
-      ctx->saved_data.erase(written);  // given away once: whoever gets it may change it
-      if (on_cpu && ctx->saved_data["guess"].toDouble() == g) grad_input = gradient;
-      const at::AutoDispatchBelowADInplaceOrView below_autograd;
-      if (on_device)  // which compares
-        grad_input = cross_entropy_gradient(grad_output, {}, input, target, saved[2], options, gradient);
-    }
-    if (!grad_input.defined() && ctx->needs_input_grad(0))
-      grad_input = call_backward(grad_output, std::nullopt, input, target, saved[2], options);
-    return {grad_input, grad_target, {}};
+  static at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
+                             const at::Tensor& stats, const Options& options, const at::Tensor& written) {
+    return call_backward(grad_output, std::nullopt, input, target, stats, options, written);
+  }
+  static constexpr auto target_backward = target_gradient;
+  static constexpr auto composed = tse::composed;
+  static bool needs_composition(const at::Tensor& target, const Options& options) {
+    return wants_weight_gradient("cross_entropy", target, options.weight);
   }
 };
+using Loss = RowLoss<CrossEntropy>;
+
+// ---- with metrics ---------------------------------------------------------------------------------------------------
 
 struct CrossEntropyMetrics : torch::autograd::Function<CrossEntropyMetrics> {
   static constexpr bool is_traceable = true;
 
-  // What has no gradient goes around the function: compiled autograd knows no outputs that are marked so.
+  // Results without a gradient are not the function's outputs: compiled autograd cannot mark them so.
   struct Others {
     at::Tensor accuracy, predictions;
   };
@@ -197,18 +128,18 @@ struct CrossEntropyMetrics : torch::autograd::Function<CrossEntropyMetrics> {
     const auto [loss, stats, z_loss, lse, accuracy, predictions] =
         Operator<cross_entropy_metrics_forward>::call(input, target, options);
     *others = {accuracy, predictions};
-    save(ctx, options, {input, target, stats, lse});
+    Loss::save(ctx, options, {input, target, stats, lse});
     ctx->set_materialize_grads(false);
     return {loss, z_loss, lse};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const Options options = saved_options(ctx, saved, 4);
+    const Options options = Loss::saved_options(ctx, saved, 4);
     const at::Tensor &input = saved[0], &target = saved[1], &lse = saved[3];
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return {{}, {}, {}, {}};
     if (at::GradMode::is_enabled()) {
-      variable_list gradients = composed_gradients(ctx, input, target, saved[2], options, grads);
+      variable_list gradients = Loss::composed_gradients(ctx, saved, options, grads);
       gradients.resize(4);
       return gradients;
     }
@@ -246,15 +177,14 @@ void refuse_later_use(const at::Tensor& input) {
   impl::set_gradient_edge(owner, impl::gradient_edge(OverwrittenLogits::apply(owner)));
 }
 
-// The gradient takes the memory of the logits in the forward pass. By what grad_output differs from the guess it is
-// multiplied in backward.
+// Forward writes the gradient into the memory of the logits; backward multiplies it by grad_output / guess.
 struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
   static constexpr bool is_traceable = true;
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
                             const Options& options) {
     const std::string_view reduction = options.reduction;
-    double guess = reduction != "none" && is_plain_cpu(input) ? guess_for(reduction).get().value_or(1.0) : 1.0;
+    double guess = reduction != "none" && is_plain_cpu(input) ? Loss::guess_for(reduction).get().value_or(1.0) : 1.0;
     if (!(std::abs(guess) >= 0x1p-40 && std::abs(guess) <= 0x1p40)) guess = 1;  // whatever comes, its ratio is finite
     const bool on_device = reduction != "none" && is_plain_cuda(input);  // the device guesses and compares
     CrossEntropyResult r;
@@ -286,7 +216,7 @@ struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
     }
     if (reduction != "none" && !on_device && is_plain_cpu(g)) {
       const double value = number_in(g), guess = ctx->saved_data["guess"].toDouble();
-      guess_for(reduction).observe(value);
+      Loss::guess_for(reduction).observe(value);
       if (value != guess) gradient.mul_(value / guess);
       return {gradient, {}, {}};
     }
@@ -299,25 +229,6 @@ struct CrossEntropyInPlace : torch::autograd::Function<CrossEntropyInPlace> {
   }
 };
 
-GradientPath path_of(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight) {
-  if (wants_weight_gradient("cross_entropy", target, weight)) return GradientPath::kComposed;
-  const GradientPath of_input = gradient_path(input);
-  if (!target.is_floating_point()) return of_input;
-  const GradientPath of_target = gradient_path(target);
-  return of_target == GradientPath::kComposed || of_input == GradientPath::kNone ? of_target : of_input;
-}
-
-at::Tensor cross_entropy_autograd(const at::Tensor& input, const at::Tensor& target, const Options& options) {
-  if (needs_promotion(input, target)) {
-    const auto [x, t] = promoted(input, target);
-    return cross_entropy_autograd(x, t, options);
-  }
-  const GradientPath path = path_of(input, target, options.weight);
-  if (path == GradientPath::kFused) return CrossEntropy::apply(input, target, options);
-  if (path == GradientPath::kComposed) return composed(input, target, options, /*metrics=*/false).loss;
-  return Operator<cross_entropy>::call(input, target, options);
-}
-
 // The gradient in the memory of the logits, where nothing speaks against it. Tracers and torch.func see cross_entropy:
 // a compiler plans memory itself, and a transform has none to write to.
 at::Tensor cross_entropy_inplace_autograd(const at::Tensor& input, const at::Tensor& target, const Options& options) {
@@ -326,7 +237,7 @@ at::Tensor cross_entropy_inplace_autograd(const at::Tensor& input, const at::Ten
   if (gradient_path(input) != GradientPath::kFused || gradient_path(target) != GradientPath::kNone ||
       wants_weight_gradient("cross_entropy", target, options.weight) || !all_plain(input, target, options) ||
       input.scalar_type() == at::kHalf || needs_promotion(input, target))
-    return cross_entropy_autograd(input, target, options);
+    return Loss::autograd(input, target, options);
   const bool is_leaf = input.is_leaf() || (input.is_view() && input._base().is_leaf() && input._base().requires_grad());
   TSE_CHECK(!is_leaf, "cross_entropy", "inplace_backward",
             "expected logits that were computed, got a leaf that requires grad, or a view of one, whose values would "
@@ -351,7 +262,7 @@ FiveTensors with_metrics_autograd(const at::Tensor& input, const at::Tensor& tar
     const auto [x, t] = promoted(input, target);
     return with_metrics_autograd(x, t, options);
   }
-  const GradientPath path = path_of(input, target, options.weight);
+  const GradientPath path = Loss::path(input, target, options);
   if (path == GradientPath::kFused) {
     CrossEntropyMetrics::Others others;
     const variable_list r = CrossEntropyMetrics::apply(input, target, options, &others);
@@ -360,8 +271,8 @@ FiveTensors with_metrics_autograd(const at::Tensor& input, const at::Tensor& tar
   const auto [loss, stats, z_loss, lse, accuracy, predictions] =
       Operator<cross_entropy_metrics_forward>::call(input.detach(), target.detach(), options);
   if (path == GradientPath::kNone) return {loss, z_loss, lse, accuracy, predictions};
-  const Composed c = composed(input, target, options, /*metrics=*/true);
-  return {c.loss, c.z_loss, c.lse, accuracy, predictions};
+  const variable_list c = composed(input, target, options, /*count=*/3, /*stats=*/{});
+  return {c[0], c[1], c[2], accuracy, predictions};
 }
 
 }  // namespace
@@ -369,7 +280,7 @@ FiveTensors with_metrics_autograd(const at::Tensor& input, const at::Tensor& tar
 TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
   const std::string options = Options::kSchema, required = without_defaults(options);
   const std::string arguments = "(Tensor input, Tensor target, " + options + ") -> ";
-  define_public<cross_entropy, cross_entropy_autograd>(m, "cross_entropy", arguments + "Tensor");
+  define_public<cross_entropy, Loss::autograd>(m, "cross_entropy", arguments + "Tensor");
   define_public<with_metrics, with_metrics_autograd>(
       m, "cross_entropy_with_metrics",
       arguments + "(Tensor loss, Tensor z_loss, Tensor lse, Tensor accuracy, Tensor predictions)");

@@ -7,7 +7,7 @@ namespace {
 
 // The number that comes into a mean or sum. The stream remembers it for its next forward.
 template <class A>
-__device__ inline double observe_incoming(const CrossEntropyParams& p, CrossEntropyState* state) {
+__device__ inline double observe_grad_output(const CrossEntropyParams& p, CrossEntropyState* state) {
   const double grad = static_cast<const A*>(p.grad_output)[0];
   if (state != nullptr && blockIdx.x == 0 && threadIdx.x == 0) {
     const int which = int(p.reduction);
@@ -21,7 +21,7 @@ template <class T, int kRowThreads, bool kGeneral>
 __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, kRowThreads>)
     cross_entropy_bwd_kernel(CrossEntropyParams p, CrossEntropyState* state) {
   using A = Acc<T>;
-  if (p.compare_guess && observe_incoming<A>(p, state) == *p.guess) return;
+  if (p.compare_guess && observe_grad_output<A>(p, state) == *p.guess) return;
   const A* grad_output = static_cast<const A*>(p.grad_output);
   TSE_SHARED(RowGradOutput, shared_grad, 1);
   if (threadIdx.x == 0) shared_grad[0] = row_grad_output<A>(p, grad_output[0], p.total_weight);
@@ -53,7 +53,7 @@ template <class T, int kRowThreads>
 __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, kRowThreads>)
     cross_entropy_rescale_kernel(CrossEntropyParams p, CrossEntropyState* state) {
   using A = Acc<T>;
-  const double ratio = observe_incoming<A>(p, state) / *p.guess;
+  const double ratio = observe_grad_output<A>(p, state) / *p.guess;
   if (ratio == 1) return;
   const int64_t rows = row_count(p.grad_rows), n = p.grad_rows.n, stride = p.grad_rows.stride_n;
   for (int64_t row = first_row<kRowThreads>(); row < rows; row += row_step<kRowThreads>()) {

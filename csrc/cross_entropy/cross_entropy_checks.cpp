@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/autograd.h"
+#include "common/targets.h"
 #include "cross_entropy/cross_entropy_host.h"
 
 namespace tse {
@@ -61,12 +62,6 @@ void check_options(const char* op, const at::Tensor& input, const c10::SymInt& c
             "expected one weight for each of ", classes, " classes, got shape ", w.sym_sizes());
 }
 
-void check_index_dtype(const char* op, const at::Tensor& target) {
-  const auto type = target.scalar_type();
-  TSE_CHECK(type == at::kLong || type == at::kInt || type == at::kByte, op, "target",
-            "expected int64, int32 or uint8 class indices, got ", type);
-}
-
 bool wants_weight_gradient(const char* op, const at::Tensor& target, const OptionalTensor& weight) {
   const bool wanted = weight.has_value() && gradient_path(*weight) != GradientPath::kNone;
   TSE_CHECK(!wanted || target.is_floating_point(), op, "weight",
@@ -118,11 +113,6 @@ void check_writable(const at::Tensor& input, const at::Tensor& target, const Cro
             input.sizes(), " and strides ", input.strides());
   const bool shared = input.is_alias_of(target) || (options.weight.has_value() && input.is_alias_of(*options.weight));
   TSE_CHECK(!shared, kOp, "inplace_backward", "expected logits in memory of their own, got a target or weight in it");
-}
-
-std::pair<at::Tensor, at::Tensor> promoted(const at::Tensor& input, const at::Tensor& target) {
-  const auto type = c10::promoteTypes(input.scalar_type(), target.scalar_type());
-  return {input.to(type), target.to(type)};
 }
 
 }  // namespace tse

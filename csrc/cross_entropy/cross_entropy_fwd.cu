@@ -85,20 +85,20 @@ __device__ inline void write_totals(const CrossEntropyParams& p, CrossEntropySum
   if (p.z_loss != nullptr) *static_cast<A*>(p.z_loss) = A(s.z_loss);
 }
 
-// ---- the incoming gradient ----------------------------------------------------------------------------------------
+// ---- grad_output, as forward assumes it ---------------------------------------------------------------------------
 
 struct Known {
   bool is_known;
   double value;  // NaN where it is not known
 };
 // The same in every block, since only backward changes the state.
-__device__ inline Known known_incoming(const CrossEntropyParams& p, const CrossEntropyState* state) {
+__device__ inline Known known_grad_output(const CrossEntropyParams& p, const CrossEntropyState* state) {
   const Known unknown = {false, infinity<double>() - infinity<double>()};
-  if (p.incoming == Incoming::kUnknown) return unknown;
-  if (p.incoming == Incoming::kFixed) return {true, p.fixed_incoming};
+  if (p.assumed == Assumed::kNone) return unknown;
+  if (p.assumed == Assumed::kFixed) return {true, p.fixed_grad_output};
   const bool repeated = state->repeated[int(p.reduction)] != 0;
   const double last = state->last[int(p.reduction)], size = fabs(last);
-  if (p.incoming == Incoming::kGuessed) return repeated ? Known{true, last} : unknown;
+  if (p.assumed == Assumed::kGuessed) return repeated ? Known{true, last} : unknown;
   const bool usable = repeated && size >= 0x1p-40 && size <= 0x1p40;  // whatever comes, its ratio is finite
   return {true, usable ? last : 1.0};
 }
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
   const Logits<A> logits(p.transform);
   TSE_SHARED(RowGradOutput, shared_grad, 1);
   TSE_SHARED(double, divisors, 2);
-  const bool writes_gradient = known_incoming(p, launch.state).is_known;
+  const bool writes_gradient = known_grad_output(p, launch.state).is_known;
   if (launch.counted_before || (writes_gradient && p.reduction == Reduction::kMean)) {
     CrossEntropySums s = {0, 0, 0, 0};
     if (!launch.counted_before) s = count_targets<A, kThreads>(p, 0, rows);
@@ -152,9 +152,9 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
     }
   }
   if (threadIdx.x == 0) {
-    const double incoming = known_incoming(p, launch.state).value;
-    if (blockIdx.x == 0) *p.guess = incoming;
-    if (writes_gradient) shared_grad[0] = row_grad_output<A>(p, incoming, divisors);
+    const double assumed = known_grad_output(p, launch.state).value;
+    if (blockIdx.x == 0) *p.guess = assumed;
+    if (writes_gradient) shared_grad[0] = row_grad_output<A>(p, assumed, divisors);
   }
   __syncthreads();
 
@@ -290,14 +290,14 @@ void launch_fwd(const CrossEntropyParams& p, cudaStream_t stream) {
     }
   }
   if (rows > kCountedByEachBlock && p.target != nullptr && p.reduction == Reduction::kMean &&
-      (p.weight != nullptr || p.incoming != Incoming::kUnknown)) {
+      (p.weight != nullptr || p.assumed != Assumed::kNone)) {
     how.counted_before = true;
     launch("cross_entropy_count_kernel", cross_entropy_count_kernel<A>,
            std::min(grid_for(rows, kCountedByEachBlock), most), kCountThreads, 0, stream, p, &how.state->ticket);
   }
   with_row_threads<T>(p, [&](auto count) {
     constexpr int kRowThreads = decltype(count)::value, kThreads = kBlockThreads<kRowThreads>;
-    if (kRowThreads > 1 && p.incoming != Incoming::kUnknown)
+    if (kRowThreads > 1 && p.assumed != Assumed::kNone)
       how.kept_vectors = int(kept_bytes(device_limits(), kRowsPerBlock<kRowThreads> * p.rows.n * sizeof(T)) /
                              kRowsPerBlock<kRowThreads> / 16);
     const bool general = p.is_general() || p.predictions != nullptr;

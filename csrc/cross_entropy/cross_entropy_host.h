@@ -42,9 +42,6 @@ inline int64_t class_dim(const at::Tensor& input) { return input.dim() == 1 ? 0 
 void check_options(const char* op, const at::Tensor& input, const c10::SymInt& classes,
                    const CrossEntropyOptions& options, bool probabilities);
 
-// The dtype of a target that is not class probabilities.
-void check_index_dtype(const char* op, const at::Tensor& target);
-
 // For autograd entries (below them gradients are off): whether a gradient of the class weights is asked for, which is
 // computed with class probabilities alone.
 bool wants_weight_gradient(const char* op, const at::Tensor& target, const OptionalTensor& weight);
@@ -55,12 +52,6 @@ void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, cons
 // Raises where the gradient cannot take the memory of the logits: elements that may share it, or another argument in
 // it.
 void check_writable(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options);
-
-// Logits and class probabilities of two dtypes are computed in the wider one, as torch does.
-inline bool needs_promotion(const at::Tensor& input, const at::Tensor& target) {
-  return target.is_floating_point() && input.is_floating_point() && target.scalar_type() != input.scalar_type();
-}
-std::pair<at::Tensor, at::Tensor> promoted(const at::Tensor& input, const at::Tensor& target);
 
 // CPU, on torch's threads: forward, backward or both of all rows.
 void run_rows(const CrossEntropyParams& p, bool forward, bool backward);

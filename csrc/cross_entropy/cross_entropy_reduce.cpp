@@ -1,6 +1,6 @@
 // Cross-entropy on the CPU: the targets are counted before the rows, and the rows' losses reduced after them. [torch]
 #include "common/host.h"
-#include "common/row_loss.h"
+#include "common/targets.h"
 #include "cross_entropy/cross_entropy.h"
 #include "cross_entropy/cross_entropy_host.h"
 

@@ -1,9 +1,8 @@
-// Host entries of linear cross-entropy: chunks of rows through torch's matrix product and the fused cross-entropy.
+// Linear cross-entropy below autograd: chunks of rows go through torch's matrix product and the fused cross-entropy.
 // [torch]
 //
-// Of the logits there is one buffer of chunk_size rows. A chunk's gradient takes the memory of its logits, and is spent
-// on the gradients of input, weight and bias before the next chunk comes. Composed of ATen operators: one code for CPU
-// and CUDA.
+// The logits of one chunk exist at a time. Their gradient takes their memory, and is added to the gradients of input,
+// weight and bias before the next chunk. All of it is ATen operators: one code for CPU and CUDA.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -16,7 +15,7 @@
 #include <tuple>
 
 #include "common/host.h"
-#include "common/row_loss.h"
+#include "common/targets.h"
 #include "linear_cross_entropy/linear_cross_entropy_host.h"
 
 namespace tse {
@@ -55,8 +54,8 @@ void check_linear_cross_entropy(const at::Tensor& input, const at::Tensor& linea
 namespace {
 
 // A ninth of the rows: with what else a chunk needs, an eighth of the logits' memory where rows are many. Each chunk
-// reads and writes the sum of grad_weight once: below 256 rows this shows beside its matrix products, from 1024 on it
-// does not.
+// reads and writes the sum of grad_weight once: below 256 rows this is measurable beside its matrix products, from 1024
+// on it is not.
 int64_t default_chunk_size(int64_t rows) { return std::clamp<int64_t>((rows + 8) / 9, 256, 1024); }
 
 // Logits and class probabilities of two dtypes meet in the wider one, as in cross_entropy.
@@ -122,7 +121,7 @@ class Gradients {
     if (wanted.bias) bias = fresh({classes}, sum_type, true);
   }
 
-  // g: of the chunk's logits; rows: the chunk's input; factors: of the rows, for an incoming gradient of each.
+  // g: of the chunk's logits; rows: the chunk's input; factors: grad_output of each row, or undefined.
   void add(int64_t begin, const at::Tensor& g, const at::Tensor& rows, const at::Tensor& factors) {
     const bool is_half = x_.scalar_type() == at::kHalf, is_first = begin == 0;
     const at::Tensor column = factors.defined() ? factors.unsqueeze(1) : at::Tensor();

@@ -1,7 +1,7 @@
 // Autograd and autocast of linear cross-entropy. [torch]
 //
-// The first derivative comes out of the forward pass, for an incoming gradient of 1. Where somebody differentiates
-// further or in another mode (double backward, torch.func, forward-mode AD), it is a linear layer and cross_entropy.
+// Forward computes the gradients, for a grad_output of 1; backward scales them. Double backward, torch.func and
+// forward-mode AD go through a linear layer and cross_entropy.
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
@@ -63,7 +63,7 @@ at::Tensor composed(const at::Tensor& input, const at::Tensor& linear_weight, co
   return o.reduction == "none" ? loss.reshape_symint(sizes) : loss;
 }
 
-// The gradient of a loss whose incoming gradient is `g`, from that for 1, whose memory it may take if that is owned.
+// `gradient`, computed for a grad_output of 1, for `g`; in the same memory if that is owned.
 at::Tensor scaled(const at::Tensor& gradient, const at::Tensor& g, at::ScalarType type, bool is_owned) {
   if (!is_owned || !is_plain(g)) return (gradient * g).to(type);
   if (!is_plain_cpu(g)) return gradient.mul_(g).to(type);  // without waiting for the device
@@ -80,7 +80,7 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
                             const OptionalTensor& linear_bias, const at::Tensor& target, const Options& options) {
     const Wanted wanted{input.requires_grad(), linear_weight.requires_grad(),
                         linear_bias.has_value() && linear_bias->requires_grad()};
-    // Backward computes the gradients where rows have an incoming gradient each, and under saved-tensor hooks:
+    // Backward computes the gradients where each row has its own grad_output, and under saved-tensor hooks:
     // checkpointing would keep what it is there to drop.
     const bool hooks = !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
     const bool in_forward = options.loss.reduction != "none" && !hooks;

@@ -17,7 +17,7 @@
 #include "common/host.h"
 #include "common/operator.h"
 #include "common/python.h"
-#include "common/row_loss.h"
+#include "common/targets.h"
 
 namespace tse {
 namespace {

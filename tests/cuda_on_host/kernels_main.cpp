@@ -208,9 +208,9 @@ void check_gradient_in_forward(int64_t count, int64_t n, int64_t offset, bool co
       for (int64_t c = 0; c < n; ++c) values.push_back(to_acc(problem.g.at(i, c)));
     return values;
   };
-  const auto forward = [&](Incoming what, double fixed = NAN) {
-    p.incoming = what;
-    p.fixed_incoming = fixed;
+  const auto forward = [&](Assumed what, double fixed = NAN) {
+    p.assumed = what;
+    p.fixed_grad_output = fixed;
     problem.loss = NAN;
     for (int64_t i = 0; i < count * n; ++i) problem.g.data()[i] = garbage;
     launch_cross_entropy_fwd(p, nullptr);
@@ -218,7 +218,7 @@ void check_gradient_in_forward(int64_t count, int64_t n, int64_t offset, bool co
   };
   const auto backward = [&](A grad) {
     problem.grad_output[0] = grad;
-    p.compare_guess = p.incoming == Incoming::kGuessed;
+    p.compare_guess = p.assumed == Assumed::kGuessed;
     launch_cross_entropy_bwd(p, nullptr);
     return gradient();
   };
@@ -227,16 +227,16 @@ void check_gradient_in_forward(int64_t count, int64_t n, int64_t offset, bool co
   };
 
   state = {};
-  forward(Incoming::kUnknown);
+  forward(Assumed::kNone);
   const double loss = problem.loss;
   const std::vector<double> want = backward(incoming), want_doubled = backward(doubled);
-  forward(Incoming::kFixed, double(incoming));
+  forward(Assumed::kFixed, double(incoming));
   expect_same(gradient(), want, "known gradient");
   expect(problem.loss, loss, 0, "loss with gradient", 0, 0);
   if (reduction == Reduction::kNone) return;
 
   for (int round = 0; round < 3; ++round) {
-    forward(Incoming::kGuessed);
+    forward(Assumed::kGuessed);
     expect(problem.guess, round < 2 ? NAN : double(incoming), 0, "guess", round, 0);
     if (round == 2) {
       expect_same(gradient(), want, "guessed gradient");
@@ -247,15 +247,15 @@ void check_gradient_in_forward(int64_t count, int64_t n, int64_t offset, bool co
     else expect(got[n - 1], 123, 0, "a pass after a right guess", 0, n - 1);
     expect(problem.loss, loss, 0, "loss with guess", round, 0);
   }
-  forward(Incoming::kGuessed);
+  forward(Assumed::kGuessed);
   expect_same(backward(doubled), want_doubled, "gradient after a wrong guess");
-  forward(Incoming::kGuessed);
+  forward(Assumed::kGuessed);
   expect(problem.guess, NAN, 0, "guess after a change", 0, 0);
 
   // In place: 1 is guessed, and the rest made up for.
   p.input = p.grad_input;
   for (const A factor : {A(1), A(2), A(2), A(2)}) {
-    p.incoming = Incoming::kGuessedOrOne;
+    p.assumed = Assumed::kGuessedOrOne;
     for (int64_t i = 0; i < count * n; ++i) problem.g.data()[i] = problem.x.data()[i];
     launch_cross_entropy_fwd(p, nullptr);
     const std::vector<double> written = gradient();
