@@ -1,4 +1,4 @@
-// What the autograd files of the operators share. [torch]
+// How a call is differentiated. [torch]
 #pragma once
 #include <ATen/core/Tensor.h>
 #include <c10/core/GradMode.h>

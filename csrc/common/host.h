@@ -1,4 +1,4 @@
-// What host entries share: dtype tags, the view of a tensor as rows, threads, the choice of the backend. [torch]
+// Below autograd: dtype tags, tensors as rows, threads, CPU or CUDA. [torch]
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

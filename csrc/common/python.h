@@ -25,7 +25,7 @@ namespace impl {
 template <class T>
 struct FromPython;
 template <>
-struct FromPython<const at::Tensor&> {
+struct FromPython<at::Tensor> {
   static bool check(PyObject* o) { return THPVariable_CheckExact(o); }
   static const at::Tensor& convert(PyObject* o) { return THPVariable_Unpack(o); }
 };
@@ -56,17 +56,7 @@ struct FromPython<std::optional<T>> {
   }
 };
 template <>
-struct FromPython<const std::optional<at::Tensor>&> {
-  static bool check(PyObject* o) { return o == Py_None || THPVariable_CheckExact(o); }
-  static std::optional<at::Tensor> convert(PyObject* o) {
-    return o == Py_None ? std::nullopt : std::optional<at::Tensor>(THPVariable_Unpack(o));
-  }
-};
-template <>
-struct FromPython<c10::SymInt> {
-  static bool check(PyObject* o) { return FromPython<int64_t>::check(o); }
-  static c10::SymInt convert(PyObject* o) { return FromPython<int64_t>::convert(o); }
-};
+struct FromPython<c10::SymInt> : FromPython<int64_t> {};
 template <>
 struct FromPython<std::string_view> {
   static bool check(PyObject* o) { return PyUnicode_CheckExact(o); }
@@ -96,8 +86,9 @@ template <auto kernel, class Result, class... Args>
 struct PythonFunction<kernel, Result(Args...)> {
   template <size_t... I>
   static PyObject* call_operator(PyObject* const* args, std::index_sequence<I...>) {
-    if (!(FromPython<Args>::check(args[I]) && ...)) Py_RETURN_NOTIMPLEMENTED;
-    const std::tuple<decltype(FromPython<Args>::convert(nullptr))...> values(FromPython<Args>::convert(args[I])...);
+    if (!(FromPython<Bare<Args>>::check(args[I]) && ...)) Py_RETURN_NOTIMPLEMENTED;
+    const std::tuple<decltype(FromPython<Bare<Args>>::convert(nullptr))...> values(
+        FromPython<Bare<Args>>::convert(args[I])...);
     const auto& op = Operator<kernel>::handle();
     Result result;
     {

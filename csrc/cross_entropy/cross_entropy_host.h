@@ -1,4 +1,4 @@
-// What the host files of cross-entropy, and of those that build on it, know of each other. [torch]
+// Cross-entropy: the options, and what its host files and those of the linear loss share. [torch]
 #pragma once
 #include <ATen/core/Tensor.h>
 
@@ -42,15 +42,13 @@ inline int64_t class_dim(const at::Tensor& input) { return input.dim() == 1 ? 0 
 void check_options(const char* op, const at::Tensor& input, const c10::SymInt& classes,
                    const CrossEntropyOptions& options, bool probabilities);
 
-// For autograd entries (below them gradients are off): whether a gradient of the class weights is asked for, which is
-// computed with class probabilities alone.
+// Whether a gradient of the class weights is asked for. Raises with class indices, as torch has none for them.
 bool wants_weight_gradient(const char* op, const at::Tensor& target, const OptionalTensor& weight);
 
 // Raises what torch.nn.functional.cross_entropy would. Reads no memory; sizes may be symbolic.
 void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options);
 
-// Raises where the gradient cannot take the memory of the logits: elements that may share it, or another argument in
-// it.
+// Raises where the gradient cannot take the memory of the logits: their elements, or another argument, share it.
 void check_writable(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options);
 
 // CPU, on torch's threads: forward, backward or both of all rows.
@@ -59,12 +57,12 @@ void run_rows(const CrossEntropyParams& p, bool forward, bool backward);
 // CPU: all of forward, with the gradient where wanted. A target that is no class raises before anything is written.
 void run_cross_entropy_fwd(const CrossEntropyParams& p, bool with_gradient);
 
-// ---- for plain tensors in eager mode, without the dispatcher
-// ---------------------------------------------------------
+// ---- without the dispatcher, for plain tensors
+// ------------------------------------------------------------------------
 
 struct CrossEntropyResult {
   at::Tensor loss;
-  at::Tensor stats;       // what backward needs of each row beside the logits
+  at::Tensor stats;       // what backward needs beside the tensors of the call
   at::Tensor grad_input;  // of cross_entropy_forward_backward
   at::Tensor z_loss, predictions;
 };

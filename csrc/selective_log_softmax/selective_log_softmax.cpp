@@ -72,10 +72,10 @@ void check_backward(const OptionalTensor& grad_logp, const OptionalTensor& grad_
 }
 
 // The tensors of a call in layouts that the kernels support: on the CPU a row's classes are contiguous.
-struct Operands {
+struct Layouts {
   RowTensor input;
   at::Tensor index;
-  Operands(const at::Tensor& logits, const at::Tensor& index_)
+  Layouts(const at::Tensor& logits, const at::Tensor& index_)
       : input(as_rows(logits, logits.dim() - 1)), index(index_.contiguous()) {
     if (use_cuda(logits)) return;
     if (input.rows.stride_n != 1) input = as_rows(logits.contiguous(), logits.dim() - 1);
@@ -113,8 +113,8 @@ ThreeTensors forward(const at::Tensor& input, const at::Tensor& index, bool entr
   const at::Tensor h = entropy ? at::empty_symint(rows, type) : at::empty({0}, type);
   const at::Tensor stats = at::empty_symint({entropy ? 4 : 3, c10::multiply_integers(rows)}, type);
   if (input.is_meta()) return {logp, h, stats};
-  const Operands operands(input, index);
-  SelectiveLogSoftmaxParams p = operands.params(stats, options);
+  const Layouts layouts(input, index);
+  SelectiveLogSoftmaxParams p = layouts.params(stats, options);
   p.logp = logp.mutable_data_ptr();
   if (entropy) p.entropy = h.mutable_data_ptr();
   kForward.run(kOp, p, p.rows, input);
@@ -127,12 +127,12 @@ at::Tensor backward(const OptionalTensor& grad_logp, const OptionalTensor& grad_
   const c10::OptionalDeviceGuard guard(input.device());
   const at::Tensor grad_input = with_huge_pages(at::empty_like(input));
   if (input.is_meta() || input.numel() == 0) return grad_input;
-  const Operands operands(input, index);
+  const Layouts layouts(input, index);
   RowTensor grad = as_rows(grad_input, input.dim() - 1);
   if (grad.rows.stride_n != 1 && !use_cuda(input))
     grad = as_rows(at::empty(input.sizes(), input.options()), input.dim() - 1);
   const at::Tensor dense_stats = stats.contiguous();
-  SelectiveLogSoftmaxParams p = operands.params(dense_stats, options);
+  SelectiveLogSoftmaxParams p = layouts.params(dense_stats, options);
   p.grad_rows = grad.rows;
   p.grad_input = grad.tensor.mutable_data_ptr();
   const at::Tensor g = grad_logp.has_value() ? grad_logp->contiguous() : at::Tensor();
