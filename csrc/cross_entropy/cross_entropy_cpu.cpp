@@ -1,8 +1,6 @@
 #define TSE_ISA_BODY "cross_entropy/cross_entropy_cpu-inl.h"
 #include "cross_entropy/cross_entropy.h"
 
-#include <memory>
-
 #include "common/cpu/foreach_isa.h"
 
 namespace tse {

@@ -5,6 +5,12 @@
 // summed once more, from cache. So a log-probability next to 0 has all its digits, and one that must be 0 is 0. The
 // entropy is Σ p (log p[largest] - log p) - log p[largest], two sums of terms that are not negative: of a row with one
 // possible class it is exactly 0. So a block's largest logit is found first, which also loads the block into L1.
+#if defined(TSE_SELECTIVE_LOG_SOFTMAX_CPU_INL_H) == defined(TSE_ISA_TOGGLE)
+#ifdef TSE_SELECTIVE_LOG_SOFTMAX_CPU_INL_H
+#undef TSE_SELECTIVE_LOG_SOFTMAX_CPU_INL_H
+#else
+#define TSE_SELECTIVE_LOG_SOFTMAX_CPU_INL_H
+#endif
 #include "common/cpu/exp_sum-inl.h"
 
 // Part of a row: BlockSum's m and sum, t of the largest logit, and Σ 2^t (t - largest), with t = (z - m) · scale.
@@ -41,7 +47,7 @@ template <bool kEntropy, bool kCapped, class T>
     const Vec<T> reference = splat<Vec<T>>(m);
     const Vec<T> largest = kEntropy ? vmax(lowest, logits.exponent(max, reference)) : Vec<T>{};
     Vec<T> sum[4] = {}, linear[4] = {};
-    for_vectors(x, n, own, [&](int k, int64_t, Vec<T> v, int64_t, auto used) {
+    for_vectors(x, n, own, [&](int k, Vec<T> v, int64_t, auto used) {
       Vec<T> t = logits.exponent(kCapped ? logits.cap(v) : v, reference);
       if (kEntropy) t = vmax(lowest, t);
       const Vec<T> term = chosen(used, exp2<T>(t));
@@ -128,48 +134,21 @@ void fwd(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// -p (Σ g + g_H (log p + H)) of all classes.
-template <class T>
-[[gnu::flatten]] inline void grad_row(const T* x, T* g, int64_t n, const SelectiveGrad<Acc<T>>& f,
-                                      const Logits<T>& logits) {
-  constexpr int kLanes = Accumulate<T>::kLanes;
-  const Vec<T> m = splat<Vec<T>>(f.m), scale = splat<Vec<T>>(-f.level);
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Pair<Vec<T>> t = terms2(x + i, m, logits);
-    store2(g + i, {t.a * scale, t.b * scale});
-  }
-  for (; i < n; i += kLanes) {
-    const bool whole = i + kLanes <= n;
-    const Vec<T> grad = logits.term(whole ? load(x + i) : load_part(x + i, n - i, Acc<T>(0)), m) * scale;
-    if (whole) store(g + i, grad);
-    else store_part(g + i, n - i, grad);
-  }
-}
-
-// The same with entropy or softcap.
-template <bool kCapped, class T>
-[[gnu::flatten]] inline void grad_row_general(const T* x, T* g, int64_t n, const SelectiveGrad<Acc<T>>& f,
-                                              const Logits<T>& logits) {
+// -p (Σ g + g_H (log p + H)) of all classes. kGeneral: with entropy or softcap.
+template <bool kGeneral, bool kCapped, class T>
+[[gnu::flatten]] inline void write_gradient(const T* x, T* g, int64_t n, const SelectiveGrad<Acc<T>>& f,
+                                            const Logits<T>& logits) {
   using A = Acc<T>;
-  constexpr int kLanes = Accumulate<T>::kLanes;
   const Vec<T> m = splat<Vec<T>>(f.m), mean = splat<Vec<T>>(f.mean), lowest = splat<Vec<T>>(kLowestExponent<A>);
   const Vec<T> level = splat<Vec<T>>(-f.level), slope = splat<Vec<T>>(-f.slope), one = splat<Vec<T>>(A(1));
   const auto grad = [&](Vec<T> v) {
+    if (!kGeneral) return exp2<T>(logits.exponent(v, m)) * level;
     if (kCapped) v = logits.cap(v);
     const Vec<T> t = vmax(lowest, logits.exponent(v, m));
     const Vec<T> grad_s = exp2<T>(t) * (level + slope * (t - mean));
     return kCapped ? grad_s * (one - v * v) : grad_s;
   };
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Pair<Vec<T>> v = load2(x + i);
-    store2(g + i, {grad(v.a), grad(v.b)});
-  }
-  for (; i < n; i += kLanes) {
-    if (i + kLanes <= n) store(g + i, grad(load(x + i)));
-    else store_part(g + i, n - i, grad(load_part(x + i, n - i, A(0))));
-  }
+  map_row(g, n, grad, x);
 }
 
 // A class that was asked for, and the gradient of its log-probability.
@@ -193,9 +172,9 @@ void bwd(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end) {
       total += asked[k].grad;
     }
     const SelectiveGrad<A> f = selective_grad<A>(p, row, total);
-    if (logits.capped) grad_row_general<true>(x, g, p.rows.n, f, logits);
-    else if (p.grad_entropy != nullptr) grad_row_general<false>(x, g, p.rows.n, f, logits);
-    else grad_row(x, g, p.rows.n, f, logits);
+    if (logits.capped) write_gradient<true, true>(x, g, p.rows.n, f, logits);
+    else if (p.grad_entropy != nullptr) write_gradient<true, false>(x, g, p.rows.n, f, logits);
+    else write_gradient<false, false>(x, g, p.rows.n, f, logits);
     // The same class may be asked for several times: sorting brings its gradients together.
     const auto before = [](const Asked& a, const Asked& b) { return a.index < b.index; };
     if (count > 1) std::sort(asked.get(), asked.get() + count, before);
@@ -222,3 +201,4 @@ void selective_log_softmax_fwd_rows(const SelectiveLogSoftmaxParams& p, int64_t 
 void selective_log_softmax_bwd_rows(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end) {
   TSE_EACH_DTYPE(bwd, p, begin, end)
 }
+#endif

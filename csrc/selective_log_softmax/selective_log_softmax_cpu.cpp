@@ -1,8 +1,6 @@
 #define TSE_ISA_BODY "selective_log_softmax/selective_log_softmax_cpu-inl.h"
 #include "selective_log_softmax/selective_log_softmax.h"
 
-#include <memory>
-
 #include "common/cpu/foreach_isa.h"
 
 namespace tse {

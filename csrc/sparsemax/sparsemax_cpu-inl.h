@@ -7,8 +7,12 @@
 // once and written once. All is relative to the largest element, and tau is held as the sum of two numbers: in a
 // support of 10^5 elements of 10^-5 the rounding of tau alone would show in Σ p. NaN and +inf make the sum NaN, and so
 // tau and the row.
-
-#include "common/cpu/tile-inl.h"
+#if defined(TSE_SPARSEMAX_CPU_INL_H) == defined(TSE_ISA_TOGGLE)
+#ifdef TSE_SPARSEMAX_CPU_INL_H
+#undef TSE_SPARSEMAX_CPU_INL_H
+#else
+#define TSE_SPARSEMAX_CPU_INL_H
+#endif
 #include "sparsemax/sparsemax_newton-inl.h"
 #include "sparsemax/sparsemax_short-inl.h"
 
@@ -109,9 +113,9 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candida
   using V = Vec<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   double total = 0, support = 0;
-  if (n > kBlock && n <= std::numeric_limits<uint32_t>::max()) {
+  if (n > kSumBlock && n <= std::numeric_limits<uint32_t>::max()) {
     int64_t begin = 0, count = 0;
-    for (; begin < n && count <= std::min(c.room, kBlock / 4 + begin / 64); begin += kPart) {
+    for (; begin < n && count <= std::min(c.room, kSumBlock / 4 + begin / 64); begin += kPart) {
       const int64_t end = std::min(begin + kPart, n);
       const int64_t found = collect_above(p, begin, end, A(0), &c.values[count], &c.indices[count]);
       double sum = 0;  // of a part: thousands of equal terms would round alike
@@ -130,8 +134,8 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candida
     }
     total = 0;
   }
-  for (int64_t begin = 0; begin < n; begin += kBlock) {  // sums of a block in the type, of blocks in double
-    const int64_t end = std::min(begin + kBlock, n);
+  for (int64_t begin = 0; begin < n; begin += kSumBlock) {  // sums of a block in the type, of blocks in double
+    const int64_t end = std::min(begin + kSumBlock, n);
     SumAbove<V> above[2];
     const auto add = [&](V pv, V gv, int k) { above[k].add(gv, pv <= V{}); };
     int64_t i = begin;
@@ -151,13 +155,7 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candida
   }
   const A first = n > 0 ? load_one(p) : A(0), mean = A(total / support) + (first - first);  // NaN like the row
   const auto value = [mean](V pv, V gv) { return pv <= V{} ? V{} : gv - mean; };
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Pair<V> pv = load2(p + i), gv = load2(g + i);
-    store2(out + i, {value(pv.a, gv.a), value(pv.b, gv.b)});
-  }
-  for (; i + kLanes <= n; i += kLanes) store(out + i, value(load(p + i), load(g + i)));
-  if (i < n) store_part(out + i, n - i, value(load_part(p + i, n - i, A(0)), load_part(g + i, n - i, A(0))));
+  map_row(out, n, value, p, g);
 }
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
@@ -190,7 +188,7 @@ void bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   const T* grad_output = static_cast<const T*>(p.grad_output);
   T* grad_input = static_cast<T*>(p.grad_input);
   const int64_t n = p.output_rows.n;
-  Candidates<Acc<T>> candidates(n > kBlock ? n : 0);
+  Candidates<Acc<T>> candidates(n > kSumBlock ? n : 0);
   if (p.output_rows.stride_n == 1 && p.grad_output_rows.stride_n == 1 && p.grad_input_rows.stride_n == 1) {
     for (int64_t row = begin; row < end; ++row)
       sparsemax_bwd_row(output + row_offset(p.output_rows, row), grad_output + row_offset(p.grad_output_rows, row),
@@ -211,3 +209,4 @@ void bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
 
 void sparsemax_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) { TSE_EACH_DTYPE(fwd_rows, p, begin, end) }
 void sparsemax_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) { TSE_EACH_DTYPE(bwd_rows, p, begin, end) }
+#endif

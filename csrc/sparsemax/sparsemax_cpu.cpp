@@ -1,8 +1,6 @@
 #define TSE_ISA_BODY "sparsemax/sparsemax_cpu-inl.h"
 #include "sparsemax/sparsemax.h"
 
-#include <memory>
-
 #include "common/cpu/foreach_isa.h"
 
 namespace tse {

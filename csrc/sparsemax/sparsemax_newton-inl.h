@@ -1,7 +1,13 @@
 // Newton's steps of sparsemax over one row, and what writes it. [per ISA]
+#if defined(TSE_SPARSEMAX_NEWTON_INL_H) == defined(TSE_ISA_TOGGLE)
+#ifdef TSE_SPARSEMAX_NEWTON_INL_H
+#undef TSE_SPARSEMAX_NEWTON_INL_H
+#else
+#define TSE_SPARSEMAX_NEWTON_INL_H
+#endif
 #include "sparsemax/sparsemax_vec-inl.h"
 
-constexpr int64_t kBlock = 1024;  // elements whose sums are taken in the type
+constexpr int64_t kSumBlock = 1024;  // elements whose sums are taken in the type
 constexpr double kClose = 5e-4;   // f - 1 from where Newton's step, which leaves about half its square, is the last
 
 // tau as the sum of two numbers: hi, and what its rounding left.
@@ -24,8 +30,8 @@ template <class T, bool kSum = false>
 inline double write_all(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   double total = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {  // sums of a block in the type, of blocks in double
-    const int64_t end = std::min(begin + kBlock, n);
+  for (int64_t begin = 0; begin < n; begin += kSumBlock) {  // sums of a block in the type, of blocks in double
+    const int64_t end = std::min(begin + kSumBlock, n);
     Vec<T> sum[2] = {};
     const auto probability = [&](Vec<T> v, int k) {
       const Vec<T> p = vmax(Vec<T>{}, t.excess(v));
@@ -60,8 +66,8 @@ inline Excess excess_at(const T* x, int64_t n, Acc<T> max, double at) {
   const Threshold<Acc<T>> t = threshold(max, at);
   const Acc<T> low = -std::numeric_limits<Acc<T>>::infinity();
   Excess e{at};
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, n);
+  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
+    const int64_t end = std::min(begin + kSumBlock, n);
     SumAbove<Vec<T>> above[4];
     // Σ (x - hi) - count · lo: one subtraction less for each.
     const auto add = [&](Vec<T> v, int k) {
@@ -135,3 +141,4 @@ inline void flat_rows(FlatRow<T>* rows, int64_t count, int64_t n) {
   }
   for (int64_t i = 0; i < count; ++i) write_row(rows[i].x, rows[i].y, n, rows[i].max, e[i].step());
 }
+#endif

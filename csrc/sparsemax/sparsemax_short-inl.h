@@ -4,6 +4,13 @@
 // elements of each: all of up to kFew, else the two largest of each of sixteen parts. tau of a part of the row is a
 // lower bound for the row's (Condat 2016), and mostly no part has more than two in the support. Whether that was so
 // shows in the sum of what is written; if not, the row takes further steps.
+#if defined(TSE_SPARSEMAX_SHORT_INL_H) == defined(TSE_ISA_TOGGLE)
+#ifdef TSE_SPARSEMAX_SHORT_INL_H
+#undef TSE_SPARSEMAX_SHORT_INL_H
+#else
+#define TSE_SPARSEMAX_SHORT_INL_H
+#endif
+#include "sparsemax/sparsemax_newton-inl.h"
 
 constexpr int64_t kShort = 4096;  // as many rows as a vector has lanes stay in the second level of cache
 constexpr int64_t kFew = 64;      // elements of each row that a group of rows has room for
@@ -190,3 +197,4 @@ inline void short_rows(const X& x, const Y& y, int64_t begin, int64_t end, int64
     flat_rows(flat, flats, n);
   }
 }
+#endif

@@ -1,4 +1,11 @@
 // What sparsemax alone asks of vectors: sums under a condition, compaction. [per ISA]
+#if defined(TSE_SPARSEMAX_VEC_INL_H) == defined(TSE_ISA_TOGGLE)
+#ifdef TSE_SPARSEMAX_VEC_INL_H
+#undef TSE_SPARSEMAX_VEC_INL_H
+#else
+#define TSE_SPARSEMAX_VEC_INL_H
+#endif
+#include "common/cpu/rows-inl.h"
 
 // Sum and number, lane by lane, of the d that are not `below`.
 template <class V>
@@ -58,3 +65,4 @@ inline int64_t collect_above(const T* x, int64_t begin, int64_t end, Acc<T> boun
     if (!(load_one(x + i) <= bound)) take(i);
   return count;
 }
+#endif

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <utility>
 
@@ -47,28 +48,33 @@
 
 #define TSE_ISA 0
 namespace tse::isa_default {
-#include "common/cpu/vec-inl.h"
+namespace {
 #include TSE_ISA_BODY
+}
 }  // namespace tse::isa_default
 #undef TSE_ISA
 
 #if TSE_ISA_X86
+#define TSE_ISA_TOGGLE  // lets the guards of the -inl.h headers open once more
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #define TSE_ISA 1
 namespace tse::isa_avx2 {
-#include "common/cpu/vec-inl.h"
+namespace {
 #include TSE_ISA_BODY
+}
 }  // namespace tse::isa_avx2
 #undef TSE_ISA
 #pragma GCC pop_options
 
+#undef TSE_ISA_TOGGLE
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #define TSE_ISA 2
 namespace tse::isa_avx512 {
-#include "common/cpu/vec-inl.h"
+namespace {
 #include TSE_ISA_BODY
+}
 }  // namespace tse::isa_avx512
 #undef TSE_ISA
 #pragma GCC pop_options

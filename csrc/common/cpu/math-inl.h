@@ -1,4 +1,11 @@
 // Logarithm and hyperbolic tangent of vectors. [per ISA]
+#if defined(TSE_MATH_INL_H) == defined(TSE_ISA_TOGGLE)
+#ifdef TSE_MATH_INL_H
+#undef TSE_MATH_INL_H
+#else
+#define TSE_MATH_INL_H
+#endif
+#include "common/cpu/vec-inl.h"
 
 // log2(1 + r) in the lanes where is_small, which needs -1/4 <= r < 1/3, else log2(x) of a positive normal x. The
 // exponent of x is taken apart; of the mantissa 1 + r it is 2 / ln 2 · atanh(r / (2 + r)). Relative error 1e-7, of fp64
@@ -72,3 +79,4 @@ inline VecD tanh(VecD x) {
   for (int i = 0; i < kDoubles; ++i) x[i] = std::tanh(x[i]);
   return x;
 }
+#endif

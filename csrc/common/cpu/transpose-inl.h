@@ -1,4 +1,11 @@
 // Transposition in registers: lanes that are neighbouring elements become lanes that are neighbouring rows. [per ISA]
+#if defined(TSE_TRANSPOSE_INL_H) == defined(TSE_ISA_TOGGLE)
+#ifdef TSE_TRANSPOSE_INL_H
+#undef TSE_TRANSPOSE_INL_H
+#else
+#define TSE_TRANSPOSE_INL_H
+#endif
+#include "common/cpu/vec_types-inl.h"
 
 // Swaps the blocks of `half` lanes that lie off the diagonal, then those inside the blocks.
 template <int half, class V, size_t... lane>
@@ -22,3 +29,4 @@ template <class V>
   constexpr size_t kLanes = sizeof(V) / sizeof(V{}[0]);
   transpose_step<kLanes / 2>(v, std::make_index_sequence<kLanes>{});
 }
+#endif

@@ -1,123 +1,17 @@
-// Vectors of one native register, exp2, conversion of half types and reductions. [per ISA]
-// Included by foreach_isa.h alone, once per level: TSE_ISA is 0 (16 bytes, any CPU), 1 (AVX2+FMA), 2 (AVX-512).
+// Loads and stores of vectors, whole and in part, exp2 and reductions. [per ISA]
 // Arithmetic is GCC's vector extension; intrinsics stand only where it has no word for the instruction.
-
-constexpr int kVectorBytes = TSE_ISA == 2 ? 64 : TSE_ISA == 1 ? 32 : 16;
-constexpr int kFloats = kVectorBytes / 4;
-constexpr int kDoubles = kVectorBytes / 8;
-
-typedef float VecF __attribute__((vector_size(kVectorBytes)));
-typedef int32_t VecI __attribute__((vector_size(kVectorBytes)));
-typedef uint32_t VecU __attribute__((vector_size(kVectorBytes)));
-typedef uint16_t VecH __attribute__((vector_size(kVectorBytes / 2)));  // as many as VecF has lanes
-typedef double VecD __attribute__((vector_size(kVectorBytes)));
-typedef uint64_t VecL __attribute__((vector_size(kVectorBytes)));
-
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-
-// What the arithmetic for storage type T is done in.
-template <class T>
-struct Accumulate {
-  using Scalar = float;
-  using Vec = VecF;
-  static constexpr int kLanes = kFloats;
-};
-template <>
-struct Accumulate<double> {
-  using Scalar = double;
-  using Vec = VecD;
-  static constexpr int kLanes = kDoubles;
-};
-template <class T>
-using Acc = typename Accumulate<T>::Scalar;
-template <class T>
-using Vec = typename Accumulate<T>::Vec;
-
-template <class V>
-inline V splat(decltype(V{}[0] + V{}[0]) x) {
-  return V{} + x;
-}
-
-// ---- half types ---------------------------------------------------------------------------------------------------
-
-inline VecF widen(VecH h, BFloat16) {
-  const VecU u = __builtin_convertvector(h, VecU) << 16;
-  VecF f;
-  std::memcpy(&f, &u, sizeof f);
-  return f;
-}
-
-// f rounded to nearest even in its upper 16 bits; of NaN all bits are set, so that it stays NaN.
-inline VecU rounded_bits(VecF f) {
-  VecU u;
-  std::memcpy(&u, &f, sizeof u);
-  return (u + 0x7fffu + ((u >> 16) & 1u)) | (VecU)(f != f);
-}
-
-inline VecH narrow(VecF f, BFloat16) { return __builtin_convertvector(rounded_bits(f) >> 16, VecH); }
-
-#if TSE_ISA == 2
-inline VecF widen(VecH h, Half) { return (VecF)_mm512_cvtph_ps((__m256i)h); }
-inline VecH narrow(VecF f, Half) {
-  return (VecH)_mm512_cvtps_ph((__m512)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-#elif TSE_ISA == 1
-inline VecF widen(VecH h, Half) { return (VecF)_mm256_cvtph_ps((__m128i)h); }
-inline VecH narrow(VecF f, Half) {
-  return (VecH)_mm256_cvtps_ph((__m256)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+#if defined(TSE_VEC_INL_H) == defined(TSE_ISA_TOGGLE)
+#ifdef TSE_VEC_INL_H
+#undef TSE_VEC_INL_H
 #else
-inline VecF widen(VecH h, Half) {
-  // Exponent and mantissa moved to float's place, then the exponent's bias corrected by a multiplication, which also
-  // normalises subnormals; infinity and NaN get the full exponent back.
-  const VecU u = __builtin_convertvector(h, VecU);
-  const VecU magnitude = (u & 0x7fffu) << 13;
-  VecF f;
-  std::memcpy(&f, &magnitude, sizeof f);
-  f *= 0x1p112f;
-  VecU bits;
-  std::memcpy(&bits, &f, sizeof bits);
-  bits |= (VecU)((u & 0x7c00u) == 0x7c00u) & 0x7f800000u;
-  bits |= (u & 0x8000u) << 16;
-  std::memcpy(&f, &bits, sizeof f);
-  return f;
-}
-
-inline VecH narrow(VecF f, Half) {
-  VecU u;
-  std::memcpy(&u, &f, sizeof u);
-  const VecU sign = (u >> 16) & 0x8000u;
-  u &= 0x7fffffffu;
-  VecF magnitude;
-  std::memcpy(&magnitude, &u, sizeof magnitude);
-  // Below 2^-14 the result is subnormal: adding 0.5 lets float's own rounding cut at 2^-24.
-  const VecF shifted = magnitude + 0.5f;
-  VecU subnormal;
-  std::memcpy(&subnormal, &shifted, sizeof subnormal);
-  subnormal -= 0x3f000000u;
-  const VecU normal = (u - (112u << 23) + 0xfffu + ((u >> 13) & 1u)) >> 13;
-  const VecU is_small = (VecU)(magnitude < 0x1p-14f), is_huge = (VecU)(magnitude >= 65520.0f), is_nan = (VecU)(f != f);
-  VecU h = (subnormal & is_small) | (normal & ~is_small);
-  h = (h & ~is_huge) | (is_huge & 0x7c00u);
-  h = (h & ~is_nan) | (is_nan & 0x7e00u);
-  return __builtin_convertvector(h | sign, VecH);
-}
+#define TSE_VEC_INL_H
 #endif
+#include "common/cpu/half-inl.h"
 
 // ---- memory -------------------------------------------------------------------------------------------------------
 
 inline VecF load(const float* p) {
   VecF v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline VecU load(const uint32_t* p) {
-  VecU v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
@@ -135,7 +29,6 @@ inline VecF load(const T* p) {
 
 inline void store(float* p, VecF v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double* p, VecD v) { std::memcpy(p, &v, sizeof v); }
-inline void store(uint32_t* p, VecU v) { std::memcpy(p, &v, sizeof v); }
 template <class T>
 inline void store(T* p, VecF v) {
   const VecH h = narrow(v, T{});
@@ -164,13 +57,7 @@ inline auto lanes_but(int64_t lane) {
   return numbers != numbers - numbers + decltype(numbers[0] + 0)(lane);
 }
 
-// The first `count` lanes, and 0 after them.
-template <class V>
-inline V first_lanes(V v, int64_t count) {
-  return lanes_before<V>(count) ? v : V{};
-}
-
-// At most a vector; memcpy of a size that is not known is a call.
+// Less than two vectors; memcpy of a size that is not known is a call.
 template <class T>
 inline void copy_part(T* to, const T* from, int64_t count) {
 #pragma GCC unroll 5
@@ -182,7 +69,7 @@ inline void copy_part(T* to, const T* from, int64_t count) {
   }
 }
 
-// The first `count` lanes; the others are `fill`, and nothing behind the row is read or written.
+// The first `count` lanes; in load_part the others are `fill`, and nothing after them is read or written.
 template <class T>
 inline Vec<T> load_part(const T* p, int64_t count, Acc<T> fill) {
   T buffer[Accumulate<T>::kLanes] = {};
@@ -209,18 +96,21 @@ inline VecF load_part(const float* p, int64_t count, float fill) {
 }
 #endif
 
-template <class T>
-inline void prefetch(const T* p, int64_t count) {
-  const char* bytes = reinterpret_cast<const char*>(p);
-  for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(bytes + i);
-}
-
-// Two vectors of neighbouring elements. Which lane holds which element is the type's own affair: bf16 is cheapest by
-// even and odd elements, which need no shuffle. store2 puts back what load2 took.
+// Two vectors of contiguous elements. Of bf16, a holds the even elements and b the odd ones, which needs no shuffle; of
+// the other types, a holds the first half. store2 puts back what load2 took.
 template <class V>
 struct Pair {
   V a, b;
 };
+template <class T>
+constexpr bool kEvenOdd = std::is_same_v<T, BFloat16>;
+// Which elements the lanes of a pair hold.
+template <class T>
+inline auto pair_numbers() {
+  const auto lane = lane_numbers<Vec<T>>();
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  return kEvenOdd<T> ? Pair<decltype(lane + 0)>{lane * 2, lane * 2 + 1} : Pair<decltype(lane + 0)>{lane, lane + kLanes};
+}
 template <class T>
 inline Pair<Vec<T>> load2(const T* p) {
   return {load(p), load(p + Accumulate<T>::kLanes)};
@@ -244,47 +134,31 @@ inline void store2(BFloat16* p, Pair<VecF> v) {
   std::memcpy(p, &u, sizeof u);
 }
 
-// Calls add(k, i, v, count, used) for the vectors v of a row, whose elements begin at i, k being one of four sums that
-// take turns. Of the last vector the elements after `count` are -inf. used: which lanes count, all but those and the
-// element `own`, if there is one. The two vectors of a pair hold what load2's do.
-struct AllLanes {};
-template <class V>
-inline V chosen(AllLanes, V v) {
-  return v;
+// The first `count` elements of a pair; in load2_part the others are `fill`, and nothing after them is read or written.
+template <class T>
+inline Pair<Vec<T>> load2_part(const T* p, int64_t count, Acc<T> fill) {
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  if (count >= kLanes) return {load(p), load_part(p + kLanes, count - kLanes, fill)};
+  return {load_part(p, count, fill), splat<Vec<T>>(fill)};
 }
-template <class Lanes, class V>
-inline V chosen(Lanes used, V v) {
-  return used ? v : V{};
+template <class T>
+inline void store2_part(T* p, int64_t count, Pair<Vec<T>> v) {
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  if (count < kLanes) return store_part(p, count, v.a);
+  store(p, v.a);
+  store_part(p + kLanes, count - kLanes, v.b);
 }
-template <class T, class Add>
-[[gnu::always_inline]] inline void for_vectors(const T* x, int64_t n, int64_t own, const Add& add) {
-  constexpr int kLanes = Accumulate<T>::kLanes, kGroup = 4 * kLanes;
-  constexpr bool kEvenOdd = std::is_same_v<T, BFloat16>;
-  const auto whole = [&](int k, int64_t i) {
-    const Pair<Vec<T>> v = load2(x + i);
-    add(k, i, v.a, kLanes, AllLanes{});
-    add(k + 1, i + kLanes, v.b, kLanes, AllLanes{});
-  };
-  const auto without_own = [&](int k, int64_t i) {
-    const Pair<Vec<T>> v = load2(x + i);
-    const int64_t at = own - i;
-    add(k, i, v.a, kLanes, lanes_but<Vec<T>>(!kEvenOdd ? at : (at & 1) == 0 ? at >> 1 : -1));
-    add(k + 1, i + kLanes, v.b, kLanes, lanes_but<Vec<T>>(!kEvenOdd ? at - kLanes : (at & 1) != 0 ? at >> 1 : -1));
-  };
-  if (own < 0 || own >= n) own = -1;
-  const int64_t groups = n / kGroup * kGroup, special = own < 0 || own >= groups ? groups : own / kGroup * kGroup;
-  int64_t i = 0;
-  for (; i < special; i += kGroup) whole(0, i), whole(2, i + 2 * kLanes);
-  if (special < groups) {
-    without_own(0, i), without_own(2, i + 2 * kLanes);
-    for (i += kGroup; i < groups; i += kGroup) whole(0, i), whole(2, i + 2 * kLanes);
-  }
-  if (i + 2 * kLanes <= n) without_own(0, i), i += 2 * kLanes;
-  for (; i < n; i += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, n - i);
-    const Vec<T> v = count == kLanes ? load(x + i) : load_part(x + i, count, -std::numeric_limits<Acc<T>>::infinity());
-    add(0, i, v, count, lanes_before<Vec<T>>(count) & lanes_but<Vec<T>>(own - i));
-  }
+inline Pair<VecF> load2_part(const BFloat16* p, int64_t count, float fill) {
+  BFloat16 buffer[2 * kFloats] = {};
+  copy_part(buffer, p, count);
+  const Pair<VecF> v = load2(buffer);
+  const auto at = pair_numbers<BFloat16>();
+  return {at.a < int(count) ? v.a : splat<VecF>(fill), at.b < int(count) ? v.b : splat<VecF>(fill)};
+}
+inline void store2_part(BFloat16* p, int64_t count, Pair<VecF> v) {
+  BFloat16 buffer[2 * kFloats];
+  store2(buffer, v);
+  copy_part(p, buffer, count);
 }
 
 inline float load_one(const float* p) { return *p; }
@@ -336,16 +210,6 @@ inline V ceil(V x) {
 }
 #endif
 
-template <class V>
-inline V bits_and(V a, V b) {
-  decltype(a > b) i, j;
-  std::memcpy(&i, &a, sizeof i);
-  std::memcpy(&j, &b, sizeof j);
-  i &= j;
-  std::memcpy(&a, &i, sizeof a);
-  return a;
-}
-
 // x · y - m with one rounding (two without FMA).
 #if TSE_ISA == 0
 template <class V>
@@ -363,6 +227,13 @@ inline VecD multiply_subtract(VecD x, VecD y, VecD m) {
   return (VecD)_mm512_fmsub_pd((__m512d)x, (__m512d)y, (__m512d)m);
 }
 #endif
+
+// x · y, rounded: the compiler does not contract it with an addition that follows, which would give other bits in one
+// loop than in the next.
+template <class V>
+inline V rounded_product(V x, V y) {
+  return multiply_subtract(x, y, V{});
+}
 
 // 2^t for logits of type T: an exponent i near t, and a minimax polynomial for 2^f of the rest f, of relative error
 // 1e-7, and one degree less, 3e-6, for half types; exactly 1 at 0, which is where a row's largest term is. -inf gives
@@ -506,3 +377,4 @@ inline Acc<T> block_max(const T* x, int64_t n) {
   for (; i < n; i += kLanes) m0 = vmax(i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, low), m0);
   return reduce_max(vmax(m0, m1));
 }
+#endif

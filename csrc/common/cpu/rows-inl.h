@@ -1,0 +1,175 @@
+// The two ways to walk rows. [per ISA]
+//
+// row: vectors along one contiguous row. Each walk has one loop over pairs of vectors and one over what is left.
+// lanes: kLanes rows at once, one in each lane of a vector, class by class; in any layout. Best for short rows, whose
+// cost per row is most of their cost, and where neighbouring rows are contiguous, as the pixels of an image are.
+// Operators that only have the first copy other layouts into contiguous rows, a Tile at a time.
+#if defined(TSE_ROWS_INL_H) == defined(TSE_ISA_TOGGLE)
+#ifdef TSE_ROWS_INL_H
+#undef TSE_ROWS_INL_H
+#else
+#define TSE_ROWS_INL_H
+#endif
+#include "common/cpu/tile-inl.h"
+
+// ---- row ------------------------------------------------------------------------------------------------------------
+
+// The vector v in the lanes `used`, else 0.
+struct AllLanes {};
+template <class V>
+inline V chosen(AllLanes, V v) {
+  return v;
+}
+template <class Lanes, class V>
+inline V chosen(Lanes used, V v) {
+  return used ? v : V{};
+}
+
+// Calls add(k, v, i, used) for the vectors v of a row: `used` are the lanes that count, all but those after the row's
+// end, which hold -inf, and the element `own`, if there is one. k is the sum, one of four, that v belongs to. Vectors k
+// and k + 1 are those of load2 at i.
+template <class T, class Add>
+[[gnu::always_inline]] inline void for_vectors(const T* x, int64_t n, int64_t own, const Add& add) {
+  constexpr int kLanes = Accumulate<T>::kLanes, kPair = 2 * kLanes, kGroup = 2 * kPair;
+  const auto whole = [&](int k, int64_t i) {
+    const Pair<Vec<T>> v = load2(x + i);
+    add(k, v.a, i, AllLanes{});
+    add(k + 1, v.b, i, AllLanes{});
+  };
+  const auto without_own = [&](int k, int64_t i) {
+    const int64_t count = std::min<int64_t>(kPair, n - i);
+    const Pair<Vec<T>> v =
+        count == kPair ? load2(x + i) : load2_part(x + i, count, -std::numeric_limits<Acc<T>>::infinity());
+    const auto at = pair_numbers<T>();
+    using Number = decltype(at.a[0] + 0);
+    const Number end = count, excluded = own - i;
+    add(k, v.a, i, (at.a < end) & (at.a != excluded));
+    add(k + 1, v.b, i, (at.b < end) & (at.b != excluded));
+  };
+  if (own < 0 || own >= n) own = -kGroup;
+  const int64_t groups = n / kGroup * kGroup, special = own < 0 || own >= groups ? groups : own / kGroup * kGroup;
+  int64_t i = 0;
+  for (; i < special; i += kGroup) whole(0, i), whole(2, i + kPair);
+  if (special < groups) {
+    without_own(0, i), without_own(2, i + kPair);
+    for (i += kGroup; i < groups; i += kGroup) whole(0, i), whole(2, i + kPair);
+  }
+  if (i < n) without_own(0, i);
+  if (i + kPair < n) without_own(2, i + kPair);
+}
+
+// Vectors as for_vectors hands them out, kept for a second walk; room for a whole pair at the end.
+template <class A>
+struct Kept {
+  const A* p;
+  Kept operator+(int64_t i) const { return {p + i}; }
+};
+template <class A>
+inline auto load2(Kept<A> kept) {
+  return load2(kept.p);
+}
+template <class A, class Fill>
+inline auto load2_part(Kept<A> kept, int64_t, Fill) {
+  return load2(kept.p);
+}
+
+// y[i] = f(x[i]…), by vectors; inputs are rows or Kept.
+template <class T, class F, class... X>
+[[gnu::always_inline]] inline void map_row(T* y, int64_t n, const F& f, const X... x) {
+  constexpr int kPair = 2 * Accumulate<T>::kLanes;
+  const auto both = [&](auto... v) { return Pair<Vec<T>>{f(v.a...), f(v.b...)}; };
+  int64_t i = 0;
+  for (; i + kPair <= n; i += kPair) store2(y + i, both(load2(x + i)...));
+  if (i < n) store2_part(y + i, n - i, both(load2_part(x + i, n - i, Acc<T>(0))...));
+}
+
+// ---- lanes ----------------------------------------------------------------------------------------------------------
+
+// Where a group of rows begins; the tensors of a call have the same outer and inner.
+struct Position {
+  int64_t outer, inner;
+  int64_t in(const Rows& rows) const { return outer * rows.stride_outer + inner * rows.stride_inner; }
+};
+
+// Calls f(row, count, position) for groups of up to kLanes rows that have one stride. one_run: all rows have.
+template <int kLanes, class F>
+[[gnu::always_inline]] inline void for_each_lanes(const Rows& rows, bool one_run, int64_t begin, int64_t end,
+                                                  const F& f) {
+  const int64_t run = one_run ? row_count(rows) : rows.inner;
+  Position at = {begin / run, begin % run};
+  for (int64_t row = begin, count; row < end; row += count) {
+    count = std::min<int64_t>({kLanes, end - row, run - at.inner});
+    f(row, count, at);
+    at.inner += count;
+    if (at.inner == run) at = {at.outer + 1, 0};
+  }
+}
+
+// Class c of `count` rows, the first of them at x; 0 in the other lanes.
+template <class T>
+[[gnu::always_inline]] inline Vec<T> load_class(const T* x, const Rows& rows, int64_t c, int64_t count) {
+  x += c * rows.stride_n;
+  if (rows.stride_inner == 1 && count == Accumulate<T>::kLanes) return load(x);
+  if (rows.stride_inner == 1) return load_part(x, count, Acc<T>(0));
+  Vec<T> v = {};
+  for (int64_t i = 0; i < count; ++i) v[i] = load_one(x + i * rows.stride_inner);
+  return v;
+}
+template <class T>
+[[gnu::always_inline]] inline void store_class(T* x, const Rows& rows, int64_t c, int64_t count, Vec<T> v) {
+  x += c * rows.stride_n;
+  if (rows.stride_inner == 1 && count == Accumulate<T>::kLanes) return store(x, v);
+  if (rows.stride_inner == 1) return store_part(x, count, v);
+  for (int64_t i = 0; i < count; ++i) store_one(x + i * rows.stride_inner, v[i]);
+}
+
+// z[c] = class c < n of `count` rows; room for n rounded up to whole vectors.
+template <class T>
+[[gnu::flatten]] inline void load_lanes(const T* x, const Rows& rows, int64_t n, int64_t count, Vec<T>* z) {
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  if (rows.stride_n != 1) {
+    const int64_t stride = rows.stride_n;
+    if (rows.stride_inner == 1 && count == kLanes)
+      for (int64_t c = 0; c < n; ++c) z[c] = load(x + c * stride);
+    else
+      for (int64_t c = 0; c < n; ++c) z[c] = load_class(x, rows, c, count);
+    return;
+  }
+  const T* row[kLanes];
+  for (int i = 0; i < kLanes; ++i) row[i] = i == 0 ? x : i < count ? row[i - 1] + rows.stride_inner : row[i - 1];
+  for (int64_t c = 0; c < n; c += kLanes) {
+    Vec<T> square[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      const T* from = row[i] + c;
+      square[i] = c + kLanes <= n ? load(from) : load_part(from, n - c, Acc<T>(0));
+    }
+    transpose(square);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) z[c + i] = square[i];
+  }
+}
+template <class T>
+[[gnu::flatten]] inline void store_lanes(T* x, const Rows& rows, int64_t n, int64_t count, const Vec<T>* z) {
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  if (rows.stride_n != 1) {
+    const int64_t stride = rows.stride_n;
+    if (rows.stride_inner == 1 && count == kLanes)
+      for (int64_t c = 0; c < n; ++c) store(x + c * stride, z[c]);
+    else
+      for (int64_t c = 0; c < n; ++c) store_class(x, rows, c, count, z[c]);
+    return;
+  }
+  for (int64_t c = 0; c < n; c += kLanes) {
+    Vec<T> square[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) square[i] = z[c + i];
+    transpose(square);
+    for (int64_t i = 0; i < count; ++i) {
+      T* to = x + i * rows.stride_inner + c;
+      if (c + kLanes <= n) store(to, square[i]);
+      else store_part(to, n - c, square[i]);
+    }
+  }
+}
+#endif
