@@ -114,6 +114,14 @@ def test_documentation_of_the_operator(spec):
         assert f"{argument.name}:" in spec.op.__doc__, f"{argument.name} is not documented"
 
 
+def test_long_files_say_why():
+    """400 lines of C++ and 300 of Python are an alarm. A longer file gives its reason in its head: "Long: …"."""
+    files = [*FILES, *(ROOT / "torch_softmax_ext").rglob("*.py")]
+    for path in files:
+        lines = path.read_text().splitlines()
+        assert len(lines) <= (300 if path.suffix == ".py" else 400) or "Long:" in "".join(lines[:15]), path
+
+
 def test_no_module_shadows_a_public_name():
     modules = {m.name for m in pkgutil.iter_modules(tse.__path__)}
     assert not modules & set(tse.__all__)
