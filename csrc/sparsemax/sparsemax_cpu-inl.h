@@ -162,49 +162,25 @@ inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candida
 
 template <class T>
 void fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
-  const T* input = static_cast<const T*>(p.input);
-  T* output = static_cast<T*>(p.output);
   const int64_t n = p.rows.n;
   Candidates<Acc<T>> candidates(n > kShort ? n : 0);
-  if (p.rows.stride_n == 1 && p.output_rows.stride_n == 1) {
-    const auto x = [&](int64_t row) { return input + row_offset(p.rows, row); };
-    const auto y = [&](int64_t row) { return output + row_offset(p.output_rows, row); };
-    return sparsemax_rows<T>(x, y, begin, end, n, candidates);
-  }
-  const int64_t most = std::min(p.rows.inner, end - begin);
-  const Tile<T> from(n, most, 2), to(n, most, 2);
-  for (int64_t row = begin, count; row < end; row += count) {
-    count = std::min<int64_t>({from.rows, end - row, p.rows.inner - row % p.rows.inner});
-    from.gather(input + row_offset(p.rows, row), p.rows, count);
-    sparsemax_rows<T>([&](int64_t i) { return from.row(i); }, [&](int64_t i) { return to.row(i); }, 0, count, n,
-                      candidates);
-    to.scatter(output + row_offset(p.output_rows, row), p.output_rows, count);
-  }
+  const auto rows = [&](int64_t first, int64_t last, const auto& y, const auto& x) {
+    sparsemax_rows<T>(x, y, first, last, n, candidates);
+  };
+  for_each_row(begin, end, rows, RowAt<T>{static_cast<T*>(p.output), p.output_rows},
+               RowAt<const T>{static_cast<const T*>(p.input), p.rows});
 }
 
 template <class T>
 void bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
-  const T* output = static_cast<const T*>(p.output);
-  const T* grad_output = static_cast<const T*>(p.grad_output);
-  T* grad_input = static_cast<T*>(p.grad_input);
   const int64_t n = p.output_rows.n;
   Candidates<Acc<T>> candidates(n > kSumBlock ? n : 0);
-  if (p.output_rows.stride_n == 1 && p.grad_output_rows.stride_n == 1 && p.grad_input_rows.stride_n == 1) {
-    for (int64_t row = begin; row < end; ++row)
-      sparsemax_bwd_row(output + row_offset(p.output_rows, row), grad_output + row_offset(p.grad_output_rows, row),
-                        grad_input + row_offset(p.grad_input_rows, row), n, candidates);
-    return;
-  }
-  const int64_t most = std::min(p.output_rows.inner, end - begin);
-  const Tile<T> probabilities(n, most, 3), gradients(n, most, 3), results(n, most, 3);
-  for (int64_t row = begin, count; row < end; row += count) {
-    count = std::min<int64_t>({results.rows, end - row, p.output_rows.inner - row % p.output_rows.inner});
-    probabilities.gather(output + row_offset(p.output_rows, row), p.output_rows, count);
-    gradients.gather(grad_output + row_offset(p.grad_output_rows, row), p.grad_output_rows, count);
-    for (int64_t i = 0; i < count; ++i)
-      sparsemax_bwd_row(probabilities.row(i), gradients.row(i), results.row(i), n, candidates);
-    results.scatter(grad_input + row_offset(p.grad_input_rows, row), p.grad_input_rows, count);
-  }
+  const auto rows = [&](int64_t first, int64_t last, const auto& out, const auto& output, const auto& g) {
+    for (int64_t i = first; i < last; ++i) sparsemax_bwd_row(output(i), g(i), out(i), n, candidates);
+  };
+  for_each_row(begin, end, rows, RowAt<T>{static_cast<T*>(p.grad_input), p.grad_input_rows},
+               RowAt<const T>{static_cast<const T*>(p.output), p.output_rows},
+               RowAt<const T>{static_cast<const T*>(p.grad_output), p.grad_output_rows});
 }
 
 void sparsemax_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) { TSE_EACH_DTYPE(fwd_rows, p, begin, end) }

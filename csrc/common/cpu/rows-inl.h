@@ -83,6 +83,36 @@ template <class T, class F, class... X>
   if (i < n) store2_part(y + i, n - i, both(load2_part(x + i, n - i, Acc<T>(0))...));
 }
 
+// Row i of a tensor.
+template <class T>
+struct RowAt {
+  T* first;
+  Rows rows;
+  T* operator()(int64_t i) const { return first + row_offset(rows, i); }
+};
+
+// Calls f(first, last, y, x…) for rows [begin, end), a part at a time, in which y(i) and x(i)… are contiguous for
+// first <= i < last: the tensors' rows, or copies in tiles, of which y is written back.
+template <class T, class F, class... X>
+inline void for_each_row(int64_t begin, int64_t end, const F& f, const RowAt<T>& y, const X&... x) {
+  const bool contiguous = y.rows.stride_n == 1 && ((x.rows.stride_n == 1) && ...);
+  if (contiguous) return f(begin, end, y, x...);
+  constexpr int kTiles = 1 + sizeof...(X);
+  const int64_t n = y.rows.n, inner = y.rows.inner, most = std::min(inner, end - begin);
+  const Tile<T> to(n, most, kTiles), from[] = {(void(x), Tile<T>(n, most, kTiles))...};
+  for (int64_t row = begin, count; row < end; row += count) {
+    count = std::min<int64_t>({to.rows, end - row, inner - row % inner});
+    const Rows of_tile = {1, n, count, 0, 1, to.stride};
+    int k = 0;
+    const auto gathered = [&](const auto& x, const Tile<T>& tile) {
+      tile.gather(x(row), x.rows, count);
+      return RowAt<const T>{tile.row(0), of_tile};
+    };
+    f(0, count, RowAt<T>{to.row(0), of_tile}, gathered(x, from[k++])...);
+    to.scatter(y(row), y.rows, count);
+  }
+}
+
 // ---- lanes ----------------------------------------------------------------------------------------------------------
 
 // Where a group of rows begins; the tensors of a call have the same outer and inner.
