@@ -42,9 +42,15 @@ struct RowMap {
     return at::maybe_wrap_dim(dim, rank);
   }
 
+  // A map without a CUDA kernel takes torch's operators there.
+  static bool is_composed(const at::Tensor& t, const RowMapKernels& kernels) {
+    return kHasCuda && kernels.cuda == nullptr && use_cuda(t);
+  }
+
   static at::Tensor forward(const at::Tensor& input, int64_t dim) {
     dim = check(input, dim);
     const c10::OptionalDeviceGuard guard(input.device());
+    if (is_composed(input, Map::kForward)) return Map::composed(input, dim);
     const at::Tensor output = with_huge_pages(at::empty_like(input));
     if (input.is_meta() || input.numel() == 0) return output;
     const RowTensor x = as_rows(input, dim), y = as_rows(output, dim);
@@ -63,6 +69,7 @@ struct RowMap {
     dim = check(output, dim);
     check_handed(Map::kName, "grad_output", grad_output, output, output.scalar_type(), output.sym_sizes());
     const c10::OptionalDeviceGuard guard(output.device());
+    if (is_composed(output, Map::kBackward)) return Map::composed_backward(grad_output, output, dim);
     const at::Tensor grad_input = with_huge_pages(at::empty_like(output));
     if (output.is_meta() || output.numel() == 0) return grad_input;
     const RowTensor y = as_rows(output, dim), out = as_rows(grad_input, dim);

@@ -12,8 +12,6 @@
 #endif
 #include "cross_entropy/cross_entropy_batch-inl.h"
 
-constexpr int64_t kMostInLanes = 256;  // contiguous rows of more classes are walked row by row
-
 template <class T, bool kForward, bool kBackward, bool kGeneral>
 class LanesWalk {
   using A = Acc<T>;

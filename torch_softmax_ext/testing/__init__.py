@@ -1,15 +1,15 @@
 """One OpSpec per operator: all that tests and benchmarks need to know about it.
 
-A new operator adds a file here and its spec to ``SPECS``; it then has every test of ``tests/test_all_ops.py`` and a row
-in every benchmark.
+A new operator adds a file with its ``SPEC`` here. It then has every test of ``tests/test_all_ops.py`` and a row in each
+benchmark.
 """
 
-from torch_softmax_ext.testing.cross_entropy import SPEC as CROSS_ENTROPY
-from torch_softmax_ext.testing.linear_cross_entropy import SPEC as LINEAR_CROSS_ENTROPY
-from torch_softmax_ext.testing.selective_log_softmax import SPEC as SELECTIVE_LOG_SOFTMAX
-from torch_softmax_ext.testing.sparsemax import SPEC as SPARSEMAX
+import importlib
+import pkgutil
+
 from torch_softmax_ext.testing.spec import BenchShape, ErrorCase, OpSpec, Peer, Sample
 
-SPECS = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, SELECTIVE_LOG_SOFTMAX, SPARSEMAX)
+_files = (importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__))
+SPECS = tuple(sorted((f.SPEC for f in _files if hasattr(f, "SPEC")), key=lambda spec: spec.name))
 
 __all__ = ["SPECS", "BenchShape", "ErrorCase", "OpSpec", "Peer", "Sample"]

@@ -1,11 +1,10 @@
 """Specification of sparsemax."""
 
-import functools
-
 import torch
 
 import torch_softmax_ext as tse
-from torch_softmax_ext.testing.spec import BenchShape, OpSpec, Peer, Random, Sample, error_case
+from torch_softmax_ext.testing.row_maps import row_map_errors, row_map_samples
+from torch_softmax_ext.testing.spec import BenchShape, OpSpec, Peer, Random, Sample
 
 _INF = float("inf")
 
@@ -39,28 +38,8 @@ def _differentiable(input, dim=-1):
 
 
 def _samples(device, dtype):
-    logits = Random(device, dtype).normal
-    yield Sample("2d", logits(7, 10), small=True)
-    yield Sample("2d-dim0", logits(7, 10), (0,), small=True)
-    yield Sample("1d", logits(9), small=True)
-    yield Sample("scalar", logits(), small=True)
-    yield Sample("3d-middle", logits(3, 4, 5), (1,), small=True)
-    yield Sample("4d", logits(2, 3, 4, 5), (-2,), small=True)
-    yield Sample("keyword", logits(3, 8), (), {"dim": 0}, small=True)
-    yield Sample("one-element", logits(4, 1), small=True)
-    yield Sample("no-rows", logits(0, 5))
-    yield Sample("no-elements", logits(3, 0))
-    yield Sample("attention", logits(2, 3, 16, 64))
-
-    yield Sample("channels-last", logits(2, 6, 3, 5).to(memory_format=torch.channels_last), (1,))
-    yield Sample("transposed", logits(12, 40).t())
-    yield Sample("every-other", logits(7, 20)[:, ::2])
-    yield Sample("every-other-row", logits(14, 33)[::2])
-    yield Sample("expanded-rows", logits(1, 33).expand(7, 33))
-    yield Sample("expanded-elements", logits(7, 1).expand(7, 5))
-    yield Sample("permuted", logits(3, 5, 2, 4).permute(2, 1, 3, 0), (1,))
-    yield Sample("misaligned", logits(5 * 37 + 1)[1:].view(5, 37))
-
+    yield from row_map_samples(device, dtype)
+    logits = Random(device, dtype, seed=1).normal
     yield Sample("wide", logits(3, 5000))
     yield Sample("widest", logits(2, 131072))
     yield Sample("wide-support", logits(2, 20000, scale=1e-4 if dtype == torch.float64 else 1e-2))
@@ -83,27 +62,6 @@ def _samples(device, dtype):
     spaced[:, ::32] += 3
     yield Sample("spaced-support", spaced)
     yield Sample("half-support", logits(20, 512, scale=0.05))
-    yield Sample("all-equal", torch.full((3, 300), 3e4, dtype=dtype, device=device))
-    holes = logits(4, 40)
-    holes[:, ::3] = -_INF
-    yield Sample("minus-inf", holes)
-    masked = logits(3, 40)
-    masked[1] = -_INF
-    yield Sample("masked-row", masked)
-    for n in (100, 5000):
-        masked = logits(3, n)
-        masked[1] = -_INF
-        yield Sample(f"masked-row-of-{n}", masked)
-    broken = logits(4, 600)
-    broken[0, 500] = float("nan")
-    broken[2, 3] = _INF
-    yield Sample("nan-inf", broken, finite=False)
-    for n in (3000, 5000):
-        late = logits(4, n)
-        late[0, n - 100] = float("nan")
-        late[1, n - 1000] = _INF
-        late[2, : n - 1000] = -_INF
-        yield Sample(f"late-nan-inf-{n}", late, finite=False)
     for n in (512, 4096):
         window = torch.full((2, n), -_INF, dtype=dtype, device=device)
         window[:, 20:120] = logits(2, 100, scale=1e-3) - 2
@@ -133,16 +91,6 @@ def _samples(device, dtype):
     yield Sample("tied-columns-of-100000", torch.ones(100000, 2, dtype=dtype, device=device), (0,))
     yield Sample("flat-of-200000", logits(2, 200000, scale=flat / 100))
     yield Sample("tied-of-200000", torch.ones(2, 200000, dtype=dtype, device=device))
-
-
-def _errors():
-    error = functools.partial(error_case, tse.sparsemax)
-    x = torch.zeros(2, 3)
-    yield error("dim", IndexError, r"dim: expected a dimension in \[-2, 1\].* got 2", x, 2)
-    yield error("dim-negative", IndexError, r"dim: .* got -3", x, -3)
-    yield error("integer", NotImplementedError, r"input: expected float32.* got Long", x.long())
-    yield error("float-dim", TypeError, r"dim: expected int", x, 1.0)
-    yield error("complex", NotImplementedError, r"input: expected float32.* got ComplexFloat", x + 0j)
 
 
 def _bench_shapes():
@@ -186,7 +134,7 @@ SPEC = OpSpec(
     reference=_reference,
     torch_op=_reference,
     samples=_samples,
-    errors=tuple(_errors()),
+    errors=tuple(row_map_errors(tse.sparsemax)),
     bench_shapes=tuple(_bench_shapes()),
     bench_cuda_shapes=tuple(_bench_cuda_shapes()),
     bench_args=lambda x: (),

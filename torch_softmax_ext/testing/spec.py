@@ -120,7 +120,7 @@ class OpSpec:
     saves_output: bool = False  # True: backward reads the result; False: it reads the input
     batch_invariant: bool = True  # False: matrix products, whose sums depend on shape, alignment and threads
     autocasts: bool = False  # True: computes in the dtype of autocast
-    has_kernels: bool = True  # False: computes with those of other operators
+    has_kernels: bool = True  # False: has no CUDA kernels of its own
 
     # What benchmarks measure.
     bench_shapes: tuple[BenchShape, ...]

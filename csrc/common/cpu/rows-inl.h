@@ -113,7 +113,29 @@ inline void for_each_row(int64_t begin, int64_t end, const F& f, const RowAt<T>&
   }
 }
 
+// Σ f(x[i]…) over a row; sums of a block are in the type, and blocks are joined in double. f of zeros must be 0.
+template <class T, class F>
+[[gnu::always_inline]] inline double sum_row(int64_t n, const F& f, const T* x, const T* y) {
+  constexpr int kPair = 2 * Accumulate<T>::kLanes;
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += 1024) {
+    const int64_t end = std::min<int64_t>(begin + 1024, n);
+    Vec<T> sum[2] = {};
+    for (int64_t i = begin; i < end; i += kPair) {
+      const bool whole = i + kPair <= end;
+      const auto a = whole ? load2(x + i) : load2_part(x + i, end - i, Acc<T>(0));
+      const auto b = whole ? load2(y + i) : load2_part(y + i, end - i, Acc<T>(0));
+      sum[0] += f(a.a, b.a);
+      sum[1] += f(a.b, b.b);
+    }
+    total += double(reduce_add(sum[0] + sum[1]));
+  }
+  return total;
+}
+
 // ---- lanes ----------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kMostInLanes = 256;  // contiguous rows of more elements are walked one by one
 
 // Where a group of rows begins; the tensors of a call have the same outer and inner.
 struct Position {
