@@ -12,15 +12,18 @@
 // The loops that are long in vector arithmetic are [[gnu::flatten]]: no vector register outlives a call, and g++ stops
 // inlining where a file has grown by two fifths, at whichever function it then is (-Winline).
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
 #include "common/cpu/isa.h"
+#include "common/exp_sum.h"
 #include "common/types.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)

@@ -108,7 +108,8 @@ inline void for_each_row(int64_t begin, int64_t end, const F& f, const RowAt<T>&
       tile.gather(x(row), x.rows, count);
       return RowAt<const T>{tile.row(0), of_tile};
     };
-    f(0, count, RowAt<T>{to.row(0), of_tile}, gathered(x, from[k++])...);
+    const std::array<RowAt<const T>, sizeof...(X)> rows = {gathered(x, from[k++])...};
+    std::apply([&](const auto&... in) { f(0, count, RowAt<T>{to.row(0), of_tile}, in...); }, rows);
     to.scatter(y(row), y.rows, count);
   }
 }
