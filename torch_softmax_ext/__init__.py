@@ -13,6 +13,7 @@ from torch_softmax_ext._cross_entropy import (  # noqa: E402
 )
 from torch_softmax_ext._linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy  # noqa: E402
 from torch_softmax_ext._selective_log_softmax import selective_log_softmax  # noqa: E402
+from torch_softmax_ext._softmax import Softmax, softmax  # noqa: E402
 from torch_softmax_ext._sparsemax import Sparsemax, sparsemax  # noqa: E402
 
 _dtensor.register()  # once every row map is known
@@ -21,11 +22,13 @@ __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyMetrics",
     "LinearCrossEntropyLoss",
+    "Softmax",
     "Sparsemax",
     "cross_entropy",
     "cross_entropy_with_metrics",
     "linear_cross_entropy",
     "selective_log_softmax",
+    "softmax",
     "sparsemax",
 ]
 __version__ = "0.1.0"
