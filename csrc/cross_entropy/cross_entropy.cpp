@@ -62,9 +62,9 @@ struct Layouts {
       target = class_indices(target_).contiguous();
     }
     if (options.weight.has_value()) weight = options.weight->to(accumulate_type(logits.scalar_type())).contiguous();
-    const bool columns = input.rows.stride_inner == 1 && input.tensor.is_non_overlapping_and_dense() &&
-                         !contiguous_classes && input.rows.n <= std::numeric_limits<int32_t>::max();
-    if (input.rows.stride_n != 1 && !columns)
+    const bool columns = input.rows.stride_inner == 1 && input.tensor.is_non_overlapping_and_dense();
+    contiguous_classes |= input.rows.n > std::numeric_limits<int32_t>::max();
+    if (input.rows.stride_n != 1 && (contiguous_classes || !columns))
       input = as_rows(contiguous_classes ? classes_last(logits) : input.tensor.contiguous(), dim);
     if (!target.defined()) {
       probabilities = as_rows(target_, dim);
@@ -152,14 +152,6 @@ c10::SymDimVector row_sizes(const at::Tensor& input, const at::Tensor& target) {
   return sizes;
 }
 
-// CUDA: the device guesses a grad_output that the caller does not know, if the kernels write into the tensor that the
-// caller gets.
-void set_assumed(CrossEntropyParams& p, const Layouts& layouts, std::optional<double> grad_output, bool in_place) {
-  p.assumed = grad_output.has_value() ? Assumed::kFixed : in_place ? Assumed::kGuessedOrOne : Assumed::kGuessed;
-  p.fixed_grad_output = grad_output.value_or(0);
-  if (p.assumed == Assumed::kGuessed && !layouts.is_direct()) p.assumed = Assumed::kNone;
-}
-
 // The results of forward, to be filled in. Sizes may be symbolic.
 CrossEntropyResult allocated(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options,
                              bool metrics) {
@@ -178,6 +170,11 @@ CrossEntropyResult allocated(const at::Tensor& input, const at::Tensor& target, 
     r.z_loss = at::empty_like(r.loss);
   }
   return r;
+}
+
+// CPU: the number of targets that count. One that is no class raises.
+double count_targets(const at::Tensor& indices, const at::Tensor& input, const CrossEntropyOptions& options) {
+  return count_classes(kOp, "target", indices, input.size(class_dim(input)), options.ignore_index);
 }
 
 CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options,
@@ -203,7 +200,11 @@ CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target
     p.z_loss = reduce ? r.z_loss.zero_().mutable_data_ptr() : nullptr;
   }
   if (use_cuda(input)) {
-    if (gradient != Gradient::kNone) set_assumed(p, layouts, grad_output, gradient == Gradient::kInPlace);
+    // A grad_output that the caller does not know, the device guesses: where the kernels write what the caller gets.
+    p.fixed_grad_output = grad_output.value_or(0);
+    if (gradient == Gradient::kInPlace) p.assumed = Assumed::kGuessedOrOne;
+    else if (gradient == Gradient::kNew && layouts.is_direct()) p.assumed = Assumed::kGuessed;
+    if (gradient != Gradient::kNone && grad_output.has_value()) p.assumed = Assumed::kFixed;
     if constexpr (kHasCuda) {
       const int64_t bytes = cross_entropy_scratch(p);
       at::Tensor sums;
@@ -214,25 +215,15 @@ CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target
     if (p.assumed != Assumed::kNone) r.grad_input = layouts.finished_grad();
     return r;
   }
+  p.total_weight[1] = layouts.target.defined() ? count_targets(layouts.target, input, options)
+                      : p.rows.n == 0          ? 0  // of no classes the mean is NaN
+                                               : double(row_count(p.rows));
   const double factor = grad_output.value_or(0);
   const float factor32 = float(factor);
   p.grad_output = p.dtype == DType::kFloat64 ? static_cast<const void*>(&factor) : &factor32;
   run_cross_entropy_fwd(p, /*with_gradient=*/gradient != Gradient::kNone);
   if (gradient != Gradient::kNone) r.grad_input = layouts.finished_grad();
   return r;
-}
-
-void check_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse, const at::Tensor& input,
-                    const at::Tensor& target, const at::Tensor& stats, const CrossEntropyOptions& options) {
-  check_cross_entropy(input, target, options);
-  if (target.is_floating_point()) check_handed(kOp, "target", target, input, input.scalar_type(), input.sym_sizes());
-  const auto type = accumulate_type(input.scalar_type());
-  const auto sizes = row_sizes(input, target);
-  const bool reduce = parse_reduction(kOp, options.reduction) != Reduction::kNone;
-  check_handed(kOp, "grad_output", grad_output, input, type, reduce ? c10::SymIntArrayRef() : sizes);
-  if (grad_lse.has_value()) check_handed(kOp, "grad_lse", *grad_lse, input, type, sizes);
-  const c10::SymInt size = stats_size(sizes, type == at::kDouble, has_mass(target, options), reduce);
-  check_handed(kOp, "stats", stats, input, at::kDouble, {&size, 1});
 }
 
 }  // namespace
@@ -246,12 +237,18 @@ std::tuple<at::Tensor, at::Tensor> cross_entropy_forward(const at::Tensor& input
 at::Tensor cross_entropy_backward(const at::Tensor& grad_output, const OptionalTensor& grad_lse,
                                   const at::Tensor& input, const at::Tensor& target, const at::Tensor& stats,
                                   const CrossEntropyOptions& options) {
-  check_backward(grad_output, grad_lse, input, target, stats, options);
+  check_cross_entropy(input, target, options);
+  if (target.is_floating_point()) check_handed(kOp, "target", target, input, input.scalar_type(), input.sym_sizes());
+  const auto type = accumulate_type(input.scalar_type());
+  const auto sizes = row_sizes(input, target);
+  const bool reduce = parse_reduction(kOp, options.reduction) != Reduction::kNone;
+  check_handed(kOp, "grad_output", grad_output, input, type, reduce ? c10::SymIntArrayRef() : sizes);
+  if (grad_lse.has_value()) check_handed(kOp, "grad_lse", *grad_lse, input, type, sizes);
+  const c10::SymInt size = stats_size(sizes, type == at::kDouble, has_mass(target, options), reduce);
+  check_handed(kOp, "stats", stats, input, at::kDouble, {&size, 1});
   if (input.is_meta()) return at::empty_like(input);
-  if (!use_cuda(input) && !target.is_floating_point()) {
-    count_classes(kOp, "target", class_indices(target).contiguous(), input.size(class_dim(input)),
-                  options.ignore_index);
-  }
+  if (!use_cuda(input) && !target.is_floating_point())
+    count_targets(class_indices(target).contiguous(), input, options);
   return cross_entropy_gradient(grad_output, grad_lse, input, target, stats.contiguous(), options);
 }
 
@@ -306,7 +303,7 @@ at::Tensor cross_entropy_gradient(const at::Tensor& grad_output, const OptionalT
   if (use_cuda(input)) {
     if constexpr (kHasCuda) launch_cross_entropy_bwd(p, current_stream(input));
   } else {
-    run_rows(p, /*forward=*/false, /*backward=*/true);
+    run_cross_entropy_rows(p, /*forward=*/false, /*backward=*/true);
   }
   return layouts.finished_grad();
 }

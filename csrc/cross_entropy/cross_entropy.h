@@ -143,11 +143,9 @@ TSE_HOST_DEVICE inline GradFactors grad_factors(const CrossEntropyParams& p, int
   return grad_factors<A>(p, row, lse, row_grad_output<A>(p, grad, p.total_weight));
 }
 
-// CPU: rows [begin, end). The targets were checked. fwd_bwd makes a row's gradient while its logits, or the
-// terms of its sum, are in cache.
-void cross_entropy_fwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end);
-void cross_entropy_bwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end);
-void cross_entropy_fwd_bwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end);
+// CPU: forward, backward or both of rows [begin, end), whose targets were checked. Both make a row's gradient while its
+// logits, or the terms of its sum, are in cache.
+void cross_entropy_rows(const CrossEntropyParams& p, bool forward, bool backward, int64_t begin, int64_t end);
 
 // CPU, fewer rows than threads: blocks [begin, end), of kExpSumBlock contiguous elements, of one row. First their sums,
 // then (all blocks known) the row's loss, then the gradient of the blocks' elements. The same bits as by rows.

@@ -162,19 +162,17 @@ void walk_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
       const A reference = r.counted && n > 0 ? r.reference() : A(0);  // the logits of an ignored row are not even read
       for (int64_t b = 0; r.counted && b < r.blocks(); ++b) {
         const int64_t i = b * kBlock;
-        BlockSum of_block;
-        if (keeps)
-          of_block = sums[b] =
-              block_exp_sum<true>(r.x + i, std::min(kBlock, n - i), r.own - i, reference, logits, kept + i);
-        else of_block = r.sum_of(b, reference);
+        const BlockSum of_block =
+            keeps ? block_exp_sum<true>(r.x + i, std::min(kBlock, n - i), r.own - i, reference, logits, kept + i)
+                  : r.sum_of(b, reference);
+        if (keeps) sums[b] = of_block;
         s = logits.join(s, of_block);
       }
       r.add_to(batch, s);
-      if (p.predictions != nullptr)
-        p.predictions[row] = r.counted ? row_argmax(r.x, n,
-                                                    !(s.sum + double(batch.own_z[batch.count - 1]) ==
-                                                      s.sum + double(batch.own_z[batch.count - 1])))
-                                       : p.ignore_index;
+      if (p.predictions != nullptr) {
+        const double all = s.sum + double(batch.own_z[batch.count - 1]);  // NaN or infinite if a logit is
+        p.predictions[row] = r.counted ? row_argmax(r.x, n, !std::isfinite(all)) : p.ignore_index;
+      }
       if (batch.count == batch.kRows) finish<kGeneral>(batch, p, logits);
     }
     if (!kBackward) continue;
@@ -193,80 +191,60 @@ void walk_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
 }
 
 template <class T, bool kForward, bool kBackward, bool kGeneral>
-void rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
+void walk(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   const bool contiguous = p.rows.stride_n == 1 && (!kBackward || p.grad_rows.stride_n == 1);
   if (p.rows.n == 0 || (contiguous && p.rows.n > kMostInLanes))
     return walk_rows<T, kForward, kBackward, kGeneral>(p, begin, end);
   LanesWalk<T, kForward, kBackward, kGeneral>(p).run(begin, end);
 }
 
+// Calls f with values of types T and std::bool_constant<kGeneral>.
+template <class T, class F>
+void with_type(const CrossEntropyParams& p, const F& f) {
+  p.is_general() ? f(T{}, std::true_type()) : f(T{}, std::false_type());
+}
+template <class F>
+void with_types(const CrossEntropyParams& p, const F& f) {
+  TSE_EACH_DTYPE(with_type, p, f)
+}
+
+void cross_entropy_rows(const CrossEntropyParams& p, bool forward, bool backward, int64_t begin, int64_t end) {
+  with_types(p, [&](auto element, auto general) {
+    using T = decltype(element);
+    constexpr bool kGeneral = decltype(general)::value;
+    if (!backward) walk<T, true, false, kGeneral>(p, begin, end);
+    else if (forward) walk<T, true, true, kGeneral>(p, begin, end);
+    else walk<T, false, true, kGeneral>(p, begin, end);
+  });
+}
+
 // Blocks of one row, for threads that share it.
-template <class T, bool kGeneral>
-void block_sums(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end, BlockSum* sums) {
-  const Logits<T, kGeneral> logits(p.transform);
-  const Row<T, kGeneral> r(p, logits, row);
-  if (!r.counted) return std::fill(sums + begin, sums + end, kNothing);
-  const Acc<T> reference = r.reference();
-  for (int64_t b = begin; b < end; ++b) sums[b] = r.sum_of(b, reference);
-}
-template <class T, bool kGeneral>
-void finish_blocks(const CrossEntropyParams& p, int64_t row, const BlockSum* sums) {
-  const Logits<T, kGeneral> logits(p.transform);
-  const Row<T, kGeneral> r(p, logits, row);
-  BlockSum s = kNothing;
-  for (int64_t b = 0; b < r.blocks(); ++b) s = logits.join(s, sums[b]);
-  RowBatch<T> batch;
-  r.add_to(batch, s);
-  finish<kGeneral>(batch, p, logits);
-}
-template <class T, bool kGeneral>
-void bwd_blocks(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end) {
-  const Logits<T, kGeneral> logits(p.transform);
-  const Row<T, kGeneral> r(p, logits, row);
-  r.write_gradient(factors_of(r, nullptr), begin, end);
-}
-
-template <class T>
-void fwd(const CrossEntropyParams& p, int64_t begin, int64_t end) {
-  p.is_general() ? rows<T, true, false, true>(p, begin, end) : rows<T, true, false, false>(p, begin, end);
-}
-template <class T>
-void bwd(const CrossEntropyParams& p, int64_t begin, int64_t end) {
-  p.is_general() ? rows<T, false, true, true>(p, begin, end) : rows<T, false, true, false>(p, begin, end);
-}
-template <class T>
-void fwd_bwd(const CrossEntropyParams& p, int64_t begin, int64_t end) {
-  p.is_general() ? rows<T, true, true, true>(p, begin, end) : rows<T, true, true, false>(p, begin, end);
-}
-template <class T>
-void block_sums_of(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end, BlockSum* sums) {
-  p.is_general() ? block_sums<T, true>(p, row, begin, end, sums) : block_sums<T, false>(p, row, begin, end, sums);
-}
-template <class T>
-void finish_blocks_of(const CrossEntropyParams& p, int64_t row, const BlockSum* sums) {
-  p.is_general() ? finish_blocks<T, true>(p, row, sums) : finish_blocks<T, false>(p, row, sums);
-}
-template <class T>
-void bwd_blocks_of(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end) {
-  p.is_general() ? bwd_blocks<T, true>(p, row, begin, end) : bwd_blocks<T, false>(p, row, begin, end);
-}
-
-void cross_entropy_fwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
-  TSE_EACH_DTYPE(fwd, p, begin, end)
-}
-void cross_entropy_bwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
-  TSE_EACH_DTYPE(bwd, p, begin, end)
-}
-void cross_entropy_fwd_bwd_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
-  TSE_EACH_DTYPE(fwd_bwd, p, begin, end)
+template <class F>
+void with_row(const CrossEntropyParams& p, int64_t row, const F& f) {
+  with_types(p, [&](auto element, auto general) {
+    const Logits<decltype(element), decltype(general)::value> logits(p.transform);
+    f(Row<decltype(element), decltype(general)::value>(p, logits, row));
+  });
 }
 void cross_entropy_block_sums(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end, BlockSum* sums) {
-  TSE_EACH_DTYPE(block_sums_of, p, row, begin, end, sums)
+  with_row(p, row, [&](const auto& r) {
+    if (!r.counted) return std::fill(sums + begin, sums + end, kNothing);
+    const auto reference = r.reference();
+    for (int64_t b = begin; b < end; ++b) sums[b] = r.sum_of(b, reference);
+  });
+}
+template <class T, bool kGeneral>
+void finish_row(const Row<T, kGeneral>& r, const BlockSum* sums) {
+  BlockSum s = kNothing;
+  for (int64_t b = 0; b < r.blocks(); ++b) s = r.logits.join(s, sums[b]);
+  RowBatch<T> batch;
+  r.add_to(batch, s);
+  finish<kGeneral>(batch, r.p, r.logits);
 }
 void cross_entropy_finish_row(const CrossEntropyParams& p, int64_t row, const BlockSum* sums) {
-  TSE_EACH_DTYPE(finish_blocks_of, p, row, sums)
+  with_row(p, row, [&](const auto& r) { finish_row(r, sums); });
 }
 void cross_entropy_bwd_blocks(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end) {
-  TSE_EACH_DTYPE(bwd_blocks_of, p, row, begin, end)
+  with_row(p, row, [&](const auto& r) { r.write_gradient(factors_of(r, nullptr), begin, end); });
 }
 #endif

@@ -51,14 +51,12 @@ void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, cons
 // Raises where the gradient cannot take the memory of the logits: their elements, or another argument, share it.
 void check_writable(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options);
 
-// CPU, on torch's threads: forward, backward or both of all rows.
-void run_rows(const CrossEntropyParams& p, bool forward, bool backward);
-
-// CPU: all of forward, with the gradient where wanted. A target that is no class raises before anything is written.
+// CPU, on torch's threads: forward, backward or both of all rows; all of forward, with the gradient where wanted, for
+// targets that were checked and counted (total_weight[1]).
+void run_cross_entropy_rows(const CrossEntropyParams& p, bool forward, bool backward);
 void run_cross_entropy_fwd(const CrossEntropyParams& p, bool with_gradient);
 
-// ---- without the dispatcher, for plain tensors
-// ------------------------------------------------------------------------
+// ---- without the dispatcher, for plain tensors ----------------------------------------------------------------------
 
 struct CrossEntropyResult {
   at::Tensor loss;

@@ -173,10 +173,10 @@ class LanesWalk {
       double sum[kLanes] = {}, linear[kLanes] = {}, mass[kLanes] = {};
       const V sums = block_sums(begin, size, sum, linear, mass);
       for (int64_t i = 0; i < rows.count; ++i) {
+        if (!counted[i]) continue;
         const double m = rows.m[i], s = kGeneral ? sum[i] : sums[i];
-        const bool good = m > -std::numeric_limits<double>::infinity() && s <= kLargestSum;
-        if (counted[i])
-          total[i] = logits.join(total[i], good ? BlockSum{m, s, linear[i], mass[i]} : sum_by_row(i, begin, size));
+        const bool good = m > -std::numeric_limits<double>::infinity() && sums[i] <= kLargestSum;
+        total[i] = logits.join(total[i], good ? BlockSum{m, s, linear[i], mass[i]} : sum_by_row(i, begin, size));
       }
     }
     for (int64_t i = 0; i < rows.count; ++i) rows.set_sums(i, total[i]);

@@ -1,23 +1,69 @@
-// Cross-entropy on the CPU: rows, and blocks of rows, over torch's threads. [torch]
+// Cross-entropy on the CPU, over torch's threads: rows, or blocks of rows, and then sums over all rows. [torch]
 #include <vector>
 
 #include "common/host.h"
+#include "common/targets.h"
 #include "cross_entropy/cross_entropy.h"
 #include "cross_entropy/cross_entropy_host.h"
 
 namespace tse {
+namespace {
 
-// Rows over threads; where rows are fewer than threads and wide, the blocks of each row over threads.
-void run_rows(const CrossEntropyParams& p, bool forward, bool backward) {
+// Σ of the weights of the counted targets; without weights their number.
+template <class A>
+double sum_of_weights(const CrossEntropyParams& p) {
+  if (p.target == nullptr || p.weight == nullptr) return p.total_weight[1];
+  const A* weight = static_cast<const A*>(p.weight);
+  return sum_by_chunks(row_count(p.rows), [&](int64_t begin, int64_t end) {
+    double sum = 0;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t target = target_of(p, row);
+      if (is_counted(p, target)) sum += double(weight[target]);
+    }
+    return sum;
+  });
+}
+
+// Σ lse² of the counted rows.
+template <class A>
+double sum_of_squares(const CrossEntropyParams& p) {
+  const A *m = static_cast<const A*>(p.row_m), *sum = static_cast<const A*>(p.row_sum);
+  return sum_by_chunks(row_count(p.rows), [&](int64_t begin, int64_t end) {
+    double squares = 0;
+    for (int64_t row = begin; row < end; ++row) {
+      if (!is_counted(p, target_of(p, row))) continue;
+      const double lse = lse_of(p.transform, m[row], sum[row]);
+      squares += lse * lse;
+    }
+    return squares;
+  });
+}
+
+template <class A>
+void run_forward(const CrossEntropyParams& p, bool with_gradient) {
+  p.total_weight[0] = sum_of_weights<A>(p);
+  run_cross_entropy_rows(p, /*forward=*/true, /*backward=*/with_gradient);
+  if (p.loss == nullptr) return;
+  double loss = sum_of_rows(static_cast<const A*>(p.row_loss), row_count(p.rows));
+  double z_loss = p.z_loss_weight != 0 ? p.z_loss_weight * sum_of_squares<A>(p) : 0;
+  if (p.reduction == Reduction::kMean) {
+    loss /= p.total_weight[0];  // 0 / 0 is NaN
+    if (p.z_loss_weight != 0) z_loss /= p.total_weight[1];
+  }
+  *static_cast<A*>(p.loss) = A(loss + z_loss);
+  if (p.z_loss != nullptr) *static_cast<A*>(p.z_loss) = A(z_loss);
+}
+
+}  // namespace
+
+void run_cross_entropy_rows(const CrossEntropyParams& p, bool forward, bool backward) {
   const int64_t rows = row_count(p.rows), blocks = (p.rows.n + kExpSumBlock - 1) / kExpSumBlock;
   const bool contiguous = p.rows.stride_n == 1 && (!backward || p.grad_rows.stride_n == 1);
   constexpr int64_t kBlocksPerTask = kElementsPerTask / kExpSumBlock;
+  // Where rows are fewer than threads, and wide, threads share each row.
   if (!contiguous || rows >= at::get_num_threads() || blocks < 2 * kBlocksPerTask || p.predictions != nullptr) {
-    return parallel_rows(p.rows, [&](int64_t begin, int64_t end) {
-      if (forward && backward) cross_entropy_fwd_bwd_rows(p, begin, end);
-      else if (forward) cross_entropy_fwd_rows(p, begin, end);
-      else cross_entropy_bwd_rows(p, begin, end);
-    });
+    return parallel_rows(p.rows,
+                         [&](int64_t begin, int64_t end) { cross_entropy_rows(p, forward, backward, begin, end); });
   }
   std::vector<BlockSum> sums(blocks);
   for (int64_t row = 0; row < rows; ++row) {
@@ -31,6 +77,10 @@ void run_rows(const CrossEntropyParams& p, bool forward, bool backward) {
                        [&](int64_t begin, int64_t end) { cross_entropy_bwd_blocks(p, row, begin, end); });
     }
   }
+}
+
+void run_cross_entropy_fwd(const CrossEntropyParams& p, bool with_gradient) {
+  p.dtype == DType::kFloat64 ? run_forward<double>(p, with_gradient) : run_forward<float>(p, with_gradient);
 }
 
 }  // namespace tse

@@ -35,18 +35,9 @@ at::Tensor linear_cross_entropy(const at::Tensor& input, const at::Tensor& linea
 
 std::pair<at::Tensor, variable_list> call_forward(const at::Tensor& input, const at::Tensor& linear_weight,
                                                   const at::Tensor& target, const Options& options, Wanted wanted) {
-  const LinearGradientOptions all{options, wanted};
-  auto [loss, of_input, of_weight, of_bias] =
-      Operator<linear_cross_entropy_forward>::call(input, linear_weight, target, all);
+  auto [loss, of_input, of_weight, of_bias] = Operator<linear_cross_entropy_forward>::call(
+      input, linear_weight, target, LinearGradientOptions{options, wanted});
   return {loss, {of_input, of_weight, of_bias}};
-}
-
-variable_list call_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& linear_weight,
-                            const at::Tensor& target, const Options& options, Wanted wanted) {
-  const LinearGradientOptions all{options, wanted};
-  auto [of_input, of_weight, of_bias] =
-      Operator<linear_cross_entropy_backward>::call(grad_output, input, linear_weight, target, all);
-  return {of_input, of_weight, of_bias};
 }
 
 // All logits at once; differentiable any number of times.
@@ -120,7 +111,10 @@ struct LinearCrossEntropy : torch::autograd::Function<LinearCrossEntropy> {
     bool is_owned = is_plain(input);
     variable_list gradients;
     if (by_rows) {
-      gradients = call_backward(g, input, linear_weight, target, options, wanted);
+      const LinearGradientOptions all{options, wanted};
+      const auto [of_input, of_weight, of_bias] =
+          Operator<linear_cross_entropy_backward>::call(g, input, linear_weight, target, all);
+      gradients = {of_input, of_weight, of_bias};
     } else if (saved.size() > 5) {
       gradients.assign(saved.begin() + 5, saved.end());
       is_owned = false;

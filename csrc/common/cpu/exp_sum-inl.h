@@ -48,7 +48,8 @@ struct Logits {
   Vec<T> term(Vec<T> z, Vec<T> m) const { return exp2<T>(exponent(z, m)); }
   A term_of(A z, A m) const { return term(splat<Vec<T>>(z), splat<Vec<T>>(m))[0]; }  // the bits that it has in a sum
 
-  BlockSum join(BlockSum a, BlockSum b) const {
+  // Not inlined: the compiler would contract products and sums of double in another way at another place.
+  [[gnu::noinline]] BlockSum join(BlockSum a, BlockSum b) const {
     if (b.m > a.m) std::swap(a, b);
     if (b.sum != 0) a.sum += a.m == b.m ? b.sum : b.sum * std::exp2((b.m - a.m) * double(scale[0]));
     a.linear += b.linear + (std::isfinite(b.m) ? (b.m - a.m) * b.mass : 0);
@@ -87,7 +88,7 @@ inline BlockSum block_sums_by(const T* x, int64_t n, Acc<T> row_reference, const
   const A low = -std::numeric_limits<A>::infinity();
   if (row_reference != low) {
     const BlockSum s = sum(row_reference);
-    if (s.sum <= kLargestSum) return s;
+    if (A(s.sum) <= kLargestSum) return s;  // rounded, as the lanes walk compares
   }
   const A m = logits.cap(splat<Vec<T>>(block_max(x, n)))[0];
   BlockSum s = sum(m != low ? m : A(0));

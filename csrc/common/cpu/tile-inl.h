@@ -1,5 +1,5 @@
-// Rows whose elements are not neighbours in memory, for kernels whose rows are: several at a time are gathered into a
-// tile, where each is contiguous, or scattered from one. [per ISA]
+// Rows that are not contiguous, for kernels that need contiguous ones: several rows at a time are gathered into a tile,
+// or scattered from one. [per ISA]
 #if defined(TSE_TILE_INL_H) == defined(TSE_ISA_TOGGLE)
 #ifdef TSE_TILE_INL_H
 #undef TSE_TILE_INL_H
@@ -10,7 +10,7 @@
 #include "common/cpu/vec-inl.h"
 
 constexpr int64_t kTileElements = 32768;  // of a tile: a part of L2
-constexpr int64_t kTileBytes = 2 << 20;   // of all tiles of a thread, unless one row alone takes more
+constexpr int64_t kTileBytes = 2 << 20;  // of all tiles of a thread, unless one row alone takes more
 
 template <class T>
 struct Tile {
