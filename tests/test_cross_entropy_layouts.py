@@ -33,6 +33,34 @@ def test_images_have_the_bits_of_rows(dtype, inner, options, probabilities):
 
 @for_cpu
 @dtypes
+@pytest.mark.parametrize("classes", [512, 513, 4096, 4097, 9000])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"softcap": 5.0, "z_loss_weight": 0.1}], ids=str)
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_long_rows_of_any_kind_have_the_same_bits_in_every_layout(dtype, classes, options, probabilities):
+    """Blocks that are far from the row's first logits are summed against another reference, and then joined."""
+    rows = torch.randn(7, classes, dtype=torch.float64) * 3
+    rows[0, -1] = 200
+    rows[1, :-2] = -6e4
+    rows[2, :-1] = -float("inf")
+    rows[3, classes // 2] = float("nan")
+    rows[4] = -6e4
+    rows[5] *= 2e4 if dtype == torch.float16 else 1e30
+    rows = rows.to(dtype)
+    target = torch.randint(classes, (7,))
+    target[6] = -100
+    if probabilities:
+        target = torch.rand(7, classes, dtype=torch.float64).softmax(1).to(dtype)
+    for reduction in ("none", "sum"):  # gradient in backward, then in forward
+        want = grad(tse.cross_entropy, rows, target, reduction=reduction, **options)
+        got = grad(tse.cross_entropy, rows.t().contiguous().t(), target, reduction=reduction, **options)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    want = tse.cross_entropy_with_metrics(rows, target, **options)
+    got = tse.cross_entropy_with_metrics(rows.t().contiguous().t(), target, **options)
+    torch.testing.assert_close(tuple(got), tuple(want), rtol=0, atol=0, equal_nan=True)
+
+
+@for_cpu
+@dtypes
 @pytest.mark.parametrize("classes", [10, 128, 300])
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize(
