@@ -37,7 +37,9 @@ def value_and_grad(function, sample, input, g=None):
 
 
 def assert_close(ours, reference, torchs, what):
-    """Our error against float64 is at most twice torch's in the same precision, plus one rounding of the result."""
+    """Our error against float64 is at most twice torch's in the same precision, plus one rounding of the result; for
+    float32 results of half types, what docs/numerics.md promises.
+    """
     assert ours.shape == reference.shape
     ours, torchs = ours.double(), torchs.double()
     assert torch.equal(ours.isnan(), reference.isnan()), what
@@ -47,14 +49,16 @@ def assert_close(ours, reference, torchs, what):
     if not usable.any():
         return
     ours, torchs, reference = ours[usable], torchs[usable], reference[usable]
-    eps = torch.finfo(what[1]).eps
-    rounding = {torch.float64: 4e-12, torch.float32: 1e-6}.get(what[1], eps)
+    result, logits = what[1], what[2]
+    rounding = {torch.float64: 4e-12, torch.float32: 1e-6}.get(result, torch.finfo(result).eps)
+    if logits.itemsize == 2 and result == torch.float32:
+        rounding = 6e-6
     scale = reference.abs().max().item()
     allowed = 2 * (torchs - reference).abs().nan_to_num().max().item() + rounding * scale + 1e-13
     error = (ours - reference).abs().max().item()
     assert error <= allowed, (what, error, allowed)
     if what[0] == "gradient" and reference.numel() > 4096:  # small values too: in wide rows large ones would hide them
-        subnormal = 2.0**-25 * reference.numel() ** 0.5 if what[1] == torch.float16 else 0.0
+        subnormal = 2.0**-25 * reference.numel() ** 0.5 if result == torch.float16 else 0.0
         for part in (reference.abs() >= 0, reference.abs() < scale / 10):
             error, norm = (ours - reference)[part].norm().item(), reference[part].norm().item()
             assert error <= rounding * norm + subnormal, (what, error, norm)
@@ -70,12 +74,12 @@ def test_values_and_gradients(spec, sample, device, dtype):
     yt, gxt, _ = value_and_grad(spec.torch_op, s, s.input, g)
     assert gx.dtype == dtype
     assert gx.shape == s.input.shape
-    assert_close(y, y64, yt, ("value", y.dtype, s.name))
+    assert_close(y, y64, yt, ("value", y.dtype, dtype, s.name))
     if s.finite:
         if spec.differentiable is not None:
             where = s.call(spec.differentiable, s.input.double())
             gx, gx64, gxt = (g.where(where, torch.zeros_like(g)) for g in (gx, gx64, gxt))
-        assert_close(gx, gx64, gxt, ("gradient", dtype, s.name))
+        assert_close(gx, gx64, gxt, ("gradient", dtype, dtype, s.name))
     with torch.no_grad():  # another path through the dispatcher
         assert torch.equal(s.call(spec.op).nan_to_num(), y.nan_to_num())
 

@@ -187,6 +187,20 @@ def test_accuracy_of_float32(device, limit):
     assert ((g.double() - want_g).norm(dim=1) <= 1e-6 * want_g.norm(dim=1)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [2, 5, 40])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"temperature": 0.7}], ids=str)
+def test_each_loss_of_half_types_keeps_five_digits(dtype, classes, options, device):
+    """What docs/numerics.md promises, over many rows: of certain predictions, too, whose loss is small."""
+    for scale in (0.3, 3.0, 10.0):
+        x = (torch.randn(20000, classes, dtype=torch.float64, device=device) * scale).to(dtype)
+        target = torch.randint(classes, (20000,), device=device)
+        target[::2] = x[::2].argmax(1)
+        want = SPEC.reference(x.double(), target, reduction="none", **options)
+        got = tse.cross_entropy(x, target, reduction="none", **options)
+        assert ((got - want).abs() <= 6e-6 * want + 1e-13).all()  # what the reference rounds
+
+
 @for_cpu
 @pytest.mark.parametrize("scale", [0.1, 1, 10])
 @pytest.mark.parametrize("columns", [False, True])

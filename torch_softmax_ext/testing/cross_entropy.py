@@ -234,7 +234,7 @@ _SAMPLES = (_option_samples, _target_samples, _layout_samples, _size_samples, _v
 
 
 def _samples(device, dtype):
-    for seed, samples in enumerate(_SAMPLES, 2):
+    for seed, samples in enumerate(_SAMPLES):
         yield from samples(Random(device, dtype, seed))
 
 
