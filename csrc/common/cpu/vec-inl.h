@@ -196,20 +196,6 @@ inline VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
 inline VecD vmax(VecD a, VecD b) { return a > b ? a : b; }
 #endif
 
-#if TSE_ISA == 2
-inline VecF ceil(VecF x) { return (VecF)_mm512_ceil_ps((__m512)x); }
-inline VecD ceil(VecD x) { return (VecD)_mm512_ceil_pd((__m512d)x); }
-#elif TSE_ISA == 1
-inline VecF ceil(VecF x) { return (VecF)_mm256_ceil_ps((__m256)x); }
-inline VecD ceil(VecD x) { return (VecD)_mm256_ceil_pd((__m256d)x); }
-#else
-template <class V>
-inline V ceil(V x) {
-  for (unsigned i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = std::ceil(x[i]);
-  return x;
-}
-#endif
-
 // x · y - m with one rounding (two without FMA).
 #if TSE_ISA == 0
 template <class V>
