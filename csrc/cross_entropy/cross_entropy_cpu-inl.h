@@ -166,7 +166,7 @@ void walk_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
             keeps ? block_exp_sum<true>(r.x + i, std::min(kBlock, n - i), r.own - i, reference, logits, kept + i)
                   : r.sum_of(b, reference);
         if (keeps) sums[b] = of_block;
-        s = logits.join(s, of_block);
+        s = b == 0 ? of_block : logits.join(s, of_block);
       }
       r.add_to(batch, s);
       if (p.predictions != nullptr) {
