@@ -38,19 +38,33 @@ struct Candidates {
 template <class T>
 inline Acc<T> read_and_zero(const T* x, T* y, int64_t n, int64_t part, Acc<T>* maxima) {
   using V = Vec<T>;
+  constexpr int kLanes = Accumulate<T>::kLanes;
   const V low = splat<V>(-std::numeric_limits<Acc<T>>::infinity());
-  V sum[2] = {};
-  for (int64_t begin = 0; begin < n; begin += part, maxima += Accumulate<T>::kLanes) {
-    V max[2] = {low, low};
-    const auto read = [&](int k, V v) {
-      max[k] = vmax(v, max[k]);
-      sum[k] += v;
-      return V{};
-    };
-    map_row_by_sum(y + begin, std::min(part, n - begin), read, x + begin);
-    store(maxima, vmax(max[0], max[1]));
+  V sum = {};
+  for (int64_t begin = 0; begin < n; begin += part, maxima += kLanes) {
+    const int64_t end = std::min(begin + part, n);
+    V m[4] = {low, low, low, low}, s[4] = {};
+    int64_t i = begin;
+    for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
+      for (int k = 0; k < 4; k += 2) {
+        const Pair<V> v = load2(x + i + k * kLanes);
+        m[k] = vmax(v.a, m[k]);
+        m[k + 1] = vmax(v.b, m[k + 1]);
+        s[k] += v.a;
+        s[k + 1] += v.b;
+        store2(y + i + k * kLanes, {V{}, V{}});
+      }
+    }
+    std::fill_n(y + i, end - i, T{});
+    for (; i < end; i += kLanes) {
+      const V v = i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, low[0]);
+      m[0] = vmax(v, m[0]);
+      s[0] += v;
+    }
+    store(maxima, vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
+    sum += (s[0] + s[1]) + (s[2] + s[3]);
   }
-  return reduce_add(sum[0] + sum[1]);
+  return reduce_add(sum);
 }
 
 // A row of more than kShort elements.
@@ -90,46 +104,55 @@ inline void sparsemax_rows(const X& x, const Y& y, int64_t begin, int64_t end, i
   for (int64_t row = begin; row < end; ++row) long_row(x(row), y(row), n, c);
 }
 
-// The gradient is g - mean of g over the support on the support, 0 elsewhere; NaN where p is NaN, as all of a row is.
-//
-// Where the support is small: p is read once while zeros are written, g only in the support. False where it is not,
-// from about one element in 64 on.
+// grad_input = g - mean of g over the support on the support, 0 elsewhere; NaN where p is NaN, as all of a row is.
+// Where the support is small, p is read once while zeros are written, g only there; else, from about one element in 64
+// on, p and g are read twice, the second time from cache.
 template <class T>
-inline bool bwd_small_support(const T* p, const T* g, T* out, int64_t n, Candidates<Acc<T>>& c) {
-  using A = Acc<T>;
-  if (n <= kSumBlock || n > std::numeric_limits<uint32_t>::max()) return false;
-  double total = 0;
-  int64_t count = 0;
-  for (int64_t begin = 0; begin < n; begin += kPart) {
-    if (count > std::min(c.room, kSumBlock / 4 + begin / 64)) return false;
-    const int64_t end = std::min(begin + kPart, n);
-    const int64_t found = collect_above(p, begin, end, A(0), &c.values[count], &c.indices[count]);
-    double sum = 0;  // of a part: thousands of equal terms would round alike
-    for (int64_t j = count; j < count + found; ++j) {
-      c.values[j] = load_one(g + c.indices[j]);
-      sum += double(c.values[j]);
-    }
-    total += sum;
-    count += found;
-    std::fill_n(out + begin, end - begin, T{});
-  }
-  const A mean = A(total / double(count));
-  for (int64_t j = 0; j < count; ++j) store_one(out + c.indices[j], c.values[j] - mean);
-  return true;
-}
-
-// Else p and g are read twice, the second time from cache.
-template <class T>
-inline void bwd_large_support(const T* p, const T* g, T* out, int64_t n) {
+inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candidates<Acc<T>>& c) {
   using A = Acc<T>;
   using V = Vec<T>;
+  constexpr int kLanes = Accumulate<T>::kLanes;
   double total = 0, support = 0;
-  const auto add = [](SumAbove<V>& s, V pv, V gv) { s.add(gv, pv <= V{}); };
-  const auto block_done = [&](double sum, double count) {
-    total += sum;
-    support += count;
-  };
-  sum_above<T>(n, add, block_done, p, g);
+  if (n > kSumBlock && n <= std::numeric_limits<uint32_t>::max()) {
+    int64_t begin = 0, count = 0;
+    for (; begin < n && count <= std::min(c.room, kSumBlock / 4 + begin / 64); begin += kPart) {
+      const int64_t end = std::min(begin + kPart, n);
+      const int64_t found = collect_above(p, begin, end, A(0), &c.values[count], &c.indices[count]);
+      double sum = 0;  // of a part: thousands of equal terms would round alike
+      for (int64_t j = count; j < count + found; ++j) {
+        c.values[j] = load_one(g + c.indices[j]);
+        sum += double(c.values[j]);
+      }
+      total += sum;
+      count += found;
+      std::fill_n(out + begin, end - begin, T{});
+    }
+    if (begin >= n) {
+      const A mean = A(total / double(count));
+      for (int64_t j = 0; j < count; ++j) store_one(out + c.indices[j], c.values[j] - mean);
+      return;
+    }
+    total = 0;
+  }
+  for (int64_t begin = 0; begin < n; begin += kSumBlock) {  // sums of a block in the type, of blocks in double
+    const int64_t end = std::min(begin + kSumBlock, n);
+    SumAbove<V> above[2];
+    const auto add = [&](V pv, V gv, int k) { above[k].add(gv, pv <= V{}); };
+    int64_t i = begin;
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      const Pair<V> pv = load2(p + i), gv = load2(g + i);
+      add(pv.a, gv.a, 0);
+      add(pv.b, gv.b, 1);
+    }
+    for (; i + kLanes <= end; i += kLanes) add(load(p + i), load(g + i), 0);
+    if (i < end) {
+      add(load_part(p + i, end - i, A(0)), load_part(g + i, end - i, A(0)), 1);
+      i += kLanes;
+    }
+    const SumAbove<V> all = above[0] + above[1];
+    total += double(reduce_add(all.sum));
+    support += double(reduce_add(__builtin_convertvector(all.count(int(i - begin) / kLanes), V)));
+  }
   const A first = n > 0 ? load_one(p) : A(0), mean = A(total / support) + (first - first);  // NaN like the row
   const auto value = [mean](V pv, V gv) { return pv <= V{} ? V{} : gv - mean; };
   map_row(out, n, value, p, g);
@@ -153,8 +176,7 @@ void bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.output_rows.n;
   Candidates<Acc<T>> candidates(n > kSumBlock ? n : 0);
   const auto rows = [&](int64_t first, int64_t last, const auto& out, const auto& output, const auto& g) {
-    for (int64_t i = first; i < last; ++i)
-      if (!bwd_small_support(output(i), g(i), out(i), n, candidates)) bwd_large_support(output(i), g(i), out(i), n);
+    for (int64_t i = first; i < last; ++i) sparsemax_bwd_row(output(i), g(i), out(i), n, candidates);
   };
   for_each_row(begin, end, rows, RowAt<T>{static_cast<T*>(p.grad_input), p.grad_input_rows},
                RowAt<const T>{static_cast<const T*>(p.output), p.output_rows},

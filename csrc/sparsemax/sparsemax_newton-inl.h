@@ -7,19 +7,16 @@
 #endif
 #include "sparsemax/sparsemax_vec-inl.h"
 
-constexpr double kClose = 5e-4;  // f - 1 from where Newton's step, which leaves about half its square, is the last
+constexpr int64_t kSumBlock = 1024;  // elements whose sums are taken in the type
+constexpr double kClose = 5e-4;   // f - 1 from where Newton's step, which leaves about half its square, is the last
 
-// tau as the sum of two numbers: hi, and what its rounding left. A is a number or a vector.
+// tau as the sum of two numbers: hi, and what its rounding left.
 template <class A>
 struct Threshold {
   A hi, lo;
   template <class V>
   V excess(V x) const {  // x - tau
     return (x - hi) - lo;
-  }
-  template <class V>
-  V probability(V x) const {  // NaN where tau is
-    return vmax(V{}, excess(x));
   }
 };
 template <class A>
@@ -28,26 +25,28 @@ inline Threshold<A> threshold(A max, double tau) {  // tau: relative to max
   return {hi, A((double(max) - double(hi)) + tau)};
 }
 
-// a + b and what it rounds away (Knuth's TwoSum).
-template <class V>
-inline Threshold<V> two_sum(V a, V b) {
-  const V hi = a + b, b_in_hi = hi - a;
-  return {hi, (a - (hi - b_in_hi)) + (b - b_in_hi)};
-}
-
-// Writes the probabilities and returns their sum.
-template <class T>
+// y = max(x - tau, 0), and NaN where tau is. Returns the sum, if asked to.
+template <class T, bool kSum = false>
 inline double write_all(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t) {
+  constexpr int kLanes = Accumulate<T>::kLanes;
   double total = 0;
-  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
+  for (int64_t begin = 0; begin < n; begin += kSumBlock) {  // sums of a block in the type, of blocks in double
+    const int64_t end = std::min(begin + kSumBlock, n);
     Vec<T> sum[2] = {};
-    const auto probability = [&](int k, Vec<T> v) {
-      const Vec<T> p = t.probability(v);
-      sum[k] += p;
+    const auto probability = [&](Vec<T> v, int k) {
+      const Vec<T> p = vmax(Vec<T>{}, t.excess(v));
+      if constexpr (kSum) sum[k] += p;
       return p;
     };
-    map_row_by_sum(y + begin, std::min(kSumBlock, n - begin), probability, x + begin);
-    total += double(reduce_add(sum[0] + sum[1]));
+    int64_t i = begin;
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+      const Pair<Vec<T>> v = load2(x + i);
+      store2(y + i, {probability(v.a, 0), probability(v.b, 1)});
+    }
+    for (; i + kLanes <= end; i += kLanes) store(y + i, probability(load(x + i), 0));
+    if (i < end)
+      store_part(y + i, end - i, probability(load_part(x + i, end - i, -std::numeric_limits<Acc<T>>::infinity()), 0));
+    if constexpr (kSum) total += double(reduce_add(sum[0] + sum[1]));
   }
   return total;
 }
@@ -63,18 +62,33 @@ struct Excess {
 };
 template <class T>
 inline Excess excess_at(const T* x, int64_t n, Acc<T> max, double at) {
+  constexpr int kLanes = Accumulate<T>::kLanes;
   const Threshold<Acc<T>> t = threshold(max, at);
+  const Acc<T> low = -std::numeric_limits<Acc<T>>::infinity();
   Excess e{at};
-  // Σ (x - hi) - count · lo: one subtraction less for each.
-  const auto add = [&](SumAbove<Vec<T>>& s, Vec<T> v) {
-    const Vec<T> d = v - t.hi;
-    s.add(d, d <= t.lo);
-  };
-  const auto block_done = [&](double sum, double count) {
-    e.f += sum - count * double(t.lo);
+  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
+    const int64_t end = std::min(begin + kSumBlock, n);
+    SumAbove<Vec<T>> above[4];
+    // Σ (x - hi) - count · lo: one subtraction less for each.
+    const auto add = [&](Vec<T> v, int k) {
+      const Vec<T> d = v - t.hi;
+      above[k].add(d, d <= t.lo);
+    };
+    int64_t i = begin;
+    for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
+      for (int k = 0; k < 4; k += 2) {
+        const Pair<Vec<T>> v = load2(x + i + k * kLanes);
+        add(v.a, k);
+        add(v.b, k + 1);
+      }
+    }
+    for (; i < end; i += kLanes) add(i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, low), 0);
+    const SumAbove<Vec<T>> all = (above[0] + above[1]) + (above[2] + above[3]);
+    const auto lanes = __builtin_convertvector(all.count(int(i - begin) / kLanes), Vec<T>);
+    const double count = double(reduce_add(lanes));
+    e.f += double(reduce_add(all.sum)) - count * double(t.lo);
     e.count += count;
-  };
-  sum_above<T>(n, add, block_done, x);
+  }
   return e;
 }
 
@@ -94,7 +108,7 @@ inline Excess newton(const T* x, int64_t n, Acc<T> max, double tau, double toler
 template <class T>
 inline void write_row(const T* x, T* y, int64_t n, Acc<T> max, double tau) {
   for (double support = double(n) + 1;;) {
-    const double sum = write_all(x, y, n, threshold(max, tau));
+    const double sum = write_all<T, true>(x, y, n, threshold(max, tau));
     if (sum <= 1 + 4 * std::numeric_limits<Acc<T>>::epsilon()) break;
     const Excess e = newton(x, n, max, tau, kClose);
     if (e.count >= support) break;

@@ -54,15 +54,17 @@ struct RowGroup {
 
   double tau(int64_t i) const { return double(last[i]) + double(step[i]); }
 
-  // max + tau of all rows at once.
+  // Of all rows at once. What each sum rounds away is found by Knuth's TwoSum.
   struct Thresholds {
     alignas(64) A hi[kRows], lo[kRows];
   };
   Thresholds thresholds() const {
-    const Threshold<V> tau = two_sum(load(last), load(step)), t = two_sum(load(max), tau.hi);
+    const V m = load(max), a = load(last), b = load(step);
+    const V t = a + b, b_in_t = t - a, t_lo = (a - (t - b_in_t)) + (b - b_in_t);
+    const V hi = m + t, t_in_hi = hi - m, hi_lo = (m - (hi - t_in_hi)) + (t - t_in_hi);
     Thresholds all;
-    store(all.hi, t.hi);
-    store(all.lo, t.lo + tau.lo);
+    store(all.hi, hi);
+    store(all.lo, hi_lo + t_lo);
     return all;
   }
 
@@ -102,7 +104,7 @@ struct RowGroup {
     V t = tau_of<kParts>(part, total), next;
     const V m = part[0] == low ? V{} : part[0];  // of -inf alone p is zero
     for (Count support = Count{} + int(n + 1);;) {
-      const auto [hi, lo] = two_sum(m, t);
+      const V hi = m + t, t_in_hi = hi - m, lo = (m - (hi - t_in_hi)) + (t - t_in_hi);  // hi + lo: m + t
       SumAbove<V> sum[4];
       for (int64_t c = 0; c < n; c += 4) {
         for (int k = 0; k < 4; ++k) {
@@ -111,7 +113,7 @@ struct RowGroup {
         }
       }
       const SumAbove<V> all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-      const Count above = all.number;
+      const Count above = all.count(int(n));
       const V divisor = vmax(__builtin_convertvector(above, V), splat<V>(1));
       next = (all.sum - divisor * lo - total) / divisor;
       const auto shrank = above < support;  // the others stay where they are, whatever their neighbours do
@@ -162,7 +164,6 @@ inline void two_of_each(const T* x, int64_t n, Acc<T>* to) {
 template <class T, class X, class Y>
 inline void short_rows(const X& x, const Y& y, int64_t begin, int64_t end, int64_t n) {
   using A = Acc<T>;
-  using V = Vec<T>;
   const A low = -std::numeric_limits<A>::infinity();
   RowGroup<T> g;
   A largest[g.kRows][2 * kPairs] = {};
@@ -175,10 +176,7 @@ inline void short_rows(const X& x, const Y& y, int64_t begin, int64_t end, int64
         return j + g.kRows <= n ? load(from[i] + j) : load_part(from[i] + j, n - j, low);
       });
       const auto t = g.thresholds();
-      for (int64_t i = 0; i < rows; ++i) {
-        const auto probability = [of_row = Threshold<A>{t.hi[i], t.lo[i]}](V v) { return of_row.probability(v); };
-        map_row(y(row + i), n, probability, from[i]);
-      }
+      for (int64_t i = 0; i < rows; ++i) write_all(from[i], y(row + i), n, Threshold<A>{t.hi[i], t.lo[i]});
       continue;
     }
     for (int64_t i = 0; i < rows; ++i) two_of_each(from[i], n, largest[i]);

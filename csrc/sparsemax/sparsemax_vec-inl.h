@@ -7,39 +7,30 @@
 #endif
 #include "common/cpu/rows-inl.h"
 
-constexpr int64_t kSumBlock = 1024;  // elements whose sums are taken in the type; those of blocks are in double
-
 // Sum and number, lane by lane, of the d that are not `below`.
 template <class V>
 struct SumAbove {
   using Lanes = decltype(V{} > V{});
   V sum = {};
   Lanes number = {};
+#if TSE_ISA == 2  // additions under a mask
   void add(V d, Lanes below) {
     const Lanes above = ~below;
-#if TSE_ISA == 2  // additions under a mask
     sum = above ? sum + d : sum;
     number = above ? number + 1 : number;
-#else  // a comparison gives -1 where it holds
-    sum += above ? d : V{};
-    number -= above;
-#endif
   }
+  Lanes count(int) const { return number; }
+#else  // a comparison gives -1 where it holds
+  void add(V d, Lanes below) {
+    sum += below ? V{} : d;
+    number += below;
+  }
+  Lanes count(int of) const { return number + of; }
+#endif
 };
 template <class V>
 inline SumAbove<V> operator+(SumAbove<V> a, SumAbove<V> b) {
   return {a.sum + b.sum, a.number + b.number};
-}
-
-// The same of rows. add(s, x[i]…) adds a vector to a block's SumAbove, block_done(sum, number) takes a block's.
-template <class T, class Add, class Done, class... X>
-inline void sum_above(int64_t n, const Add& add, const Done& block_done, const X*... x) {
-  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
-    SumAbove<Vec<T>> s[2];
-    reduce_row(std::min(kSumBlock, n - begin), [&](int k, auto... v) { add(s[k], v...); }, x + begin...);
-    const SumAbove<Vec<T>> all = s[0] + s[1];
-    block_done(double(reduce_add(all.sum)), double(reduce_add(__builtin_convertvector(all.number, Vec<T>))));
-  }
 }
 
 // ---- compaction ---------------------------------------------------------------------------------------------------

@@ -73,31 +73,14 @@ inline auto load2_part(Kept<A> kept, int64_t, Fill) {
   return load2(kept.p);
 }
 
-// y[i] = f(k, x[i]…), by vectors, which hold -inf after the row's end; inputs are rows or Kept. For maps that add up, k
-// is the sum, one of two, that a vector belongs to.
-template <class T, class F, class... X>
-[[gnu::always_inline]] inline void map_row_by_sum(T* y, int64_t n, const F& f, const X... x) {
-  constexpr int kPair = 2 * Accumulate<T>::kLanes;
-  constexpr Acc<T> kLow = -std::numeric_limits<Acc<T>>::infinity();
-  const auto both = [&](auto... v) { return Pair<Vec<T>>{f(0, v.a...), f(1, v.b...)}; };
-  int64_t i = 0;
-  for (; i + kPair <= n; i += kPair) store2(y + i, both(load2(x + i)...));
-  if (i < n) store2_part(y + i, n - i, both(load2_part(x + i, n - i, kLow)...));
-}
+// y[i] = f(x[i]…), by vectors; inputs are rows or Kept.
 template <class T, class F, class... X>
 [[gnu::always_inline]] inline void map_row(T* y, int64_t n, const F& f, const X... x) {
-  map_row_by_sum(y, n, [&](int, auto... v) { return f(v...); }, x...);
-}
-
-// Calls add(k, x[i]…) in the same way.
-template <class T, class Add, class... X>
-[[gnu::always_inline]] inline void reduce_row(int64_t n, const Add& add, const T* x, const X*... more) {
   constexpr int kPair = 2 * Accumulate<T>::kLanes;
-  constexpr Acc<T> kLow = -std::numeric_limits<Acc<T>>::infinity();
-  const auto both = [&](auto... v) { add(0, v.a...), add(1, v.b...); };
+  const auto both = [&](auto... v) { return Pair<Vec<T>>{f(v.a...), f(v.b...)}; };
   int64_t i = 0;
-  for (; i + kPair <= n; i += kPair) both(load2(x + i), load2(more + i)...);
-  if (i < n) both(load2_part(x + i, n - i, kLow), load2_part(more + i, n - i, kLow)...);
+  for (; i + kPair <= n; i += kPair) store2(y + i, both(load2(x + i)...));
+  if (i < n) store2_part(y + i, n - i, both(load2_part(x + i, n - i, Acc<T>(0))...));
 }
 
 // Row i of a tensor.
