@@ -2,7 +2,7 @@
 // vector has lanes. [per ISA]
 //
 // Both walks call the functions of RowBatch, so that a row has the same bits in every layout. They are not inlined: the
-// compiler may contract a · b + c · d in two ways, and would choose another one at another place.
+// compiler may contract a · b + c · d in two ways, and could choose differently in each copy.
 #if defined(TSE_CROSS_ENTROPY_BATCH_INL_H) == defined(TSE_ISA_TOGGLE)
 #ifdef TSE_CROSS_ENTROPY_BATCH_INL_H
 #undef TSE_CROSS_ENTROPY_BATCH_INL_H
@@ -62,8 +62,8 @@ struct RowBatch {
   static constexpr int kRows = Accumulate<T>::kLanes;
 
   int64_t row = 0, count = 0;  // the first row, how many there are
-  // Of each row: the own class (-1: none) with its z and its weight, of which complete() adds the two parts, as a
-  // target and as any class; the sums of all others.
+  // Of each row: the own class (-1: none), its z, and the two parts of its weight, as the target and as any class; then
+  // the sums over all other classes.
   alignas(64) Index own[kRows] = {};
   alignas(64) A own_z[kRows] = {}, own_weight[kRows] = {}, own_coefficient[kRows] = {};
   alignas(64) A m[kRows] = {}, others[kRows] = {}, half_linear[kRows] = {}, mass[kRows] = {};
@@ -87,7 +87,7 @@ struct RowBatch {
     mass[i] = A(s.mass);
   }
 
-  // Adds the own class to the sums, and up its weight.
+  // Adds the term of the own class to the sums, and the two parts of its weight.
   template <class L>
   [[gnu::noinline]] void complete(const L& logits) {
     const Lanes has_own = own_lanes() >= Lanes{};

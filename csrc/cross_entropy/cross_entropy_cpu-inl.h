@@ -126,7 +126,7 @@ inline int64_t row_argmax(const T* x, int64_t n, bool has_nan) {
   return best;
 }
 
-// Sums and losses of the rows of a batch, of which nothing is left to do but to write them.
+// Computes and writes the losses and statistics of a batch, and empties it.
 template <bool kGeneral, class T, class L>
 inline void finish(RowBatch<T>& batch, const CrossEntropyParams& p, const L& logits) {
   if (batch.count == 0) return;

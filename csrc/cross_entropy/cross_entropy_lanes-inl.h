@@ -1,9 +1,9 @@
 // Cross-entropy by lanes: as many rows at once as a vector has lanes, class by class, in any layout. [per ISA]
 //
 // Rows of up to kBuffer classes are held transposed: memory is read once, and the terms of forward are those of
-// backward. The classes of longer rows are read once more in backward. Where the row walk takes contiguous rows, the
-// sums have its order, and so its bits. A row that its reference does not serve (exp_sum-inl.h) is summed by its
-// function.
+// backward. The classes of longer rows are read once more in backward. Rows of more than kMostInLanes classes are
+// summed in the order of the row walk, which takes them where they are contiguous: the bits are the same. A row whose
+// terms overflow against its reference (exp_sum-inl.h) is summed by the row walk's function.
 #if defined(TSE_CROSS_ENTROPY_LANES_INL_H) == defined(TSE_ISA_TOGGLE)
 #ifdef TSE_CROSS_ENTROPY_LANES_INL_H
 #undef TSE_CROSS_ENTROPY_LANES_INL_H

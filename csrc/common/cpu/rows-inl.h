@@ -1,9 +1,9 @@
 // The two ways to walk rows. [per ISA]
 //
-// row: vectors along one contiguous row. Each walk has one loop over pairs of vectors and one over what is left.
-// lanes: kLanes rows at once, one in each lane of a vector, class by class; in any layout. Best for short rows, whose
-// cost per row is most of their cost, and where neighbouring rows are contiguous, as the pixels of an image are.
-// Operators that only have the first copy other layouts into contiguous rows, a Tile at a time.
+// row: one contiguous row after another, two vectors at a time.
+// lanes: kLanes rows at once, one in each lane of a vector, class by class; in any layout. Best for short rows, where
+// the work per row dominates, and for images, where a vector of one class of consecutive pixels is contiguous.
+// Operators that only have the row walk copy other layouts into contiguous rows, a Tile at a time.
 #if defined(TSE_ROWS_INL_H) == defined(TSE_ISA_TOGGLE)
 #ifdef TSE_ROWS_INL_H
 #undef TSE_ROWS_INL_H
@@ -114,7 +114,7 @@ inline void for_each_row(int64_t begin, int64_t end, const F& f, const RowAt<T>&
   }
 }
 
-// Σ f(x[i]…) over a row; sums of a block are in the type, and blocks are joined in double. f of zeros must be 0.
+// Σ f(x[i], y[i]) over a row, f(0, 0) = 0. Blocks of 1024 elements are summed in Acc<T>, and the blocks in double.
 template <class T, class F>
 [[gnu::always_inline]] inline double sum_row(int64_t n, const F& f, const T* x, const T* y) {
   constexpr int kPair = 2 * Accumulate<T>::kLanes;
