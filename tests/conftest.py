@@ -1,4 +1,4 @@
-"""Parameters that tests share (devices, dtypes, specs), and the tests that a run leaves out."""
+"""Parameters that tests share (devices, dtypes, specs, samples), and the tests that a run leaves out."""
 
 import os
 
@@ -26,6 +26,20 @@ def specs_where(condition):
 
 
 specs = specs_where(lambda spec: True)
+SAMPLES = [(spec, sample.name) for spec in SPECS for sample in spec.samples("cpu", torch.float32)]
+SMALL = [(spec, sample.name) for spec in SPECS for sample in spec.samples("cpu", torch.float64) if sample.small]
+samples = pytest.mark.parametrize(("spec", "sample"), SAMPLES, ids=lambda v: v if isinstance(v, str) else v.name)
+small_samples = pytest.mark.parametrize(("spec", "sample"), SMALL, ids=lambda v: v if isinstance(v, str) else v.name)
+
+
+def get(spec, name, device, dtype):
+    """The sample of this name."""
+    return next(s for s in spec.samples(device, dtype) if s.name == name)
+
+
+def first(spec, device, dtype):
+    return next(spec.samples(device, dtype))
+
 
 DEVICES = [pytest.param("cpu", id="cuda_on_host" if CUDA_ON_HOST else "cpu")]
 if torch.cuda.is_available() and not CUDA_ON_HOST:

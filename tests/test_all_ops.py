@@ -1,5 +1,5 @@
 """The tests that every operator must pass, over its spec, devices and dtypes: values and gradients, torch's checks,
-errors, autocast, saved tensors, checkpointing, modules, equal bits, threads, torch.func and forward mode."""
+errors, autocast, saved tensors, checkpointing, modules, equal bits and threads."""
 
 import copy
 import pickle
@@ -7,24 +7,10 @@ import threading
 
 import pytest
 import torch
-from conftest import CUDA_ON_HOST, dtypes, specs, specs_where
-from torch.autograd import forward_ad
+from conftest import CUDA_ON_HOST, dtypes, first, get, samples, small_samples, specs, specs_where
 from torch.utils.checkpoint import checkpoint
 
 from torch_softmax_ext.testing import SPECS
-
-SAMPLES = [(spec, sample.name) for spec in SPECS for sample in spec.samples("cpu", torch.float32)]
-SMALL = [(spec, sample.name) for spec in SPECS for sample in spec.samples("cpu", torch.float64) if sample.small]
-samples = pytest.mark.parametrize(("spec", "sample"), SAMPLES, ids=lambda v: v if isinstance(v, str) else v.name)
-small_samples = pytest.mark.parametrize(("spec", "sample"), SMALL, ids=lambda v: v if isinstance(v, str) else v.name)
-
-
-def get(spec, name, device, dtype):
-    return next(s for s in spec.samples(device, dtype) if s.name == name)
-
-
-def first(spec, device, dtype):
-    return next(spec.samples(device, dtype))
 
 
 def value_and_grad(function, sample, input, g=None):
@@ -261,46 +247,3 @@ def test_python_threads_do_not_disturb_each_other(spec, device):
     for t in threads:
         t.join()
     assert not wrong
-
-
-# ---- torch.func and forward mode ----------------------------------------------------------------------------------
-
-
-@pytest.mark.not_on_host
-@small_samples
-def test_func_transforms(spec, sample, device):
-    s = get(spec, sample, device, torch.float64)
-    x, v = s.input, torch.randn_like(s.input)
-
-    def ours(x):
-        return s.call(spec.op, x)
-
-    def reference(x):
-        return s.call(spec.reference, x)
-
-    close = torch.testing.assert_close
-    close(
-        torch.func.grad(lambda x: ours(x).square().sum())(x), torch.func.grad(lambda x: reference(x).square().sum())(x)
-    )
-    for a, b in zip(torch.func.jvp(ours, (x,), (v,)), torch.func.jvp(reference, (x,), (v,)), strict=True):
-        close(a, b)
-    y, vjp = torch.func.vjp(ours, x)
-    g = torch.randn_like(y)
-    close(vjp(g)[0], torch.func.vjp(reference, x)[1](g)[0])
-    close(torch.func.hessian(lambda x: ours(x).sum())(x), torch.func.hessian(lambda x: reference(x).sum())(x))
-    batch = torch.stack([x, x + v, v])
-    want = torch.stack([reference(b) for b in batch])
-    close(torch.func.vmap(ours)(batch), want)
-    close(torch.func.vmap(ours, in_dims=-1)(batch.movedim(0, -1)), want)
-    grads = torch.func.vmap(torch.func.grad(lambda x: ours(x).square().sum()))(batch)
-    close(grads, torch.stack([torch.func.grad(lambda x: reference(x).square().sum())(b) for b in batch]))
-    with forward_ad.dual_level():
-        y, t = forward_ad.unpack_dual(ours(forward_ad.make_dual(x, v)))
-    close((y, t), torch.func.jvp(reference, (x,), (v,)))
-
-
-@specs
-def test_vmap_does_not_loop(spec, device, recwarn):
-    s = first(spec, device, torch.float32)
-    torch.func.vmap(lambda x: s.call(spec.op, x))(s.input.expand(3, *s.input.shape))
-    assert not [w for w in recwarn if "performance drop" in str(w.message)]
