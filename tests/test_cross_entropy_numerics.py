@@ -187,6 +187,7 @@ def test_accuracy_of_float32(device, limit):
     assert ((g.double() - want_g).norm(dim=1) <= 1e-6 * want_g.norm(dim=1)).all()
 
 
+@pytest.mark.full_on_host
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("classes", [2, 5, 40])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"temperature": 0.7}], ids=str)

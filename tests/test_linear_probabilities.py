@@ -106,6 +106,7 @@ def test_probabilities_of_another_dtype(device, reduction, dtypes):
         close(a.double(), e, rtol=tolerance, atol=tolerance * max(1, e.abs().max().item()))
 
 
+@pytest.mark.full_on_host
 def test_derivatives_and_modes(device):
     x, w, b, target = problem(device, torch.float64)
     leaves = [t.requires_grad_() for t in (x, w, b, target)]
