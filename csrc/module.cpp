@@ -2,19 +2,12 @@
 #include <torch/library.h>
 
 #include "common/cpu/isa.h"
+#include "common/device.h"
 
 namespace tse {
 namespace {
 
 std::string cpu_isa() { return isa_name(active_isa()); }
-
-bool has_cuda() {
-#ifdef TSE_WITH_CUDA
-  return true;
-#else
-  return false;
-#endif
-}
 
 }  // namespace
 

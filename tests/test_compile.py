@@ -141,7 +141,9 @@ torch.save(torch._inductor.aoti_load_package(package)(*torch.load(inputs)), outp
 """
 
 
-@specs
+@pytest.mark.parametrize(  # ten seconds each
+    "spec", [SPECS[0], *(pytest.param(s, marks=pytest.mark.full) for s in SPECS[1:])], ids=lambda s: s.name
+)
 def test_aot_inductor(spec, device, tmp_path):
     """The package is loaded in another process."""
     x, args = batch(spec, 7, device)

@@ -69,7 +69,7 @@ def test_a_changing_number_compiles_at_most_three_graphs(device, function, name,
 
 @reductions
 @pytest.mark.parametrize("function", LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=str)
 def test_numbers_that_change_together_compile_at_most_three_graphs(device, function, reduction, dtype):
     f = LOSSES[function]
     counter = CompileCounterWithBackend("aot_eager")

@@ -129,7 +129,9 @@ def test_errors_name_the_operator(device):
 
 @pytest.mark.not_on_host
 @pytest.mark.parametrize("options", list(options_of(tse.cross_entropy_with_metrics)), ids=str)
-@pytest.mark.parametrize("outputs", [(0,), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "outputs", [(0, 1, 2), *(pytest.param(o, marks=pytest.mark.full) for o in [(0,), (1, 2)])], ids=str
+)
 @pytest.mark.parametrize("probabilities", [False, True], ids=["indices", "probabilities"])
 def test_compiled_autograd(device, options, outputs, probabilities):
     x = torch.randn(7, 30, device=device)

@@ -1,11 +1,8 @@
-// Below autograd: dtype tags, tensors as rows, threads, CPU or CUDA. [torch]
+// Below autograd: dtype tags, tensors as rows, threads, CPU or CUDA kernels. [torch]
 #pragma once
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/DeviceGuard.h>
-#ifdef TSE_WITH_CUDA
-#include <c10/cuda/CUDAStream.h>
-#endif
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -15,6 +12,7 @@
 #include <utility>
 
 #include "common/check.h"
+#include "common/device.h"
 #include "common/types.h"
 
 namespace tse {
@@ -99,34 +97,11 @@ inline const at::Tensor& with_huge_pages(const at::Tensor& t) {
   return t;
 }
 
-// Three worlds: TSE_WITH_CUDA (CUDA kernels in the library), neither (CPU only), and TSE_CUDA_ON_HOST, which the test
-// suite builds to run the CUDA kernels on CPU tensors through the executor of tests/cuda_on_host. Only this part knows.
-#if defined(TSE_CUDA_ON_HOST)
-constexpr bool kHasCuda = true;
-#define TSE_CUDA(launcher) launcher  // nullptr in a build without it
-inline bool use_cuda(const at::Tensor&) { return true; }
-inline cudaStream_t current_stream(const at::Tensor&) { return nullptr; }
-#elif defined(TSE_WITH_CUDA)
-constexpr bool kHasCuda = true;
-#define TSE_CUDA(launcher) launcher
-inline bool use_cuda(const at::Tensor& t) { return t.is_cuda(); }
-inline cudaStream_t current_stream(const at::Tensor& t) { return c10::cuda::getCurrentCUDAStream(t.device().index()); }
-#else
-constexpr bool kHasCuda = false;
-#define TSE_CUDA(launcher) nullptr
-inline bool use_cuda(const at::Tensor& t) {
-  TORCH_CHECK(!t.is_cuda(), "torch_softmax_ext: this build has no CUDA kernels, got a tensor on ", t.device(),
-              "; rebuild it where nvcc matches the CUDA version of torch");
-  return false;
-}
-inline cudaStream_t current_stream(const at::Tensor&) { return nullptr; }
-#endif
-
 // The kernels of an operator, for one of its directions.
 template <class Params>
 struct Kernels {
   void (*cpu)(const Params& p, int64_t begin, int64_t end);  // rows [begin, end)
-  void (*cuda)(const Params& p, cudaStream_t stream);  // all rows; TSE_CUDA(launcher), or nullptr: there is none
+  void (*cuda)(const Params& p, cudaStream_t stream);  // all rows; nullptr: there is none
 
   // `t`: some tensor of the call.
   void run(const char* op, const Params& p, const Rows& rows, const at::Tensor& t) const {

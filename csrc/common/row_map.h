@@ -44,7 +44,7 @@ struct RowMap {
 
   // A map without a CUDA kernel takes torch's operators there.
   static bool is_composed(const at::Tensor& t, const RowMapKernels& kernels) {
-    return kHasCuda && kernels.cuda == nullptr && use_cuda(t);
+    return kernels.cuda == nullptr && use_cuda(t);
   }
 
   static at::Tensor forward(const at::Tensor& input, int64_t dim) {

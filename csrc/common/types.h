@@ -5,6 +5,9 @@
 struct CUstream_st;  // what cudaStream_t points to: launchers are declared without a CUDA header
 typedef CUstream_st* cudaStream_t;
 
+// Declares what the .cu files define: null in a build without them.
+#define TSE_CUDA __attribute__((weak))
+
 namespace tse {
 
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };

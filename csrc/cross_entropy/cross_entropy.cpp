@@ -205,13 +205,11 @@ CrossEntropyResult run_forward(const at::Tensor& input, const at::Tensor& target
     if (gradient == Gradient::kInPlace) p.assumed = Assumed::kGuessedOrOne;
     else if (gradient == Gradient::kNew && layouts.is_direct()) p.assumed = Assumed::kGuessed;
     if (gradient != Gradient::kNone && grad_output.has_value()) p.assumed = Assumed::kFixed;
-    if constexpr (kHasCuda) {
-      const int64_t bytes = cross_entropy_scratch(p);
-      at::Tensor sums;
-      if (bytes > 0) sums = at::empty({bytes}, input.options().dtype(at::kByte));
-      if (bytes > 0) p.sums = static_cast<CrossEntropySums*>(sums.mutable_data_ptr());
-      launch_cross_entropy_fwd(p, current_stream(input));
-    }
+    const int64_t bytes = cross_entropy_scratch(p);
+    at::Tensor sums;
+    if (bytes > 0) sums = at::empty({bytes}, input.options().dtype(at::kByte));
+    if (bytes > 0) p.sums = static_cast<CrossEntropySums*>(sums.mutable_data_ptr());
+    launch_cross_entropy_fwd(p, current_stream(input));
     if (p.assumed != Assumed::kNone) r.grad_input = layouts.finished_grad();
     return r;
   }
@@ -301,7 +299,7 @@ at::Tensor cross_entropy_gradient(const at::Tensor& grad_output, const OptionalT
   const at::Tensor g_lse = grad_lse.has_value() ? grad_lse->contiguous() : at::Tensor();
   if (grad_lse.has_value()) p.grad_lse = g_lse.const_data_ptr();
   if (use_cuda(input)) {
-    if constexpr (kHasCuda) launch_cross_entropy_bwd(p, current_stream(input));
+    launch_cross_entropy_bwd(p, current_stream(input));
   } else {
     run_cross_entropy_rows(p, /*forward=*/false, /*backward=*/true);
   }
@@ -330,7 +328,7 @@ void cross_entropy_rescale(const at::Tensor& written, const at::Tensor& grad_out
   p.reduction = parse_reduction(kOp, reduction);
   p.grad_output = grad_output.const_data_ptr();
   p.guess = const_cast<double*>(stats.const_data_ptr<double>()) + 2;
-  if constexpr (kHasCuda) launch_cross_entropy_rescale(p, current_stream(written));
+  launch_cross_entropy_rescale(p, current_stream(written));
 }
 
 }  // namespace tse

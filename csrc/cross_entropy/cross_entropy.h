@@ -155,10 +155,10 @@ void cross_entropy_bwd_blocks(const CrossEntropyParams& p, int64_t row, int64_t 
 
 // CUDA: all rows, on `stream`, no synchronisation. A target outside [0, n) trips a device-side assertion. Forward
 // writes grad_input, too, unless `assumed` is kNone. rescale multiplies it by grad_output / guess.
-void launch_cross_entropy_fwd(const CrossEntropyParams& p, cudaStream_t stream);
-void launch_cross_entropy_bwd(const CrossEntropyParams& p, cudaStream_t stream);
-void launch_cross_entropy_rescale(const CrossEntropyParams& p, cudaStream_t stream);
-int64_t cross_entropy_scratch(const CrossEntropyParams& p);  // bytes that forward needs
+TSE_CUDA void launch_cross_entropy_fwd(const CrossEntropyParams& p, cudaStream_t stream);
+TSE_CUDA void launch_cross_entropy_bwd(const CrossEntropyParams& p, cudaStream_t stream);
+TSE_CUDA void launch_cross_entropy_rescale(const CrossEntropyParams& p, cudaStream_t stream);
+TSE_CUDA int64_t cross_entropy_scratch(const CrossEntropyParams& p);  // bytes that forward needs
 CrossEntropyState* cross_entropy_state(cudaStream_t stream);  // nullptr: none left
 
 }  // namespace tse

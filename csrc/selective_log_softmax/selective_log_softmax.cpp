@@ -29,9 +29,9 @@ using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 constexpr const char* kOp = "selective_log_softmax";
 constexpr Kernels<SelectiveLogSoftmaxParams> kForward = {selective_log_softmax_fwd_rows,
-                                                         TSE_CUDA(launch_selective_log_softmax_fwd)};
+                                                         launch_selective_log_softmax_fwd};
 constexpr Kernels<SelectiveLogSoftmaxParams> kBackward = {selective_log_softmax_bwd_rows,
-                                                          TSE_CUDA(launch_selective_log_softmax_bwd)};
+                                                          launch_selective_log_softmax_bwd};
 
 struct Options {
   double temperature = 1;

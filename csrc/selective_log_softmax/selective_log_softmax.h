@@ -70,7 +70,7 @@ void selective_log_softmax_fwd_rows(const SelectiveLogSoftmaxParams& p, int64_t 
 void selective_log_softmax_bwd_rows(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end);
 
 // CUDA: all rows, on `stream`, no synchronisation. An index outside [0, n) trips a device-side assertion.
-void launch_selective_log_softmax_fwd(const SelectiveLogSoftmaxParams& p, cudaStream_t stream);
-void launch_selective_log_softmax_bwd(const SelectiveLogSoftmaxParams& p, cudaStream_t stream);
+TSE_CUDA void launch_selective_log_softmax_fwd(const SelectiveLogSoftmaxParams& p, cudaStream_t stream);
+TSE_CUDA void launch_selective_log_softmax_bwd(const SelectiveLogSoftmaxParams& p, cudaStream_t stream);
 
 }  // namespace tse

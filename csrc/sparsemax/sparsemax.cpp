@@ -22,8 +22,8 @@ struct Support {
 
 struct Sparsemax {
   static constexpr const char* kName = "sparsemax";
-  static constexpr RowMapKernels kForward = {sparsemax_fwd_rows, TSE_CUDA(launch_sparsemax_fwd)};
-  static constexpr RowMapKernels kBackward = {sparsemax_bwd_rows, TSE_CUDA(launch_sparsemax_bwd)};
+  static constexpr RowMapKernels kForward = {sparsemax_fwd_rows, launch_sparsemax_fwd};
+  static constexpr RowMapKernels kBackward = {sparsemax_bwd_rows, launch_sparsemax_bwd};
 
   static at::Tensor composed(const at::Tensor& input, int64_t dim) {
     const Support support(Operator<RowMap<Sparsemax>::forward>::call(input, dim), dim);

@@ -9,7 +9,7 @@ void sparsemax_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end);
 void sparsemax_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end);
 
 // CUDA: all rows, on `stream`, no synchronisation.
-void launch_sparsemax_fwd(const RowMapParams& p, cudaStream_t stream);
-void launch_sparsemax_bwd(const RowMapParams& p, cudaStream_t stream);
+TSE_CUDA void launch_sparsemax_fwd(const RowMapParams& p, cudaStream_t stream);
+TSE_CUDA void launch_sparsemax_bwd(const RowMapParams& p, cudaStream_t stream);
 
 }  // namespace tse

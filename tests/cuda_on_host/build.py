@@ -100,12 +100,13 @@ def compiled(name, flags, planted):
     return made(".o", f"{environment()} {flags} {sorted(texts.items())}", compile)
 
 
-def linked(suffix, objects, link, planted=None):
-    """A program or library of (file, flags) pairs."""
+def linked(suffix, objects, link, planted=None, others=()):
+    """A program or library of (file, flags) pairs and of other objects."""
     with ThreadPoolExecutor(JOBS) as pool:
         paths = list(pool.map(lambda o: compiled(*o, planted or {}), objects))
-    files = " ".join(map(str, paths))
-    return made(suffix, f"{environment()} {files} {link}", lambda output: run_compiler(f"{files} -o {output} {link}"))
+    files = " ".join(map(str, [*paths, *others]))
+    what = f"{environment()} {files} {[hashlib.sha256(o.read_bytes()).hexdigest() for o in others]} {link}"
+    return made(suffix, what, lambda output: run_compiler(f"{files} -o {output} {link}"))
 
 
 def forget_the_unused():
@@ -115,8 +116,17 @@ def forget_the_unused():
                 path.unlink()
 
 
+def object_of_the_package(source):
+    """What the package's own build made of a C++ file; None where a file that it includes has changed since."""
+    built = ROOT / "build" / "temp" / source.relative_to(ROOT).with_suffix(".o")
+    files = [CSRC / name for name in with_includes(str(source.relative_to(CSRC)), {})]
+    is_new = built.exists() and built.stat().st_mtime > max(f.stat().st_mtime for f in files)
+    return built if is_new else None
+
+
 def library():
-    """The package's library with CUDA kernels that run on CPU tensors."""
+    """The package's library with CUDA kernels that run on CPU tensors. Its C++ files are those of the package, which
+    need not be compiled again; only device.cpp is another."""
     import torch
     from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -126,12 +136,14 @@ def library():
         f"-DTSE_TORCH={torch.__version__} "  # so that another version's objects are others
         + " ".join(f"-isystem {p}" for p in [*include_paths(), sysconfig.get_path("include")])
     )
-    flags = {".cu": "-std=c++20 -O1 -fPIC", ".cpp": host}  # the CPU's kernels, which take longest, are never called
-    files = sorted(p for p in CSRC.rglob("*") if p.suffix in flags)
-    objects = [(str(p.relative_to(CSRC)), flags[p.suffix]) for p in files]
+    packages = {p: object_of_the_package(p) for p in CSRC.rglob("*.cpp") if p.name != "device.cpp"}
+    objects = [(str(p.relative_to(CSRC)), host) for p, built in sorted(packages.items()) if built is None]
+    objects += [(str(p.relative_to(CSRC)), "-std=c++20 -O1 -fPIC") for p in sorted(CSRC.rglob("*.cu"))]
+    objects += [("device.cpp", host), ("executor.cpp", "-std=c++20 -O2 -fPIC")]
+    others = sorted(filter(None, packages.values()))
     paths = " ".join(f"-L{p} -Wl,-rpath,{p}" for p in library_paths())
     link = f"-shared -fopenmp {paths} -lc10 -ltorch -ltorch_cpu -ltorch_python"
-    return linked(".so", [*objects, ("executor.cpp", "-std=c++20 -O2 -fPIC")], link)
+    return linked(".so", objects, link, others=others)
 
 
 SANITIZERS = {  # flags of the kernels, of the executor, of the linker
