@@ -1,13 +1,14 @@
 """The tests that every operator must pass, over its spec, devices and dtypes: values and gradients, torch's checks,
 errors, autocast, saved tensors, checkpointing, modules, equal bits and threads."""
 
+import contextlib
 import copy
 import pickle
 import threading
 
 import pytest
 import torch
-from conftest import CUDA_ON_HOST, dtypes, first, get, samples, small_samples, specs, specs_where
+from conftest import CUDA_ON_HOST, dtypes, first, for_cpu, get, samples, small_samples, specs, specs_where
 from torch.utils.checkpoint import checkpoint
 
 from torch_softmax_ext.testing import SPECS
@@ -199,6 +200,27 @@ def test_module_computes_the_function_also_after_copying_and_pickling(spec, devi
 # ---- the same bits ------------------------------------------------------------------------------------------------
 
 
+def value_and_grad_of_rows(spec, x, *args):
+    x = x.detach().requires_grad_()
+    y = spec.op(x, *args, **spec.row_options)
+    g = (
+        torch.linspace(1, 2, x.shape[1], device=x.device).to(y.dtype).expand_as(y)
+        if y.dim() > 1
+        else torch.ones_like(y)
+    )
+    return y.detach(), torch.autograd.grad(y, x, g)[0]
+
+
+@contextlib.contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.values
 @specs_where(lambda s: s.batch_invariant)
 @dtypes
@@ -206,28 +228,29 @@ def test_module_computes_the_function_also_after_copying_and_pickling(spec, devi
 def test_same_bits_alone_in_a_batch_and_with_any_threads(spec, device, dtype, shape):
     x = torch.randn(shape, device=device).to(dtype)
     args = tuple(a.to(device) for a in spec.bench_args(x))
-
-    def run(x, *args):
-        x = x.detach().requires_grad_()
-        y = spec.op(x, *args, **spec.row_options)
-        g = (
-            torch.linspace(1, 2, x.shape[1], device=device).to(y.dtype).expand_as(y)
-            if y.dim() > 1
-            else torch.ones_like(y)
-        )
-        return y.detach(), torch.autograd.grad(y, x, g)[0]
-
-    y, g = run(x, *args)
-    threads = torch.get_num_threads()
+    y, g = value_and_grad_of_rows(spec, x, *args)
     for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        try:
-            assert all(torch.equal(a, b) for a, b in zip(run(x, *args), (y, g), strict=True))
-            y1, g1 = run(*spec.rows(x, *args))
-        finally:
-            torch.set_num_threads(threads)
+        with threads(count):
+            assert all(torch.equal(a, b) for a, b in zip(value_and_grad_of_rows(spec, x, *args), (y, g), strict=True))
+            y1, g1 = value_and_grad_of_rows(spec, *spec.rows(x, *args))
         assert torch.equal(y1, y[:1])
         assert torch.equal(g1, g[:1])
+
+
+@for_cpu
+@pytest.mark.values
+@specs_where(lambda s: s.batch_invariant)
+@dtypes
+@pytest.mark.parametrize("scale", [1.0, 1e-4], ids=["some-large", "flat"])
+def test_same_bits_where_threads_share_a_row(spec, dtype, scale):
+    x = (torch.randn(1, 200003) * scale).to(dtype)
+    args = spec.bench_args(x)
+    results = []
+    for count in (1, 2, 5):
+        with threads(count):
+            results.append(value_and_grad_of_rows(spec, x, *args))
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 @specs

@@ -74,13 +74,26 @@ inline RowTensor as_rows(const at::Tensor& t, int64_t dim) {
   return {dense, *try_rows(dense, dim)};
 }
 
-// Runs f(begin, end) over rows on torch's threads; a task is worth at least this many elements.
-constexpr int64_t kElementsPerTask = 16384;
+constexpr int64_t kElementsPerTask = 16384;  // at least
+constexpr int64_t kWideRow = 7 * kElementsPerTask / 4;  // worth two threads
 
-template <class F>
-void parallel_rows(const Rows& rows, const F& f) {
-  if (row_count(rows) == 0) return;
-  at::parallel_for(0, row_count(rows), std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, rows.n)), f);
+inline void share_row(int64_t blocks, int64_t size, void (*part)(const void* f, int64_t begin, int64_t end),
+                      const void* f) {
+  at::parallel_for(0, blocks, std::max<int64_t>(1, kElementsPerTask / size),
+                   [&](int64_t begin, int64_t end) { part(f, begin, end); });
+}
+
+// Runs f(p, begin, end) for all rows, on torch's threads. Where rows are fewer than threads, and wide, threads share
+// each row, if its elements are `contiguous`.
+template <class Params, class F>
+void parallel_rows(Params p, const Rows& rows, bool contiguous, const F& f) {
+  const int64_t count = row_count(rows);
+  if (contiguous && rows.n > kWideRow && count < at::get_num_threads()) {
+    p.share_row = share_row;
+    return f(p, 0, count);
+  }
+  at::parallel_for(0, count, std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, rows.n)),
+                   [&](int64_t begin, int64_t end) { f(p, begin, end); });
 }
 
 // Asks for huge pages where a large output has none yet: most of the time of writing into fresh memory is the kernel's,
@@ -103,9 +116,9 @@ struct Kernels {
   void (*cpu)(const Params& p, int64_t begin, int64_t end);  // rows [begin, end)
   void (*cuda)(const Params& p, cudaStream_t stream);  // all rows; nullptr: there is none
 
-  // `t`: some tensor of the call.
-  void run(const char* op, const Params& p, const Rows& rows, const at::Tensor& t) const {
-    if (!use_cuda(t)) return parallel_rows(rows, [&](int64_t begin, int64_t end) { cpu(p, begin, end); });
+  // contiguous: the elements of a row are, in all tensors. `t`: some tensor of the call.
+  void run(const char* op, const Params& p, const Rows& rows, bool contiguous, const at::Tensor& t) const {
+    if (!use_cuda(t)) return parallel_rows(p, rows, contiguous, cpu);
     TSE_CHECK_NOT_IMPLEMENTED(cuda != nullptr, op, "input", "expected a CPU tensor, as there is no CUDA kernel, got ",
                               t.device());
     cuda(p, current_stream(t));

@@ -60,7 +60,7 @@ struct RowMap {
     p.input = x.tensor.const_data_ptr();
     p.output_rows = y.rows;
     p.output = y.tensor.mutable_data_ptr();
-    Map::kForward.run(Map::kName, p, p.rows, input);
+    Map::kForward.run(Map::kName, p, p.rows, x.rows.stride_n == 1 && y.rows.stride_n == 1, input);
     if (!y.tensor.is_same(output)) output.copy_(y.tensor);
     return output;
   }
@@ -85,7 +85,8 @@ struct RowMap {
     p.grad_output = g.tensor.const_data_ptr();
     p.grad_input_rows = out.rows;
     p.grad_input = out.tensor.mutable_data_ptr();
-    Map::kBackward.run(Map::kName, p, p.output_rows, output);
+    const bool contiguous = y.rows.stride_n == 1 && g.rows.stride_n == 1 && out.rows.stride_n == 1;
+    Map::kBackward.run(Map::kName, p, p.output_rows, contiguous, output);
     if (!out.tensor.is_same(grad_input)) grad_input.copy_(out.tensor);
     return grad_input;
   }

@@ -16,6 +16,8 @@ struct RowMapParams {
   const void* grad_output;  // (rows, n)  any strides, 0 included; CUDA: elements are contiguous where the output's are
   Rows grad_input_rows;
   void* grad_input;  // (rows, n)
+
+  ShareRow* share_row;  // CPU: nullptr where a row belongs to one thread
 };
 
 }  // namespace tse

@@ -33,6 +33,10 @@ inline bool has_one_stride(const Rows& rows) {
   return rows.outer == 1 || rows.stride_outer == rows.inner * rows.stride_inner;
 }
 
+// Calls part(f, begin, end) for parts of [0, blocks), on several threads that share a row; a block is `size` elements.
+typedef void ShareRow(int64_t blocks, int64_t size, void (*part)(const void* f, int64_t begin, int64_t end),
+                      const void* f);
+
 // Offset in elements of row r's first element.
 TSE_HOST_DEVICE inline int64_t row_offset(const Rows& rows, int64_t r) {
   if (rows.outer == 1) return r * rows.stride_inner;

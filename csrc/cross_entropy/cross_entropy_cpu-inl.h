@@ -40,12 +40,9 @@ struct Row {
             : p.probabilities != nullptr ? most_probable()
                                          : target_of(p, row)) {}
 
-  int64_t blocks() const { return (n + kBlock - 1) / kBlock; }
   A reference() const { return row_reference(x, n, own, logits); }
-  BlockSum sum_of(int64_t block, A reference) const {
-    const int64_t begin = block * kBlock;
-    return block_sum<kGeneral>(x + begin, std::min(kBlock, n - begin), own - begin, reference, logits,
-                               coefficients.from(begin));
+  BlockSum sum_of(int64_t begin, int64_t end, A reference) const {
+    return block_sum<kGeneral>(x + begin, end - begin, own - begin, reference, logits, coefficients.from(begin));
   }
 
   // Puts the row's sums and own class into the batch.
@@ -59,13 +56,13 @@ struct Row {
     batch.own_coefficient[i] = kGeneral && own >= 0 ? coefficients(own, 1)[0] : A(0);
   }
 
-  // The gradient of blocks [begin, end), from the logits or from the terms that forward kept.
+  // The gradient of elements [first, last), from the logits or from the terms that forward kept.
   template <bool kFromKept = false>
-  [[gnu::flatten]] void write_gradient(const RowBatch<T>& batch, int64_t begin, int64_t end,
+  [[gnu::flatten]] void write_gradient(const RowBatch<T>& batch, int64_t first, int64_t last,
                                        const A* kept = nullptr) const {
     const Vec<T> m = splat<Vec<T>>(batch.m[0]), scale = splat<Vec<T>>(batch.scale[0]);
     T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
-    const int64_t first = begin * kBlock, size = std::min(end * kBlock, n) - first;
+    const int64_t size = last - first;
     if (!counted) return std::fill_n(g + first, size, T{}), void();
     if constexpr (kFromKept) {
       map_row(g + first, size, [&](Vec<T> term) { return term * scale; }, Kept<A>{kept + first});
@@ -74,8 +71,8 @@ struct Row {
     } else {
       constexpr int kLanes = Accumulate<T>::kLanes;
       const Vec<T> target = splat<Vec<T>>(batch.target[0]), one = splat<Vec<T>>(1);
-      for (int64_t i = first; i < first + size; i += kLanes) {
-        const int64_t count = std::min<int64_t>(kLanes, first + size - i);
+      for (int64_t i = first; i < last; i += kLanes) {
+        const int64_t count = std::min<int64_t>(kLanes, last - i);
         const Vec<T> z = logits.cap(count == kLanes ? load(x + i) : load_part(x + i, count, A(0)));
         const Vec<T> term = logits.half_term(logits.half_difference(z, m));
         Vec<T> grad = multiply_subtract(term, scale, coefficients(i, count) * target);
@@ -84,7 +81,7 @@ struct Row {
         else store_part(g + i, count, grad);
       }
     }
-    if (own >= first && own < first + size) store_one(g + own, batch.at_own[0]);
+    if (own >= first && own < last) store_one(g + own, batch.at_own[0]);
   }
 
  private:
@@ -152,7 +149,7 @@ void walk_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.rows.n;
   const Logits<T, kGeneral> logits(p.transform);
   RowBatch<T> batch;
-  const bool keeps = kForward && kBackward && !kGeneral && n <= kKept;
+  const bool keeps = kForward && kBackward && !kGeneral && n <= kKept && p.share_row == nullptr;
   const std::unique_ptr<Vec<T>[]> terms(keeps ? new Vec<T>[n / Accumulate<T>::kLanes + 2] : nullptr);  // aligned
   A* kept = reinterpret_cast<A*>(terms.get());
   for (int64_t row = begin; row < end; ++row) {
@@ -160,14 +157,12 @@ void walk_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
     BlockSum s = kNothing, sums[kKept / kBlock];
     if (kForward) {
       const A reference = r.counted && n > 0 ? r.reference() : A(0);  // the logits of an ignored row are not even read
-      for (int64_t b = 0; r.counted && b < r.blocks(); ++b) {
-        const int64_t i = b * kBlock;
-        const BlockSum of_block =
-            keeps ? block_exp_sum<true>(r.x + i, std::min(kBlock, n - i), r.own - i, reference, logits, kept + i)
-                  : r.sum_of(b, reference);
-        if (keeps) sums[b] = of_block;
-        s = b == 0 ? of_block : logits.join(s, of_block);
-      }
+      const auto sum_block = [&](int64_t i, int64_t last) {
+        if (!keeps) return r.sum_of(i, last, reference);
+        return sums[i / kBlock] = block_exp_sum<true>(r.x + i, last - i, r.own - i, reference, logits, kept + i);
+      };
+      const auto join = [&](const BlockSum& a, const BlockSum& b) { return logits.join(a, b); };
+      s = reduce_row(p.share_row, r.counted ? n : 0, kBlock, kNothing, sum_block, join);
       r.add_to(batch, s);
       if (p.predictions != nullptr) {
         const double all = s.sum + double(batch.own_z[batch.count - 1]);  // NaN or infinite if a logit is
@@ -177,15 +172,15 @@ void walk_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
     }
     if (!kBackward) continue;
     const RowBatch<T> factors = factors_of(r, kForward ? &s : nullptr);
-    if (!keeps) {
-      r.write_gradient(factors, 0, r.blocks());
-      continue;
-    }
-    for (int64_t b = 0; b < r.blocks(); ++b) {
-      // Terms against another reference are rounded otherwise: not the bits that backward alone would compute.
-      if (sums[b].m == s.m) r.template write_gradient<true>(factors, b, b + 1, kept);
-      else r.write_gradient(factors, b, b + 1);
-    }
+    for_parts(p.share_row, n, kBlock, [&](int64_t first, int64_t last) {
+      if (!keeps) return r.write_gradient(factors, first, last);
+      for (int64_t i = first; i < last; i += kBlock) {
+        const int64_t end_of_block = std::min(i + kBlock, last);
+        // Terms against another reference are rounded otherwise: not the bits that backward alone would compute.
+        if (sums[i / kBlock].m == s.m) r.template write_gradient<true>(factors, i, end_of_block, kept);
+        else r.write_gradient(factors, i, end_of_block);
+      }
+    });
   }
   finish<kGeneral>(batch, p, logits);
 }
@@ -198,53 +193,19 @@ void walk(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   LanesWalk<T, kForward, kBackward, kGeneral>(p).run(begin, end);
 }
 
-// Calls f with values of types T and std::bool_constant<kGeneral>.
-template <class T, class F>
-void with_type(const CrossEntropyParams& p, const F& f) {
-  p.is_general() ? f(T{}, std::true_type()) : f(T{}, std::false_type());
+template <class T, bool kGeneral>
+void walk_each_way(const CrossEntropyParams& p, bool forward, bool backward, int64_t begin, int64_t end) {
+  if (!backward) walk<T, true, false, kGeneral>(p, begin, end);
+  else if (forward) walk<T, true, true, kGeneral>(p, begin, end);
+  else walk<T, false, true, kGeneral>(p, begin, end);
 }
-template <class F>
-void with_types(const CrossEntropyParams& p, const F& f) {
-  TSE_EACH_DTYPE(with_type, p, f)
+template <class T>
+void walk_type(const CrossEntropyParams& p, bool forward, bool backward, int64_t begin, int64_t end) {
+  if (p.is_general()) walk_each_way<T, true>(p, forward, backward, begin, end);
+  else walk_each_way<T, false>(p, forward, backward, begin, end);
 }
 
 void cross_entropy_rows(const CrossEntropyParams& p, bool forward, bool backward, int64_t begin, int64_t end) {
-  with_types(p, [&](auto element, auto general) {
-    using T = decltype(element);
-    constexpr bool kGeneral = decltype(general)::value;
-    if (!backward) walk<T, true, false, kGeneral>(p, begin, end);
-    else if (forward) walk<T, true, true, kGeneral>(p, begin, end);
-    else walk<T, false, true, kGeneral>(p, begin, end);
-  });
-}
-
-// Blocks of one row, for threads that share it.
-template <class F>
-void with_row(const CrossEntropyParams& p, int64_t row, const F& f) {
-  with_types(p, [&](auto element, auto general) {
-    const Logits<decltype(element), decltype(general)::value> logits(p.transform);
-    f(Row<decltype(element), decltype(general)::value>(p, logits, row));
-  });
-}
-void cross_entropy_block_sums(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end, BlockSum* sums) {
-  with_row(p, row, [&](const auto& r) {
-    if (!r.counted) return std::fill(sums + begin, sums + end, kNothing);
-    const auto reference = r.reference();
-    for (int64_t b = begin; b < end; ++b) sums[b] = r.sum_of(b, reference);
-  });
-}
-template <class T, bool kGeneral>
-void finish_row(const Row<T, kGeneral>& r, const BlockSum* sums) {
-  BlockSum s = kNothing;
-  for (int64_t b = 0; b < r.blocks(); ++b) s = r.logits.join(s, sums[b]);
-  RowBatch<T> batch;
-  r.add_to(batch, s);
-  finish<kGeneral>(batch, r.p, r.logits);
-}
-void cross_entropy_finish_row(const CrossEntropyParams& p, int64_t row, const BlockSum* sums) {
-  with_row(p, row, [&](const auto& r) { finish_row(r, sums); });
-}
-void cross_entropy_bwd_blocks(const CrossEntropyParams& p, int64_t row, int64_t begin, int64_t end) {
-  with_row(p, row, [&](const auto& r) { r.write_gradient(factors_of(r, nullptr), begin, end); });
+  TSE_EACH_DTYPE(walk_type, p, forward, backward, begin, end)
 }
 #endif

@@ -1,6 +1,4 @@
 // Cross-entropy on the CPU, over torch's threads: rows, or blocks of rows, and then sums over all rows. [torch]
-#include <vector>
-
 #include "common/host.h"
 #include "common/targets.h"
 #include "cross_entropy/cross_entropy.h"
@@ -57,26 +55,12 @@ void run_forward(const CrossEntropyParams& p, bool with_gradient) {
 }  // namespace
 
 void run_cross_entropy_rows(const CrossEntropyParams& p, bool forward, bool backward) {
-  const int64_t rows = row_count(p.rows), blocks = (p.rows.n + kExpSumBlock - 1) / kExpSumBlock;
   const bool contiguous = p.rows.stride_n == 1 && (!backward || p.grad_rows.stride_n == 1);
-  constexpr int64_t kBlocksPerTask = kElementsPerTask / kExpSumBlock;
-  // Where rows are fewer than threads, and wide, threads share each row.
-  if (!contiguous || rows >= at::get_num_threads() || blocks < 2 * kBlocksPerTask || p.predictions != nullptr) {
-    return parallel_rows(p.rows,
-                         [&](int64_t begin, int64_t end) { cross_entropy_rows(p, forward, backward, begin, end); });
-  }
-  std::vector<BlockSum> sums(blocks);
-  for (int64_t row = 0; row < rows; ++row) {
-    if (forward) {
-      at::parallel_for(0, blocks, kBlocksPerTask,
-                       [&](int64_t begin, int64_t end) { cross_entropy_block_sums(p, row, begin, end, sums.data()); });
-      cross_entropy_finish_row(p, row, sums.data());
-    }
-    if (backward) {
-      at::parallel_for(0, blocks, kBlocksPerTask,
-                       [&](int64_t begin, int64_t end) { cross_entropy_bwd_blocks(p, row, begin, end); });
-    }
-  }
+  // The largest logit of a row is looked for by one thread.
+  parallel_rows(p, p.rows, contiguous && p.predictions == nullptr,
+                [=](const CrossEntropyParams& p, int64_t begin, int64_t end) {
+                  cross_entropy_rows(p, forward, backward, begin, end);
+                });
 }
 
 void run_cross_entropy_fwd(const CrossEntropyParams& p, bool with_gradient) {

@@ -117,7 +117,7 @@ ThreeTensors forward(const at::Tensor& input, const at::Tensor& index, bool entr
   SelectiveLogSoftmaxParams p = layouts.params(stats, options);
   p.logp = logp.mutable_data_ptr();
   if (entropy) p.entropy = h.mutable_data_ptr();
-  kForward.run(kOp, p, p.rows, input);
+  kForward.run(kOp, p, p.rows, /*contiguous=*/true, input);
   return {logp, h, stats};
 }
 
@@ -139,7 +139,7 @@ at::Tensor backward(const OptionalTensor& grad_logp, const OptionalTensor& grad_
   const at::Tensor g_entropy = grad_entropy.has_value() ? grad_entropy->contiguous() : at::Tensor();
   if (g.defined()) p.grad_logp = g.const_data_ptr();
   if (g_entropy.defined()) p.grad_entropy = g_entropy.const_data_ptr();
-  kBackward.run(kOp, p, p.rows, input);
+  kBackward.run(kOp, p, p.rows, /*contiguous=*/true, input);
   if (!grad.tensor.is_same(grad_input)) grad_input.copy_(grad.tensor);
   return grad_input;
 }

@@ -33,6 +33,8 @@ struct SelectiveLogSoftmaxParams {
   void* grad_input;         // (rows, n)
   const void* grad_logp;    // (rows, k)  contiguous; nullptr: 0
   const void* grad_entropy; // (rows)     contiguous; nullptr: 0
+
+  ShareRow* share_row;      // CPU: nullptr where a row belongs to one thread
 };
 
 TSE_HOST_DEVICE inline int64_t index_of(const SelectiveLogSoftmaxParams& p, int64_t row, int64_t k) {

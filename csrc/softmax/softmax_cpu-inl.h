@@ -11,20 +11,25 @@
 #include "common/cpu/exp_sum-inl.h"
 
 template <class T>
-inline void softmax_row(const T* x, T* y, int64_t n, const Logits<T, false>& logits) {
+inline void softmax_row(ShareRow* share_row, const T* x, T* y, int64_t n, const Logits<T, false>& logits) {
   const Acc<T> reference = row_reference(x, n, -1, logits);
-  BlockSum s = kNothing;
-  for (int64_t b = 0; b < n; b += kBlock)
-    s = logits.join(s, block_exp_sum(x + b, std::min(kBlock, n - b), -1, reference, logits));
+  const BlockSum s = reduce_row(
+      share_row, n, kBlock, kNothing,
+      [&](int64_t begin, int64_t end) { return block_exp_sum(x + begin, end - begin, -1, reference, logits); },
+      [&](const BlockSum& a, const BlockSum& b) { return logits.join(a, b); });
   const Vec<T> m = splat<Vec<T>>(s.sum == 0 ? Acc<T>(0) : Acc<T>(s.m));
   const Vec<T> scale = splat<Vec<T>>(s.sum == 0 ? Acc<T>(0) : Acc<T>(1 / s.sum));
-  map_row(y, n, [&](Vec<T> v) { return logits.term(v, m) * scale; }, x);
+  for_parts(share_row, n, kBlock, [&](int64_t begin, int64_t end) {
+    map_row(y + begin, end - begin, [&](Vec<T> v) { return logits.term(v, m) * scale; }, x + begin);
+  });
 }
 
 template <class T>
-inline void softmax_bwd_row(const T* p, const T* g, T* out, int64_t n) {
-  const Vec<T> mean = splat<Vec<T>>(Acc<T>(sum_row(n, [&](Vec<T> a, Vec<T> b) { return a * b; }, p, g)));
-  map_row(out, n, [&](Vec<T> a, Vec<T> b) { return a * (b - mean); }, p, g);
+inline void softmax_bwd_row(ShareRow* share_row, const T* p, const T* g, T* out, int64_t n) {
+  const Vec<T> mean = splat<Vec<T>>(Acc<T>(sum_row(share_row, n, [&](Vec<T> a, Vec<T> b) { return a * b; }, p, g)));
+  for_parts(share_row, n, kBlock, [&](int64_t begin, int64_t end) {
+    map_row(out + begin, end - begin, [&](Vec<T> a, Vec<T> b) { return a * (b - mean); }, p + begin, g + begin);
+  });
 }
 
 // Rows of up to kMostInLanes elements, one in each lane.
@@ -56,7 +61,7 @@ void fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   if (p.rows.n <= kMostInLanes) return softmax_lanes<T>(p, begin, end);
   const Logits<T, false> logits(LogitTransform{});
   const auto rows = [&](int64_t first, int64_t last, const auto& y, const auto& x) {
-    for (int64_t i = first; i < last; ++i) softmax_row(x(i), y(i), p.rows.n, logits);
+    for (int64_t i = first; i < last; ++i) softmax_row(p.share_row, x(i), y(i), p.rows.n, logits);
   };
   for_each_row(begin, end, rows, RowAt<T>{static_cast<T*>(p.output), p.output_rows},
                RowAt<const T>{static_cast<const T*>(p.input), p.rows});
@@ -66,7 +71,7 @@ template <class T>
 void bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.output_rows.n;
   const auto rows = [&](int64_t first, int64_t last, const auto& out, const auto& output, const auto& g) {
-    for (int64_t i = first; i < last; ++i) softmax_bwd_row(output(i), g(i), out(i), n);
+    for (int64_t i = first; i < last; ++i) softmax_bwd_row(p.share_row, output(i), g(i), out(i), n);
   };
   for_each_row(begin, end, rows, RowAt<T>{static_cast<T*>(p.grad_input), p.grad_input_rows},
                RowAt<const T>{static_cast<const T*>(p.output), p.output_rows},

@@ -28,51 +28,54 @@ struct Candidates {
   explicit Candidates(int64_t n)
       : part(kPart * std::max<int64_t>(1, (n + kPart * kMostParts - 1) / (kPart * kMostParts))),
         room(std::min(n, kMost)),
-        values(new A[room + part + kFloats]),
+        values(new A[room + std::max(part, kSumBlock) + kFloats]),
         maxima(new A[(n / part + 1) * kFloats]),
-        indices(new uint32_t[room + part + kFloats]) {}
+        indices(new uint32_t[room + std::max(part, kSumBlock) + kFloats]) {}
 };
 
 // Reads a row once: the largest element of each lane of each part, NaN aside, and the sum, NaN if there is one.
 // Meanwhile y gets the zeros that most of it will be: reading and writing at once are faster than one after the other.
 template <class T>
-inline Acc<T> read_and_zero(const T* x, T* y, int64_t n, int64_t part, Acc<T>* maxima) {
+inline double read_and_zero(const T* x, T* y, int64_t n, int64_t part, Acc<T>* maxima, ShareRow* share_row) {
   using V = Vec<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const V low = splat<V>(-std::numeric_limits<Acc<T>>::infinity());
-  V sum = {};
-  for (int64_t begin = 0; begin < n; begin += part, maxima += kLanes) {
-    const int64_t end = std::min(begin + part, n);
-    V m[4] = {low, low, low, low}, s[4] = {};
-    int64_t i = begin;
-    for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
-      for (int k = 0; k < 4; k += 2) {
-        const Pair<V> v = load2(x + i + k * kLanes);
-        m[k] = vmax(v.a, m[k]);
-        m[k + 1] = vmax(v.b, m[k + 1]);
-        s[k] += v.a;
-        s[k + 1] += v.b;
-        store2(y + i + k * kLanes, {V{}, V{}});
+  const auto of_block = [&](int64_t first, int64_t last) {
+    V sum = {};
+    for (int64_t begin = first; begin < last; begin += part) {
+      const int64_t end = std::min(begin + part, last);
+      V m[4] = {low, low, low, low}, s[4] = {};
+      int64_t i = begin;
+      for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
+        for (int k = 0; k < 4; k += 2) {
+          const Pair<V> v = load2(x + i + k * kLanes);
+          m[k] = vmax(v.a, m[k]);
+          m[k + 1] = vmax(v.b, m[k + 1]);
+          s[k] += v.a;
+          s[k + 1] += v.b;
+          store2(y + i + k * kLanes, {V{}, V{}});
+        }
       }
+      std::fill_n(y + i, end - i, T{});
+      for (; i < end; i += kLanes) {
+        const V v = i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, low[0]);
+        m[0] = vmax(v, m[0]);
+        s[0] += v;
+      }
+      store(maxima + begin / part * kLanes, vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
+      sum += (s[0] + s[1]) + (s[2] + s[3]);
     }
-    std::fill_n(y + i, end - i, T{});
-    for (; i < end; i += kLanes) {
-      const V v = i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, low[0]);
-      m[0] = vmax(v, m[0]);
-      s[0] += v;
-    }
-    store(maxima, vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
-    sum += (s[0] + s[1]) + (s[2] + s[3]);
-  }
-  return reduce_add(sum);
+    return double(reduce_add(sum));
+  };
+  return reduce_row(share_row, n, 16 * part, 0.0, of_block, std::plus<>());
 }
 
 // A row of more than kShort elements.
 template <class T>
-inline void long_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& c) {
+inline void long_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& c, ShareRow* share_row) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
-  const A sum = read_and_zero(x, y, n, c.part, c.maxima.get());
+  const double sum = read_and_zero(x, y, n, c.part, c.maxima.get(), share_row);
   const int64_t parts = (n + c.part - 1) / c.part * kLanes;
   const A max = block_max(c.maxima.get(), parts);
   if (max == -std::numeric_limits<A>::infinity() && sum == sum) return;
@@ -80,7 +83,7 @@ inline void long_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& c) {
   const Excess e = newton(c.maxima.get(), parts, max, -1, /*tolerance=*/0.1);
   const auto as_flat = [&] {
     FlatRow<T> row{x, y, max, e.step()};
-    flat_rows(&row, 1, n);
+    flat_rows(&row, 1, n, share_row);
   };
   if (e.count > parts - parts / 16 || sum != sum || n > std::numeric_limits<uint32_t>::max()) return as_flat();
   A bound = A(double(max) + e.step());
@@ -99,63 +102,89 @@ inline void long_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& c) {
 
 // Rows x(i) to y(i), which are elsewhere.
 template <class T, class X, class Y>
-inline void sparsemax_rows(const X& x, const Y& y, int64_t begin, int64_t end, int64_t n, Candidates<Acc<T>>& c) {
+inline void sparsemax_rows(const X& x, const Y& y, int64_t begin, int64_t end, int64_t n, Candidates<Acc<T>>& c,
+                           ShareRow* share_row) {
   if (n <= kShort) return short_rows<T>(x, y, begin, end, n);
-  for (int64_t row = begin; row < end; ++row) long_row(x(row), y(row), n, c);
+  for (int64_t row = begin; row < end; ++row) long_row(x(row), y(row), n, c, share_row);
 }
 
 // grad_input = g - mean of g over the support on the support, 0 elsewhere; NaN where p is NaN, as all of a row is.
-// Where the support is small, p is read once while zeros are written, g only there; else, from about one element in 64
-// on, p and g are read twice, the second time from cache.
+
+// The support and its mean, from blocks: sums of a block in the type, of blocks in double.
+struct Support {
+  double sum, count;
+  double mean() const { return sum / count; }
+};
+
+// A row whose support is small: p is read once while zeros are written, g only there. The sums have the bits of
+// dense_bwd_row. False, and nothing done, where the support is not small: from about one element in 64 on.
 template <class T>
-inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candidates<Acc<T>>& c) {
+inline bool sparse_bwd_row(const T* p, const T* g, T* out, int64_t n, Candidates<Acc<T>>& c) {
+  using A = Acc<T>;
+  constexpr int kPair = 2 * Accumulate<T>::kLanes;
+  Support support = {0, 0};
+  int64_t count = 0;
+  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
+    if (count > std::min(c.room, kSumBlock / 4 + begin / 64)) return false;
+    const int64_t end = std::min(begin + kSumBlock, n);
+    const int64_t found = collect_above(p, begin, end, A(0), &c.values[count], &c.indices[count]);
+    std::fill_n(out + begin, end - begin, T{});
+    if (found == 0) continue;
+    Vec<T> sums[2] = {};
+    for (const int64_t last = count + found; count < last; ++count) {
+      const int slot = slot_of<T>(int(c.indices[count] - begin) % kPair);
+      c.values[count] = load_one(g + c.indices[count]);
+      sums[slot >= kPair / 2][slot % (kPair / 2)] += c.values[count];
+    }
+    support.sum += double(reduce_add(sums[0] + sums[1]));
+  }
+  support.count = double(count);
+  const A mean = A(support.mean());
+  for (int64_t j = 0; j < count; ++j) store_one(out + c.indices[j], c.values[j] - mean);
+  return true;
+}
+
+// Any row: p and g are read twice, the second time from cache. Blocks without support are left out where threads share
+// the row, which is long.
+template <class T>
+inline void dense_bwd_row(const T* p, const T* g, T* out, int64_t n, ShareRow* share_row) {
   using A = Acc<T>;
   using V = Vec<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
-  double total = 0, support = 0;
-  if (n > kSumBlock && n <= std::numeric_limits<uint32_t>::max()) {
-    int64_t begin = 0, count = 0;
-    for (; begin < n && count <= std::min(c.room, kSumBlock / 4 + begin / 64); begin += kPart) {
-      const int64_t end = std::min(begin + kPart, n);
-      const int64_t found = collect_above(p, begin, end, A(0), &c.values[count], &c.indices[count]);
-      double sum = 0;  // of a part: thousands of equal terms would round alike
-      for (int64_t j = count; j < count + found; ++j) {
-        c.values[j] = load_one(g + c.indices[j]);
-        sum += double(c.values[j]);
-      }
-      total += sum;
-      count += found;
-      std::fill_n(out + begin, end - begin, T{});
+  const std::unique_ptr<bool[]> is_empty(share_row != nullptr ? new bool[n / kSumBlock + 1] : nullptr);
+  const auto support_of = [&](int64_t begin, int64_t end) {
+    if (is_empty != nullptr) {
+      is_empty[begin / kSumBlock] = !any_above(p + begin, end - begin, A(0));
+      if (is_empty[begin / kSumBlock]) return std::fill_n(out + begin, end - begin, T{}), Support{0, 0};
     }
-    if (begin >= n) {
-      const A mean = A(total / double(count));
-      for (int64_t j = 0; j < count; ++j) store_one(out + c.indices[j], c.values[j] - mean);
-      return;
-    }
-    total = 0;
-  }
-  for (int64_t begin = 0; begin < n; begin += kSumBlock) {  // sums of a block in the type, of blocks in double
-    const int64_t end = std::min(begin + kSumBlock, n);
     SumAbove<V> above[2];
-    const auto add = [&](V pv, V gv, int k) { above[k].add(gv, pv <= V{}); };
     int64_t i = begin;
-    for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
-      const Pair<V> pv = load2(p + i), gv = load2(g + i);
-      add(pv.a, gv.a, 0);
-      add(pv.b, gv.b, 1);
-    }
-    for (; i + kLanes <= end; i += kLanes) add(load(p + i), load(g + i), 0);
-    if (i < end) {
-      add(load_part(p + i, end - i, A(0)), load_part(g + i, end - i, A(0)), 1);
-      i += kLanes;
+    for (; i < end; i += 2 * kLanes) {
+      const bool whole = i + 2 * kLanes <= end;
+      const Pair<V> pv = whole ? load2(p + i) : load2_part(p + i, end - i, A(0));
+      const Pair<V> gv = whole ? load2(g + i) : load2_part(g + i, end - i, A(0));
+      above[0].add(gv.a, pv.a <= V{});
+      above[1].add(gv.b, pv.b <= V{});
     }
     const SumAbove<V> all = above[0] + above[1];
-    total += double(reduce_add(all.sum));
-    support += double(reduce_add(__builtin_convertvector(all.count(int(i - begin) / kLanes), V)));
-  }
-  const A first = n > 0 ? load_one(p) : A(0), mean = A(total / support) + (first - first);  // NaN like the row
+    const auto lanes = __builtin_convertvector(all.count(int(i - begin) / kLanes), V);
+    return Support{double(reduce_add(all.sum)), double(reduce_add(lanes))};
+  };
+  const Support support = reduce_row(share_row, n, kSumBlock, Support{0, 0}, support_of,
+                                     [](Support a, Support b) { return Support{a.sum + b.sum, a.count + b.count}; });
+  const A first = n > 0 ? load_one(p) : A(0), mean = A(support.mean()) + (first - first);  // NaN like the row
   const auto value = [mean](V pv, V gv) { return pv <= V{} ? V{} : gv - mean; };
-  map_row(out, n, value, p, g);
+  for_parts(share_row, n, kSumBlock, [&](int64_t begin, int64_t end) {
+    if (is_empty == nullptr) return map_row(out, n, value, p, g);
+    for (int64_t i = begin; i < end; i += kSumBlock)
+      if (!is_empty[i / kSumBlock]) map_row(out + i, std::min(kSumBlock, end - i), value, p + i, g + i);
+  });
+}
+
+template <class T>
+inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candidates<Acc<T>>& c, ShareRow* share_row) {
+  const bool may_be_sparse = n > kSumBlock && n <= std::numeric_limits<uint32_t>::max() && share_row == nullptr;
+  if (!may_be_sparse || !sparse_bwd_row(p, g, out, n, c)) dense_bwd_row(p, g, out, n, share_row);
 }
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
@@ -165,7 +194,7 @@ void fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.rows.n;
   Candidates<Acc<T>> candidates(n > kShort ? n : 0);
   const auto rows = [&](int64_t first, int64_t last, const auto& y, const auto& x) {
-    sparsemax_rows<T>(x, y, first, last, n, candidates);
+    sparsemax_rows<T>(x, y, first, last, n, candidates, p.share_row);
   };
   for_each_row(begin, end, rows, RowAt<T>{static_cast<T*>(p.output), p.output_rows},
                RowAt<const T>{static_cast<const T*>(p.input), p.rows});
@@ -176,7 +205,7 @@ void bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.output_rows.n;
   Candidates<Acc<T>> candidates(n > kSumBlock ? n : 0);
   const auto rows = [&](int64_t first, int64_t last, const auto& out, const auto& output, const auto& g) {
-    for (int64_t i = first; i < last; ++i) sparsemax_bwd_row(output(i), g(i), out(i), n, candidates);
+    for (int64_t i = first; i < last; ++i) sparsemax_bwd_row(output(i), g(i), out(i), n, candidates, p.share_row);
   };
   for_each_row(begin, end, rows, RowAt<T>{static_cast<T*>(p.grad_input), p.grad_input_rows},
                RowAt<const T>{static_cast<const T*>(p.output), p.output_rows},

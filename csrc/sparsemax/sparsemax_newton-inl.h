@@ -7,7 +7,6 @@
 #endif
 #include "sparsemax/sparsemax_vec-inl.h"
 
-constexpr int64_t kSumBlock = 1024;  // elements whose sums are taken in the type
 constexpr double kClose = 5e-4;   // f - 1 from where Newton's step, which leaves about half its square, is the last
 
 // tau as the sum of two numbers: hi, and what its rounding left.
@@ -27,11 +26,9 @@ inline Threshold<A> threshold(A max, double tau) {  // tau: relative to max
 
 // y = max(x - tau, 0), and NaN where tau is. Returns the sum, if asked to.
 template <class T, bool kSum = false>
-inline double write_all(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t) {
+inline double write_all(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t, ShareRow* share_row = nullptr) {
   constexpr int kLanes = Accumulate<T>::kLanes;
-  double total = 0;
-  for (int64_t begin = 0; begin < n; begin += kSumBlock) {  // sums of a block in the type, of blocks in double
-    const int64_t end = std::min(begin + kSumBlock, n);
+  const auto write_block = [&](int64_t begin, int64_t end) {
     Vec<T> sum[2] = {};
     const auto probability = [&](Vec<T> v, int k) {
       const Vec<T> p = vmax(Vec<T>{}, t.excess(v));
@@ -46,9 +43,9 @@ inline double write_all(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t)
     for (; i + kLanes <= end; i += kLanes) store(y + i, probability(load(x + i), 0));
     if (i < end)
       store_part(y + i, end - i, probability(load_part(x + i, end - i, -std::numeric_limits<Acc<T>>::infinity()), 0));
-    if constexpr (kSum) total += double(reduce_add(sum[0] + sum[1]));
-  }
-  return total;
+    return kSum ? double(reduce_add(sum[0] + sum[1])) : 0;
+  };
+  return reduce_row(share_row, n, kSumBlock, 0.0, write_block, std::plus<>());
 }
 
 // f(t) = Σ (x - t)_+ at t = max + at.
@@ -61,13 +58,11 @@ struct Excess {
   double guess() const { return f > 0 && f < 3 ? at + 4 * (f - std::sqrt(f * std::sqrt(f))) / count : step(); }
 };
 template <class T>
-inline Excess excess_at(const T* x, int64_t n, Acc<T> max, double at) {
+inline Excess excess_at(const T* x, int64_t n, Acc<T> max, double at, ShareRow* share_row = nullptr) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   const Threshold<Acc<T>> t = threshold(max, at);
   const Acc<T> low = -std::numeric_limits<Acc<T>>::infinity();
-  Excess e{at};
-  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
-    const int64_t end = std::min(begin + kSumBlock, n);
+  const auto of_block = [&](int64_t begin, int64_t end) {
     SumAbove<Vec<T>> above[4];
     // Σ (x - hi) - count · lo: one subtraction less for each.
     const auto add = [&](Vec<T> v, int k) {
@@ -86,19 +81,20 @@ inline Excess excess_at(const T* x, int64_t n, Acc<T> max, double at) {
     const SumAbove<Vec<T>> all = (above[0] + above[1]) + (above[2] + above[3]);
     const auto lanes = __builtin_convertvector(all.count(int(i - begin) / kLanes), Vec<T>);
     const double count = double(reduce_add(lanes));
-    e.f += double(reduce_add(all.sum)) - count * double(t.lo);
-    e.count += count;
-  }
-  return e;
+    return Excess{at, double(reduce_add(all.sum)) - count * double(t.lo), count};
+  };
+  return reduce_row(share_row, n, kSumBlock, Excess{at}, of_block,
+                    [](const Excess& a, const Excess& b) { return Excess{a.at, a.f + b.f, a.count + b.count}; });
 }
 
 // Newton's steps from a lower bound, until they leave no more elements behind, or f - 1 is at most `tolerance`.
 template <class T>
-inline Excess newton(const T* x, int64_t n, Acc<T> max, double tau, double tolerance = 0) {
-  Excess e = excess_at(x, n, max, tau);
+inline Excess newton(const T* x, int64_t n, Acc<T> max, double tau, double tolerance = 0,
+                     ShareRow* share_row = nullptr) {
+  Excess e = excess_at(x, n, max, tau, share_row);
   for (double support = double(n) + 1; e.f - 1 > tolerance && e.count < support;) {
     support = e.count;
-    e = excess_at(x, n, max, e.step());
+    e = excess_at(x, n, max, e.step(), share_row);
   }
   return e;
 }
@@ -106,11 +102,11 @@ inline Excess newton(const T* x, int64_t n, Acc<T> max, double tau, double toler
 // Writes a row, given a lower bound of its threshold that mostly is the threshold. Whether it is shows in the sum of
 // what is written; if not, further steps are taken.
 template <class T>
-inline void write_row(const T* x, T* y, int64_t n, Acc<T> max, double tau) {
+inline void write_row(const T* x, T* y, int64_t n, Acc<T> max, double tau, ShareRow* share_row = nullptr) {
   for (double support = double(n) + 1;;) {
-    const double sum = write_all<T, true>(x, y, n, threshold(max, tau));
+    const double sum = write_all<T, true>(x, y, n, threshold(max, tau), share_row);
     if (sum <= 1 + 4 * std::numeric_limits<Acc<T>>::epsilon()) break;
-    const Excess e = newton(x, n, max, tau, kClose);
+    const Excess e = newton(x, n, max, tau, kClose, share_row);
     if (e.count >= support) break;
     tau = e.step();
     support = e.count;
@@ -126,19 +122,19 @@ struct FlatRow {
   double tau;  // near the threshold
 };
 template <class T>
-inline void flat_rows(FlatRow<T>* rows, int64_t count, int64_t n) {
+inline void flat_rows(FlatRow<T>* rows, int64_t count, int64_t n, ShareRow* share_row = nullptr) {
   Excess e[kFloats];
-  for (int64_t i = 0; i < count; ++i) e[i] = excess_at(rows[i].x, n, rows[i].max, rows[i].tau);
+  for (int64_t i = 0; i < count; ++i) e[i] = excess_at(rows[i].x, n, rows[i].max, rows[i].tau, share_row);
   bool close = false;
   for (int pass = 1; pass < 8 && !close; ++pass) {  // over all rows, as each waits for its sums
     close = true;
     for (int64_t i = 0; i < count; ++i) {
       const double away = std::abs(e[i].f - 1);
       if (!(away > kClose)) continue;
-      e[i] = excess_at(rows[i].x, n, rows[i].max, away > 0.02 ? e[i].guess() : e[i].step());
+      e[i] = excess_at(rows[i].x, n, rows[i].max, away > 0.02 ? e[i].guess() : e[i].step(), share_row);
       close = false;
     }
   }
-  for (int64_t i = 0; i < count; ++i) write_row(rows[i].x, rows[i].y, n, rows[i].max, e[i].step());
+  for (int64_t i = 0; i < count; ++i) write_row(rows[i].x, rows[i].y, n, rows[i].max, e[i].step(), share_row);
 }
 #endif

@@ -35,6 +35,18 @@ inline SumAbove<V> operator+(SumAbove<V> a, SumAbove<V> b) {
 
 // ---- compaction ---------------------------------------------------------------------------------------------------
 
+// Whether any element of x[0, n) is not <= bound.
+template <class T>
+inline bool any_above(const T* x, int64_t n, Acc<T> bound) {
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    unsigned any = 0;
+    for (int k = 0; k < 64; k += Accumulate<T>::kLanes) any |= mask_above(load(x + i + k), bound);
+    if (any != 0) return true;
+  }
+  return std::any_of(x + i, x + n, [bound](const T& v) { return !(load_one(&v) <= bound); });
+}
+
 // The elements of x[begin, end) that are not <= bound, and their indices; both may be written four further. Parts of
 // 256 elements are mostly passed over; in the others little is predicted.
 template <class T>

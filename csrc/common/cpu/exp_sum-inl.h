@@ -154,14 +154,6 @@ template <class T, class L, class U>
 
 // ---- lanes ----------------------------------------------------------------------------------------------------------
 
-// Where for_vectors adds element i of a row: to lane slot % kLanes of sum slot / kLanes.
-template <class T>
-inline int slot_of(int i) {
-  constexpr int kLanes = Accumulate<T>::kLanes, kPair = 2 * kLanes;
-  if constexpr (!kEvenOdd<T>) return i;
-  return i / kPair * kPair + (i & 1) * kLanes + i % kPair / 2;
-}
-
 // Lane by lane, reduce_add of a vector whose lane k is slots[k]; overwrites the slots.
 template <class V>
 inline V reduce_slots(V* slots) {

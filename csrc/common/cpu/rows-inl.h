@@ -14,6 +14,8 @@
 
 // ---- row ------------------------------------------------------------------------------------------------------------
 
+constexpr int64_t kSumBlock = 1024;  // elements whose sum is taken in Acc<T>; sums of blocks are in double
+
 // The vector v in the lanes `used`, else 0.
 struct AllLanes {};
 template <class V>
@@ -56,6 +58,14 @@ template <class T, class Add>
   }
   if (i < n) without_own(0, i);
   if (i + kPair < n) without_own(2, i + kPair);
+}
+
+// Element i of a row is added to lane slot % kLanes of sum slot / kLanes: vectors of load2 are added to sums in turn.
+template <class T>
+inline int slot_of(int i) {
+  constexpr int kLanes = Accumulate<T>::kLanes, kPair = 2 * kLanes;
+  if constexpr (!kEvenOdd<T>) return i;
+  return i / kPair * kPair + (i & 1) * kLanes + i % kPair / 2;
 }
 
 // Vectors as for_vectors hands them out, kept for a second walk; room for a whole pair at the end.
@@ -114,13 +124,42 @@ inline void for_each_row(int64_t begin, int64_t end, const F& f, const RowAt<T>&
   }
 }
 
-// Σ f(x[i], y[i]) over a row, f(0, 0) = 0. Blocks of 1024 elements are summed in Acc<T>, and the blocks in double.
+// Calls f(begin, end) for parts of a row that end where a block of `size` elements does: for all of it at once, or for
+// each thread that shares the row.
+template <class F>
+inline void for_parts(ShareRow* share_row, int64_t n, int64_t size, const F& f) {
+  if (share_row == nullptr) return f(0, n);
+  const auto part = [&](int64_t begin, int64_t end) { f(begin * size, std::min(end * size, n)); };
+  using Part = decltype(part);
+  const auto call = [](const void* p, int64_t begin, int64_t end) { (*static_cast<Part*>(p))(begin, end); };
+  share_row((n + size - 1) / size, size, call, &part);
+}
+
+// What join makes of f(begin, end) of a row's blocks of `size` elements, in their order: the same bits with any
+// threads.
+template <class S, class F, class Join>
+[[gnu::always_inline]] inline S reduce_row(ShareRow* share_row, int64_t n, int64_t size, S total, const F& f,
+                                           const Join& join) {
+  if (share_row == nullptr) {
+    for (int64_t i = 0; i < n; i += size) {
+      const S of_block = f(i, std::min(i + size, n));
+      total = i == 0 ? of_block : join(total, of_block);
+    }
+    return total;
+  }
+  const std::unique_ptr<S[]> of_blocks(new S[(n + size - 1) / size]);
+  for_parts(share_row, n, size, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += size) of_blocks[i / size] = f(i, std::min(i + size, end));
+  });
+  for (int64_t i = 0; i < n; i += size) total = i == 0 ? of_blocks[0] : join(total, of_blocks[i / size]);
+  return total;
+}
+
+// Σ f(x[i], y[i]) over a row, f(0, 0) = 0. Blocks are summed in Acc<T>, and the blocks in double.
 template <class T, class F>
-[[gnu::always_inline]] inline double sum_row(int64_t n, const F& f, const T* x, const T* y) {
+[[gnu::always_inline]] inline double sum_row(ShareRow* share_row, int64_t n, const F& f, const T* x, const T* y) {
   constexpr int kPair = 2 * Accumulate<T>::kLanes;
-  double total = 0;
-  for (int64_t begin = 0; begin < n; begin += 1024) {
-    const int64_t end = std::min<int64_t>(begin + 1024, n);
+  const auto sum_block = [&](int64_t begin, int64_t end) {
     Vec<T> sum[2] = {};
     for (int64_t i = begin; i < end; i += kPair) {
       const bool whole = i + kPair <= end;
@@ -129,9 +168,9 @@ template <class T, class F>
       sum[0] += f(a.a, b.a);
       sum[1] += f(a.b, b.b);
     }
-    total += double(reduce_add(sum[0] + sum[1]));
-  }
-  return total;
+    return double(reduce_add(sum[0] + sum[1]));
+  };
+  return reduce_row(share_row, n, kSumBlock, 0.0, sum_block, std::plus<>());
 }
 
 // ---- lanes ----------------------------------------------------------------------------------------------------------
