@@ -149,7 +149,7 @@ void walk_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.rows.n;
   const Logits<T, kGeneral> logits(p.transform);
   RowBatch<T> batch;
-  const bool keeps = kForward && kBackward && !kGeneral && n <= kKept && p.share_row == nullptr;
+  const bool keeps = kForward && kBackward && !kGeneral && n <= kKept;
   const std::unique_ptr<Vec<T>[]> terms(keeps ? new Vec<T>[n / Accumulate<T>::kLanes + 2] : nullptr);  // aligned
   A* kept = reinterpret_cast<A*>(terms.get());
   for (int64_t row = begin; row < end; ++row) {
@@ -162,7 +162,7 @@ void walk_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
         return sums[i / kBlock] = block_exp_sum<true>(r.x + i, last - i, r.own - i, reference, logits, kept + i);
       };
       const auto join = [&](const BlockSum& a, const BlockSum& b) { return logits.join(a, b); };
-      s = reduce_row(p.share_row, r.counted ? n : 0, kBlock, kNothing, sum_block, join);
+      s = reduce_row(Alone(), r.counted ? n : 0, kBlock, kNothing, sum_block, join);
       r.add_to(batch, s);
       if (p.predictions != nullptr) {
         const double all = s.sum + double(batch.own_z[batch.count - 1]);  // NaN or infinite if a logit is
@@ -172,17 +172,40 @@ void walk_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
     }
     if (!kBackward) continue;
     const RowBatch<T> factors = factors_of(r, kForward ? &s : nullptr);
-    for_parts(p.share_row, n, kBlock, [&](int64_t first, int64_t last) {
-      if (!keeps) return r.write_gradient(factors, first, last);
-      for (int64_t i = first; i < last; i += kBlock) {
-        const int64_t end_of_block = std::min(i + kBlock, last);
-        // Terms against another reference are rounded otherwise: not the bits that backward alone would compute.
-        if (sums[i / kBlock].m == s.m) r.template write_gradient<true>(factors, i, end_of_block, kept);
-        else r.write_gradient(factors, i, end_of_block);
-      }
-    });
+    if (!keeps) {
+      r.write_gradient(factors, 0, n);
+      continue;
+    }
+    for (int64_t i = 0; i < n; i += kBlock) {
+      // Terms against another reference are rounded otherwise: not the bits that backward alone would compute.
+      if (sums[i / kBlock].m == s.m) r.template write_gradient<true>(factors, i, std::min(i + kBlock, n), kept);
+      else r.write_gradient(factors, i, std::min(i + kBlock, n));
+    }
   }
   finish<kGeneral>(batch, p, logits);
+}
+
+// Rows that threads share.
+template <class T, bool kGeneral>
+void walk_shared_rows(const CrossEntropyParams& p, bool forward, bool backward, int64_t begin, int64_t end) {
+  const int64_t n = p.rows.n;
+  const Logits<T, kGeneral> logits(p.transform);
+  for (int64_t row = begin; row < end; ++row) {
+    const Row<T, kGeneral> r(p, logits, row);
+    BlockSum s = kNothing;
+    if (forward) {
+      const auto reference = r.counted ? r.reference() : Acc<T>(0);
+      const auto sum_block = [&](int64_t i, int64_t last) { return r.sum_of(i, last, reference); };
+      const auto join = [&](const BlockSum& a, const BlockSum& b) { return logits.join(a, b); };
+      s = reduce_row(p.share_row, r.counted ? n : 0, kBlock, kNothing, sum_block, join);
+      RowBatch<T> one;
+      r.add_to(one, s);
+      finish<kGeneral>(one, p, logits);
+    }
+    if (!backward) continue;
+    const RowBatch<T> factors = factors_of(r, forward ? &s : nullptr);
+    for_parts(p.share_row, n, kBlock, [&](int64_t i, int64_t last) { r.write_gradient(factors, i, last); });
+  }
 }
 
 template <class T, bool kForward, bool kBackward, bool kGeneral>
@@ -195,7 +218,8 @@ void walk(const CrossEntropyParams& p, int64_t begin, int64_t end) {
 
 template <class T, bool kGeneral>
 void walk_each_way(const CrossEntropyParams& p, bool forward, bool backward, int64_t begin, int64_t end) {
-  if (!backward) walk<T, true, false, kGeneral>(p, begin, end);
+  if (p.share_row != nullptr) walk_shared_rows<T, kGeneral>(p, forward, backward, begin, end);
+  else if (!backward) walk<T, true, false, kGeneral>(p, begin, end);
   else if (forward) walk<T, true, true, kGeneral>(p, begin, end);
   else walk<T, false, true, kGeneral>(p, begin, end);
 }

@@ -70,12 +70,12 @@ struct RowSums : EntropySum {
   int64_t own;
   double own_term = 0, all = 0;
 
-  template <bool kEntropy, bool kCapped>
-  static RowSums of(ShareRow* share_row, const T* x, int64_t n, int64_t own, const Logits<T>& logits) {
+  template <bool kEntropy, bool kCapped, class Team>
+  static RowSums of(Team team, const T* x, int64_t n, int64_t own, const Logits<T>& logits) {
     const A reference = row_reference(x, n, own, logits);
     const double scale = double(logits.scale[0]);
     RowSums r{reduce_row(
-        share_row, n, kBlock, EntropySum(),
+        team, n, kBlock, EntropySum(),
         [&](int64_t begin, int64_t end) {
           return block_sums<kEntropy, kCapped>(x + begin, end - begin, own - begin, reference, logits);
         },
@@ -98,14 +98,14 @@ struct RowSums : EntropySum {
   }
 };
 
-template <bool kEntropy, bool kCapped, class T>
-void fwd_rows_of(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end) {
+template <bool kEntropy, bool kCapped, class T, class Team>
+void fwd_rows_of(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end, Team team) {
   using A = Acc<T>;
   const Logits<T> logits(p.transform);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
     const auto sums = [&](int64_t own) {
-      return RowSums<T>::template of<kEntropy, kCapped>(p.share_row, x, p.rows.n, own, logits);
+      return RowSums<T>::template of<kEntropy, kCapped>(team, x, p.rows.n, own, logits);
     };
     RowSums<T> s = sums(p.k > 0 ? index_of(p, row, 0) : -1);
     for (int64_t k = 1; k < p.k && !(s.own_term > s.all / 2); ++k) {
@@ -129,19 +129,21 @@ void fwd_rows_of(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end)
 template <class T>
 void fwd(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end) {
   const bool capped = p.transform.softcap > 0;
-  if (p.entropy != nullptr) {
-    if (capped) fwd_rows_of<true, true, T>(p, begin, end);
-    else fwd_rows_of<true, false, T>(p, begin, end);
-  } else {
-    if (capped) fwd_rows_of<false, true, T>(p, begin, end);
-    else fwd_rows_of<false, false, T>(p, begin, end);
-  }
+  with_team(p.share_row, [&](auto team) {
+    if (p.entropy != nullptr) {
+      if (capped) fwd_rows_of<true, true, T>(p, begin, end, team);
+      else fwd_rows_of<true, false, T>(p, begin, end, team);
+    } else {
+      if (capped) fwd_rows_of<false, true, T>(p, begin, end, team);
+      else fwd_rows_of<false, false, T>(p, begin, end, team);
+    }
+  });
 }
 
 // -p (Σ g + g_H (log p + H)) of all classes. kGeneral: with entropy or softcap.
-template <bool kGeneral, bool kCapped, class T>
-[[gnu::flatten]] inline void write_gradient(ShareRow* share_row, const T* x, T* g, int64_t n,
-                                            const SelectiveGrad<Acc<T>>& f, const Logits<T>& logits) {
+template <bool kGeneral, bool kCapped, class T, class Team>
+[[gnu::flatten]] inline void write_gradient(Team team, const T* x, T* g, int64_t n, const SelectiveGrad<Acc<T>>& f,
+                                            const Logits<T>& logits) {
   using A = Acc<T>;
   const Vec<T> m = splat<Vec<T>>(f.m), mean = splat<Vec<T>>(f.mean), lowest = splat<Vec<T>>(kLowestExponent<A>);
   const Vec<T> level = splat<Vec<T>>(-f.level), slope = splat<Vec<T>>(-f.slope), one = splat<Vec<T>>(A(1));
@@ -152,8 +154,7 @@ template <bool kGeneral, bool kCapped, class T>
     const Vec<T> grad_s = exp2<T>(t) * (level + slope * (t - mean));
     return kCapped ? grad_s * (one - v * v) : grad_s;
   };
-  for_parts(share_row, n, kBlock,
-            [&](int64_t begin, int64_t end) { map_row(g + begin, end - begin, grad, x + begin); });
+  for_parts(team, n, kBlock, [&](int64_t begin, int64_t end) { map_row(g + begin, end - begin, grad, x + begin); });
 }
 
 // A class that was asked for, and the gradient of its log-probability.
@@ -177,9 +178,11 @@ void bwd(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end) {
       total += asked[k].grad;
     }
     const SelectiveGrad<A> f = selective_grad<A>(p, row, total);
-    if (logits.capped) write_gradient<true, true>(p.share_row, x, g, p.rows.n, f, logits);
-    else if (p.grad_entropy != nullptr) write_gradient<true, false>(p.share_row, x, g, p.rows.n, f, logits);
-    else write_gradient<false, false>(p.share_row, x, g, p.rows.n, f, logits);
+    with_team(p.share_row, [&](auto team) {
+      if (logits.capped) write_gradient<true, true>(team, x, g, p.rows.n, f, logits);
+      else if (p.grad_entropy != nullptr) write_gradient<true, false>(team, x, g, p.rows.n, f, logits);
+      else write_gradient<false, false>(team, x, g, p.rows.n, f, logits);
+    });
     // The same class may be asked for several times: sorting brings its gradients together.
     const auto before = [](const Asked& a, const Asked& b) { return a.index < b.index; };
     if (count > 1) std::sort(asked.get(), asked.get() + count, before);

@@ -35,8 +35,8 @@ struct Candidates {
 
 // Reads a row once: the largest element of each lane of each part, NaN aside, and the sum, NaN if there is one.
 // Meanwhile y gets the zeros that most of it will be: reading and writing at once are faster than one after the other.
-template <class T>
-inline double read_and_zero(const T* x, T* y, int64_t n, int64_t part, Acc<T>* maxima, ShareRow* share_row) {
+template <class T, class Team>
+inline double read_and_zero(const T* x, T* y, int64_t n, int64_t part, Acc<T>* maxima, Team team) {
   using V = Vec<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
   const V low = splat<V>(-std::numeric_limits<Acc<T>>::infinity());
@@ -67,15 +67,15 @@ inline double read_and_zero(const T* x, T* y, int64_t n, int64_t part, Acc<T>* m
     }
     return double(reduce_add(sum));
   };
-  return reduce_row(share_row, n, 16 * part, 0.0, of_block, std::plus<>());
+  return reduce_row(team, n, 16 * part, 0.0, of_block, std::plus<>());
 }
 
 // A row of more than kShort elements.
-template <class T>
-inline void long_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& c, ShareRow* share_row) {
+template <class T, class Team>
+inline void long_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& c, Team team) {
   using A = Acc<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
-  const double sum = read_and_zero(x, y, n, c.part, c.maxima.get(), share_row);
+  const double sum = read_and_zero(x, y, n, c.part, c.maxima.get(), team);
   const int64_t parts = (n + c.part - 1) / c.part * kLanes;
   const A max = block_max(c.maxima.get(), parts);
   if (max == -std::numeric_limits<A>::infinity() && sum == sum) return;
@@ -83,7 +83,7 @@ inline void long_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& c, ShareRo
   const Excess e = newton(c.maxima.get(), parts, max, -1, /*tolerance=*/0.1);
   const auto as_flat = [&] {
     FlatRow<T> row{x, y, max, e.step()};
-    flat_rows(&row, 1, n, share_row);
+    flat_rows(&row, 1, n, team);
   };
   if (e.count > parts - parts / 16 || sum != sum || n > std::numeric_limits<uint32_t>::max()) return as_flat();
   A bound = A(double(max) + e.step());
@@ -101,11 +101,11 @@ inline void long_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& c, ShareRo
 }
 
 // Rows x(i) to y(i), which are elsewhere.
-template <class T, class X, class Y>
+template <class T, class X, class Y, class Team>
 inline void sparsemax_rows(const X& x, const Y& y, int64_t begin, int64_t end, int64_t n, Candidates<Acc<T>>& c,
-                           ShareRow* share_row) {
+                           Team team) {
   if (n <= kShort) return short_rows<T>(x, y, begin, end, n);
-  for (int64_t row = begin; row < end; ++row) long_row(x(row), y(row), n, c, share_row);
+  for (int64_t row = begin; row < end; ++row) long_row(x(row), y(row), n, c, team);
 }
 
 // grad_input = g - mean of g over the support on the support, 0 elsewhere; NaN where p is NaN, as all of a row is.
@@ -146,45 +146,49 @@ inline bool sparse_bwd_row(const T* p, const T* g, T* out, int64_t n, Candidates
 
 // Any row: p and g are read twice, the second time from cache. Blocks without support are left out where threads share
 // the row, which is long.
-template <class T>
-inline void dense_bwd_row(const T* p, const T* g, T* out, int64_t n, ShareRow* share_row) {
+template <class T, class Team>
+inline void dense_bwd_row(const T* p, const T* g, T* out, int64_t n, Team team) {
   using A = Acc<T>;
   using V = Vec<T>;
   constexpr int kLanes = Accumulate<T>::kLanes;
-  const std::unique_ptr<bool[]> is_empty(share_row != nullptr ? new bool[n / kSumBlock + 1] : nullptr);
+  constexpr bool is_shared = !std::is_same_v<Team, Alone>;
+  const std::unique_ptr<bool[]> is_empty(is_shared ? new bool[n / kSumBlock + 1] : nullptr);
   const auto support_of = [&](int64_t begin, int64_t end) {
-    if (is_empty != nullptr) {
+    if constexpr (is_shared) {
       is_empty[begin / kSumBlock] = !any_above(p + begin, end - begin, A(0));
       if (is_empty[begin / kSumBlock]) return std::fill_n(out + begin, end - begin, T{}), Support{0, 0};
     }
     SumAbove<V> above[2];
-    int64_t i = begin;
-    for (; i < end; i += 2 * kLanes) {
-      const bool whole = i + 2 * kLanes <= end;
-      const Pair<V> pv = whole ? load2(p + i) : load2_part(p + i, end - i, A(0));
-      const Pair<V> gv = whole ? load2(g + i) : load2_part(g + i, end - i, A(0));
+    const auto add = [&](Pair<V> pv, Pair<V> gv) {
       above[0].add(gv.a, pv.a <= V{});
       above[1].add(gv.b, pv.b <= V{});
+    };
+    int64_t i = begin;
+    for (; i + 2 * kLanes <= end; i += 2 * kLanes) add(load2(p + i), load2(g + i));
+    if (i < end) {
+      add(load2_part(p + i, end - i, A(0)), load2_part(g + i, end - i, A(0)));
+      i += 2 * kLanes;
     }
     const SumAbove<V> all = above[0] + above[1];
     const auto lanes = __builtin_convertvector(all.count(int(i - begin) / kLanes), V);
     return Support{double(reduce_add(all.sum)), double(reduce_add(lanes))};
   };
-  const Support support = reduce_row(share_row, n, kSumBlock, Support{0, 0}, support_of,
+  const Support support = reduce_row(team, n, kSumBlock, Support{0, 0}, support_of,
                                      [](Support a, Support b) { return Support{a.sum + b.sum, a.count + b.count}; });
   const A first = n > 0 ? load_one(p) : A(0), mean = A(support.mean()) + (first - first);  // NaN like the row
   const auto value = [mean](V pv, V gv) { return pv <= V{} ? V{} : gv - mean; };
-  for_parts(share_row, n, kSumBlock, [&](int64_t begin, int64_t end) {
-    if (is_empty == nullptr) return map_row(out, n, value, p, g);
+  for_parts(team, n, kSumBlock, [&](int64_t begin, int64_t end) {
+    if constexpr (!is_shared) return map_row(out, n, value, p, g);
     for (int64_t i = begin; i < end; i += kSumBlock)
       if (!is_empty[i / kSumBlock]) map_row(out + i, std::min(kSumBlock, end - i), value, p + i, g + i);
   });
 }
 
-template <class T>
-inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candidates<Acc<T>>& c, ShareRow* share_row) {
-  const bool may_be_sparse = n > kSumBlock && n <= std::numeric_limits<uint32_t>::max() && share_row == nullptr;
-  if (!may_be_sparse || !sparse_bwd_row(p, g, out, n, c)) dense_bwd_row(p, g, out, n, share_row);
+template <class T, class Team>
+inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candidates<Acc<T>>& c, Team team) {
+  if constexpr (std::is_same_v<Team, Alone>)
+    if (n > kSumBlock && n <= std::numeric_limits<uint32_t>::max() && sparse_bwd_row(p, g, out, n, c)) return;
+  dense_bwd_row(p, g, out, n, team);
 }
 
 // ---- rows ---------------------------------------------------------------------------------------------------------
@@ -194,7 +198,7 @@ void fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.rows.n;
   Candidates<Acc<T>> candidates(n > kShort ? n : 0);
   const auto rows = [&](int64_t first, int64_t last, const auto& y, const auto& x) {
-    sparsemax_rows<T>(x, y, first, last, n, candidates, p.share_row);
+    with_team(p.share_row, [&](auto team) { sparsemax_rows<T>(x, y, first, last, n, candidates, team); });
   };
   for_each_row(begin, end, rows, RowAt<T>{static_cast<T*>(p.output), p.output_rows},
                RowAt<const T>{static_cast<const T*>(p.input), p.rows});
@@ -205,7 +209,9 @@ void bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.output_rows.n;
   Candidates<Acc<T>> candidates(n > kSumBlock ? n : 0);
   const auto rows = [&](int64_t first, int64_t last, const auto& out, const auto& output, const auto& g) {
-    for (int64_t i = first; i < last; ++i) sparsemax_bwd_row(output(i), g(i), out(i), n, candidates, p.share_row);
+    with_team(p.share_row, [&](auto team) {
+      for (int64_t i = first; i < last; ++i) sparsemax_bwd_row(output(i), g(i), out(i), n, candidates, team);
+    });
   };
   for_each_row(begin, end, rows, RowAt<T>{static_cast<T*>(p.grad_input), p.grad_input_rows},
                RowAt<const T>{static_cast<const T*>(p.output), p.output_rows},

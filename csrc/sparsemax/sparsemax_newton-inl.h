@@ -25,8 +25,8 @@ inline Threshold<A> threshold(A max, double tau) {  // tau: relative to max
 }
 
 // y = max(x - tau, 0), and NaN where tau is. Returns the sum, if asked to.
-template <class T, bool kSum = false>
-inline double write_all(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t, ShareRow* share_row = nullptr) {
+template <class T, bool kSum = false, class Team = Alone>
+inline double write_all(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t, Team team = {}) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   const auto write_block = [&](int64_t begin, int64_t end) {
     Vec<T> sum[2] = {};
@@ -45,7 +45,7 @@ inline double write_all(const T* x, T* y, int64_t n, const Threshold<Acc<T>>& t,
       store_part(y + i, end - i, probability(load_part(x + i, end - i, -std::numeric_limits<Acc<T>>::infinity()), 0));
     return kSum ? double(reduce_add(sum[0] + sum[1])) : 0;
   };
-  return reduce_row(share_row, n, kSumBlock, 0.0, write_block, std::plus<>());
+  return reduce_row(team, n, kSumBlock, 0.0, write_block, std::plus<>());
 }
 
 // f(t) = Σ (x - t)_+ at t = max + at.
@@ -57,8 +57,8 @@ struct Excess {
   // leads to below the largest x.
   double guess() const { return f > 0 && f < 3 ? at + 4 * (f - std::sqrt(f * std::sqrt(f))) / count : step(); }
 };
-template <class T>
-inline Excess excess_at(const T* x, int64_t n, Acc<T> max, double at, ShareRow* share_row = nullptr) {
+template <class T, class Team = Alone>
+inline Excess excess_at(const T* x, int64_t n, Acc<T> max, double at, Team team = {}) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   const Threshold<Acc<T>> t = threshold(max, at);
   const Acc<T> low = -std::numeric_limits<Acc<T>>::infinity();
@@ -83,30 +83,29 @@ inline Excess excess_at(const T* x, int64_t n, Acc<T> max, double at, ShareRow* 
     const double count = double(reduce_add(lanes));
     return Excess{at, double(reduce_add(all.sum)) - count * double(t.lo), count};
   };
-  return reduce_row(share_row, n, kSumBlock, Excess{at}, of_block,
+  return reduce_row(team, n, kSumBlock, Excess{at}, of_block,
                     [](const Excess& a, const Excess& b) { return Excess{a.at, a.f + b.f, a.count + b.count}; });
 }
 
 // Newton's steps from a lower bound, until they leave no more elements behind, or f - 1 is at most `tolerance`.
-template <class T>
-inline Excess newton(const T* x, int64_t n, Acc<T> max, double tau, double tolerance = 0,
-                     ShareRow* share_row = nullptr) {
-  Excess e = excess_at(x, n, max, tau, share_row);
+template <class T, class Team = Alone>
+inline Excess newton(const T* x, int64_t n, Acc<T> max, double tau, double tolerance = 0, Team team = {}) {
+  Excess e = excess_at(x, n, max, tau, team);
   for (double support = double(n) + 1; e.f - 1 > tolerance && e.count < support;) {
     support = e.count;
-    e = excess_at(x, n, max, e.step(), share_row);
+    e = excess_at(x, n, max, e.step(), team);
   }
   return e;
 }
 
 // Writes a row, given a lower bound of its threshold that mostly is the threshold. Whether it is shows in the sum of
 // what is written; if not, further steps are taken.
-template <class T>
-inline void write_row(const T* x, T* y, int64_t n, Acc<T> max, double tau, ShareRow* share_row = nullptr) {
+template <class T, class Team = Alone>
+inline void write_row(const T* x, T* y, int64_t n, Acc<T> max, double tau, Team team = {}) {
   for (double support = double(n) + 1;;) {
-    const double sum = write_all<T, true>(x, y, n, threshold(max, tau), share_row);
+    const double sum = write_all<T, true>(x, y, n, threshold(max, tau), team);
     if (sum <= 1 + 4 * std::numeric_limits<Acc<T>>::epsilon()) break;
-    const Excess e = newton(x, n, max, tau, kClose, share_row);
+    const Excess e = newton(x, n, max, tau, kClose, team);
     if (e.count >= support) break;
     tau = e.step();
     support = e.count;
@@ -121,20 +120,20 @@ struct FlatRow {
   Acc<T> max;
   double tau;  // near the threshold
 };
-template <class T>
-inline void flat_rows(FlatRow<T>* rows, int64_t count, int64_t n, ShareRow* share_row = nullptr) {
+template <class T, class Team = Alone>
+inline void flat_rows(FlatRow<T>* rows, int64_t count, int64_t n, Team team = {}) {
   Excess e[kFloats];
-  for (int64_t i = 0; i < count; ++i) e[i] = excess_at(rows[i].x, n, rows[i].max, rows[i].tau, share_row);
+  for (int64_t i = 0; i < count; ++i) e[i] = excess_at(rows[i].x, n, rows[i].max, rows[i].tau, team);
   bool close = false;
   for (int pass = 1; pass < 8 && !close; ++pass) {  // over all rows, as each waits for its sums
     close = true;
     for (int64_t i = 0; i < count; ++i) {
       const double away = std::abs(e[i].f - 1);
       if (!(away > kClose)) continue;
-      e[i] = excess_at(rows[i].x, n, rows[i].max, away > 0.02 ? e[i].guess() : e[i].step(), share_row);
+      e[i] = excess_at(rows[i].x, n, rows[i].max, away > 0.02 ? e[i].guess() : e[i].step(), team);
       close = false;
     }
   }
-  for (int64_t i = 0; i < count; ++i) write_row(rows[i].x, rows[i].y, n, rows[i].max, e[i].step(), share_row);
+  for (int64_t i = 0; i < count; ++i) write_row(rows[i].x, rows[i].y, n, rows[i].max, e[i].step(), team);
 }
 #endif

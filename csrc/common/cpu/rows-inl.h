@@ -124,11 +124,20 @@ inline void for_each_row(int64_t begin, int64_t end, const F& f, const RowAt<T>&
   }
 }
 
-// Calls f(begin, end) for parts of a row that end where a block of `size` elements does: for all of it at once, or for
-// each thread that shares the row.
+// Whose a row is: one thread's, or, with a ShareRow, all threads'. Templates, as what threads share stays in memory.
+struct Alone {};
+template <class F>
+inline void with_team(ShareRow* share_row, const F& f) {
+  share_row == nullptr ? f(Alone{}) : f(share_row);
+}
+
+// Calls f(begin, end) for parts of a row that end where a block of `size` elements does.
+template <class F>
+inline void for_parts(Alone, int64_t n, int64_t, const F& f) {
+  f(0, n);
+}
 template <class F>
 inline void for_parts(ShareRow* share_row, int64_t n, int64_t size, const F& f) {
-  if (share_row == nullptr) return f(0, n);
   const auto part = [&](int64_t begin, int64_t end) { f(begin * size, std::min(end * size, n)); };
   using Part = decltype(part);
   const auto call = [](const void* p, int64_t begin, int64_t end) { (*static_cast<Part*>(p))(begin, end); };
@@ -138,15 +147,15 @@ inline void for_parts(ShareRow* share_row, int64_t n, int64_t size, const F& f) 
 // What join makes of f(begin, end) of a row's blocks of `size` elements, in their order: the same bits with any
 // threads.
 template <class S, class F, class Join>
-[[gnu::always_inline]] inline S reduce_row(ShareRow* share_row, int64_t n, int64_t size, S total, const F& f,
-                                           const Join& join) {
-  if (share_row == nullptr) {
-    for (int64_t i = 0; i < n; i += size) {
-      const S of_block = f(i, std::min(i + size, n));
-      total = i == 0 ? of_block : join(total, of_block);
-    }
-    return total;
+[[gnu::always_inline]] inline S reduce_row(Alone, int64_t n, int64_t size, S total, const F& f, const Join& join) {
+  for (int64_t i = 0; i < n; i += size) {
+    const S of_block = f(i, std::min(i + size, n));
+    total = i == 0 ? of_block : join(total, of_block);
   }
+  return total;
+}
+template <class S, class F, class Join>
+inline S reduce_row(ShareRow* share_row, int64_t n, int64_t size, S total, const F& f, const Join& join) {
   const std::unique_ptr<S[]> of_blocks(new S[(n + size - 1) / size]);
   for_parts(share_row, n, size, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += size) of_blocks[i / size] = f(i, std::min(i + size, end));
@@ -156,8 +165,8 @@ template <class S, class F, class Join>
 }
 
 // Σ f(x[i], y[i]) over a row, f(0, 0) = 0. Blocks are summed in Acc<T>, and the blocks in double.
-template <class T, class F>
-[[gnu::always_inline]] inline double sum_row(ShareRow* share_row, int64_t n, const F& f, const T* x, const T* y) {
+template <class T, class Team, class F>
+[[gnu::always_inline]] inline double sum_row(Team team, int64_t n, const F& f, const T* x, const T* y) {
   constexpr int kPair = 2 * Accumulate<T>::kLanes;
   const auto sum_block = [&](int64_t begin, int64_t end) {
     Vec<T> sum[2] = {};
@@ -170,7 +179,7 @@ template <class T, class F>
     }
     return double(reduce_add(sum[0] + sum[1]));
   };
-  return reduce_row(share_row, n, kSumBlock, 0.0, sum_block, std::plus<>());
+  return reduce_row(team, n, kSumBlock, 0.0, sum_block, std::plus<>());
 }
 
 // ---- lanes ----------------------------------------------------------------------------------------------------------
