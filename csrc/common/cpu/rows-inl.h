@@ -230,10 +230,15 @@ template <class T>
   constexpr int kLanes = Accumulate<T>::kLanes;
   if (rows.stride_n != 1) {
     const int64_t stride = rows.stride_n;
-    if (rows.stride_inner == 1 && count == kLanes)
-      for (int64_t c = 0; c < n; ++c) z[c] = load(x + c * stride);
-    else
+    if (rows.stride_inner != 1 || count != kLanes) {
       for (int64_t c = 0; c < n; ++c) z[c] = load_class(x, rows, c, count);
+      return;
+    }
+    for (int64_t c = 0; c < n; ++c) {
+      z[c] = load(x + c * stride);
+      // The next rows' elements, into L2: in L1 those of many planes would displace each other.
+      __builtin_prefetch(x + c * stride + kLanes, 0, 2);
+    }
     return;
   }
   const T* row[kLanes];
