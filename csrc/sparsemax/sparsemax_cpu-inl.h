@@ -110,14 +110,14 @@ inline void sparsemax_rows(const X& x, const Y& y, int64_t begin, int64_t end, i
 
 // grad_input = g - mean of g over the support on the support, 0 elsewhere; NaN where p is NaN, as all of a row is.
 
-// The support and its mean, from blocks: sums of a block in the type, of blocks in double.
+// How many elements have p > 0, and Σ g over them. Blocks of elements are summed in the type, the blocks in double.
 struct Support {
   double sum, count;
   double mean() const { return sum / count; }
 };
 
-// A row whose support is small: p is read once while zeros are written, g only there. The sums have the bits of
-// dense_bwd_row. False, and nothing done, where the support is not small: from about one element in 64 on.
+// For a row whose support is small: p is read once while zeros are written, g only at the support. Its sums have the
+// bits of dense_bwd_row's. Returns false, and leaves the row to dense_bwd_row, from about one element in 64 on.
 template <class T>
 inline bool sparse_bwd_row(const T* p, const T* g, T* out, int64_t n, Candidates<Acc<T>>& c) {
   using A = Acc<T>;
@@ -144,8 +144,8 @@ inline bool sparse_bwd_row(const T* p, const T* g, T* out, int64_t n, Candidates
   return true;
 }
 
-// Any row: p and g are read twice, the second time from cache. Blocks without support are left out where threads share
-// the row, which is long.
+// For any row: p and g are read twice, the second time from cache. Of a row that threads share, blocks without support
+// are zeroed in the first pass and not read again.
 template <class T, class Team>
 inline void dense_bwd_row(const T* p, const T* g, T* out, int64_t n, Team team) {
   using A = Acc<T>;

@@ -124,7 +124,8 @@ inline void for_each_row(int64_t begin, int64_t end, const F& f, const RowAt<T>&
   }
 }
 
-// Whose a row is: one thread's, or, with a ShareRow, all threads'. Templates, as what threads share stays in memory.
+// One thread has the row (Alone), or all threads share its blocks (ShareRow*). Row functions take this Team as a
+// template parameter: variables that other threads see stay in memory, those of one thread in registers.
 struct Alone {};
 template <class F>
 inline void with_team(ShareRow* share_row, const F& f) {
