@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.benchmark import Timer
 
-from benchmarks import compare, goals, measure, report, rows
+from benchmarks import compare, goals, measure, providers, report, rows
 from torch_softmax_ext.testing import SPECS
 
 ROOT = Path(__file__).parent.parent
@@ -104,3 +104,12 @@ def test_tensors_of_a_row_are_the_same_every_time():
     (spec,) = (s for s in SPECS if s.name == "cross_entropy")
     first, second = (rows.tensors_of(spec, spec.bench_shapes[0]) for _ in range(2))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_eager_takes_the_options_of_every_row():
+    for _, spec, shape, _ in rows.rows_of(SPECS):
+        small = dataclasses.replace(shape, shape=tuple(min(size, 8) for size in shape.shape))
+        x, args = rows.tensors_of(spec, small)
+        functions = providers.providers(spec, small)
+        for provider in ("ours", "eager"):
+            functions[provider](x, *args)
