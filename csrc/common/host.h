@@ -74,9 +74,10 @@ inline RowTensor as_rows(const at::Tensor& t, int64_t dim) {
   return {dense, *try_rows(dense, dim)};
 }
 
-constexpr int64_t kElementsPerTask = 16384;  // at least
-constexpr int64_t kWideRow = 7 * kElementsPerTask / 4;  // worth two threads
+constexpr int64_t kElementsPerTask = 16384;  // that a thread takes at least
+constexpr int64_t kWideRow = 7 * kElementsPerTask / 4;  // longer rows are worth two threads
 
+// The ShareRow of torch's threads.
 inline void share_row(int64_t blocks, int64_t size, void (*part)(const void* f, int64_t begin, int64_t end),
                       const void* f) {
   at::parallel_for(0, blocks, std::max<int64_t>(1, kElementsPerTask / size),

@@ -125,8 +125,8 @@ def object_of_the_package(source):
 
 
 def library():
-    """The package's library with CUDA kernels that run on CPU tensors. Its C++ files are those of the package, which
-    need not be compiled again; only device.cpp is another."""
+    """The package's library with CUDA kernels that run on CPU tensors. Only device.cpp differs from the package's C++
+    files; the objects of the others are taken from the package's build, where they are up to date."""
     import torch
     from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -136,11 +136,11 @@ def library():
         f"-DTSE_TORCH={torch.__version__} "  # so that another version's objects are others
         + " ".join(f"-isystem {p}" for p in [*include_paths(), sysconfig.get_path("include")])
     )
-    packages = {p: object_of_the_package(p) for p in CSRC.rglob("*.cpp") if p.name != "device.cpp"}
-    objects = [(str(p.relative_to(CSRC)), host) for p, built in sorted(packages.items()) if built is None]
+    built = {p: object_of_the_package(p) for p in CSRC.rglob("*.cpp") if p.name != "device.cpp"}
+    objects = [(str(p.relative_to(CSRC)), host) for p, found in sorted(built.items()) if found is None]
     objects += [(str(p.relative_to(CSRC)), "-std=c++20 -O1 -fPIC") for p in sorted(CSRC.rglob("*.cu"))]
     objects += [("device.cpp", host), ("executor.cpp", "-std=c++20 -O2 -fPIC")]
-    others = sorted(filter(None, packages.values()))
+    others = sorted(filter(None, built.values()))
     paths = " ".join(f"-L{p} -Wl,-rpath,{p}" for p in library_paths())
     link = f"-shared -fopenmp {paths} -lc10 -ltorch -ltorch_cpu -ltorch_python"
     return linked(".so", objects, link, others=others)
