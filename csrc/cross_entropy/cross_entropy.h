@@ -77,7 +77,9 @@ struct CrossEntropyParams {
   const void* grad_lse;  // (rows)     what comes into lse; nullptr: nothing
   bool compare_guess;  // CUDA: grad_input stays as it is where grad_output is the guess
 
-  ShareRow* share_row;  // CPU: nullptr where a row belongs to one thread
+  // CPU
+  bool forward, backward;  // what cross_entropy_rows computes
+  ShareRow* share_row;  // nullptr where a row belongs to one thread
 
   // Whether more than the target's element needs its own coefficient, or the logits a function of their own.
   TSE_HOST_DEVICE bool is_general() const {
@@ -147,7 +149,7 @@ TSE_HOST_DEVICE inline GradFactors grad_factors(const CrossEntropyParams& p, int
 
 // CPU: forward, backward or both of rows [begin, end), whose targets were checked. Both make a row's gradient while its
 // logits, or the terms of its sum, are in cache.
-void cross_entropy_rows(const CrossEntropyParams& p, bool forward, bool backward, int64_t begin, int64_t end);
+void cross_entropy_rows(const CrossEntropyParams& p, int64_t begin, int64_t end);
 
 // CUDA: all rows, on `stream`, no synchronisation. A target outside [0, n) trips a device-side assertion. Forward
 // writes grad_input, too, unless `assumed` is kNone. rescale multiplies it by grad_output / guess.

@@ -143,26 +143,28 @@ inline RowBatch<T> factors_of(const Row<T, kGeneral>& r, const BlockSum* s) {
   return one;
 }
 
-template <class T, bool kForward, bool kBackward, bool kGeneral>
-void walk_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
+// Rows of one thread, or that threads share.
+template <class T, bool kForward, bool kBackward, bool kGeneral, class Team>
+void walk_rows(const CrossEntropyParams& p, int64_t begin, int64_t end, Team team) {
   using A = Acc<T>;
+  constexpr bool kMayKeep = kForward && kBackward && !kGeneral && std::is_same_v<Team, Alone>;
   const int64_t n = p.rows.n;
   const Logits<T, kGeneral> logits(p.transform);
   RowBatch<T> batch;
-  const bool keeps = kForward && kBackward && !kGeneral && n <= kKept;
+  const bool keeps = kMayKeep && n <= kKept;
   const std::unique_ptr<Vec<T>[]> terms(keeps ? new Vec<T>[n / Accumulate<T>::kLanes + 2] : nullptr);  // aligned
   A* kept = reinterpret_cast<A*>(terms.get());
   for (int64_t row = begin; row < end; ++row) {
     const Row<T, kGeneral> r(p, logits, row);
-    BlockSum s = kNothing, sums[kKept / kBlock];
-    if (kForward) {
+    BlockSum s = kNothing, sums[kMayKeep ? kKept / kBlock : 1];
+    if (kForward && p.forward) {
       const A reference = r.counted && n > 0 ? r.reference() : A(0);  // the logits of an ignored row are not even read
-      const auto sum_block = [&](int64_t i, int64_t last) {
-        if (!keeps) return r.sum_of(i, last, reference);
-        return sums[i / kBlock] = block_exp_sum<true>(r.x + i, last - i, r.own - i, reference, logits, kept + i);
-      };
-      const auto join = [&](const BlockSum& a, const BlockSum& b) { return logits.join(a, b); };
-      s = reduce_row(Alone(), r.counted ? n : 0, kBlock, kNothing, sum_block, join);
+      s = row_sums(team, r.counted ? n : 0, logits, [&](int64_t i, int64_t last) {
+        if constexpr (kMayKeep)
+          if (keeps)
+            return sums[i / kBlock] = block_exp_sum<true>(r.x + i, last - i, r.own - i, reference, logits, kept + i);
+        return r.sum_of(i, last, reference);
+      });
       r.add_to(batch, s);
       if (p.predictions != nullptr) {
         const double all = s.sum + double(batch.own_z[batch.count - 1]);  // NaN or infinite if a logit is
@@ -170,66 +172,44 @@ void walk_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
       }
       if (batch.count == batch.kRows) finish<kGeneral>(batch, p, logits);
     }
-    if (!kBackward) continue;
-    const RowBatch<T> factors = factors_of(r, kForward ? &s : nullptr);
-    if (!keeps) {
-      r.write_gradient(factors, 0, n);
-      continue;
-    }
-    for (int64_t i = 0; i < n; i += kBlock) {
-      // Terms against another reference are rounded otherwise: not the bits that backward alone would compute.
-      if (sums[i / kBlock].m == s.m) r.template write_gradient<true>(factors, i, std::min(i + kBlock, n), kept);
-      else r.write_gradient(factors, i, std::min(i + kBlock, n));
-    }
+    if (!kBackward || !p.backward) continue;
+    const RowBatch<T> factors = factors_of(r, kForward && p.forward ? &s : nullptr);
+    for_parts(team, n, kBlock, [&](int64_t first, int64_t last) {
+      if (!keeps) return r.write_gradient(factors, first, last);
+      if constexpr (kMayKeep) {
+        for (int64_t i = 0; i < n; i += kBlock) {
+          // Terms against another reference are rounded otherwise: not the bits that backward alone would compute.
+          if (sums[i / kBlock].m == s.m) r.template write_gradient<true>(factors, i, std::min(i + kBlock, n), kept);
+          else r.write_gradient(factors, i, std::min(i + kBlock, n));
+        }
+      }
+    });
   }
   finish<kGeneral>(batch, p, logits);
-}
-
-// Rows that threads share.
-template <class T, bool kGeneral>
-void walk_shared_rows(const CrossEntropyParams& p, bool forward, bool backward, int64_t begin, int64_t end) {
-  const int64_t n = p.rows.n;
-  const Logits<T, kGeneral> logits(p.transform);
-  for (int64_t row = begin; row < end; ++row) {
-    const Row<T, kGeneral> r(p, logits, row);
-    BlockSum s = kNothing;
-    if (forward) {
-      const auto reference = r.counted ? r.reference() : Acc<T>(0);
-      const auto sum_block = [&](int64_t i, int64_t last) { return r.sum_of(i, last, reference); };
-      const auto join = [&](const BlockSum& a, const BlockSum& b) { return logits.join(a, b); };
-      s = reduce_row(p.share_row, r.counted ? n : 0, kBlock, kNothing, sum_block, join);
-      RowBatch<T> one;
-      r.add_to(one, s);
-      finish<kGeneral>(one, p, logits);
-    }
-    if (!backward) continue;
-    const RowBatch<T> factors = factors_of(r, forward ? &s : nullptr);
-    for_parts(p.share_row, n, kBlock, [&](int64_t i, int64_t last) { r.write_gradient(factors, i, last); });
-  }
 }
 
 template <class T, bool kForward, bool kBackward, bool kGeneral>
 void walk(const CrossEntropyParams& p, int64_t begin, int64_t end) {
   const bool contiguous = p.rows.stride_n == 1 && (!kBackward || p.grad_rows.stride_n == 1);
   if (p.rows.n == 0 || (contiguous && p.rows.n > kMostInLanes))
-    return walk_rows<T, kForward, kBackward, kGeneral>(p, begin, end);
+    return walk_rows<T, kForward, kBackward, kGeneral>(p, begin, end, Alone());
   LanesWalk<T, kForward, kBackward, kGeneral>(p).run(begin, end);
 }
 
 template <class T, bool kGeneral>
-void walk_each_way(const CrossEntropyParams& p, bool forward, bool backward, int64_t begin, int64_t end) {
-  if (p.share_row != nullptr) walk_shared_rows<T, kGeneral>(p, forward, backward, begin, end);
-  else if (!backward) walk<T, true, false, kGeneral>(p, begin, end);
-  else if (forward) walk<T, true, true, kGeneral>(p, begin, end);
+void walk_each_way(const CrossEntropyParams& p, int64_t begin, int64_t end) {
+  if (p.share_row != nullptr) walk_rows<T, true, true, kGeneral>(p, begin, end, p.share_row);
+  else if (!p.backward) walk<T, true, false, kGeneral>(p, begin, end);
+  else if (p.forward) walk<T, true, true, kGeneral>(p, begin, end);
   else walk<T, false, true, kGeneral>(p, begin, end);
 }
 template <class T>
-void walk_type(const CrossEntropyParams& p, bool forward, bool backward, int64_t begin, int64_t end) {
-  if (p.is_general()) walk_each_way<T, true>(p, forward, backward, begin, end);
-  else walk_each_way<T, false>(p, forward, backward, begin, end);
+void walk_type(const CrossEntropyParams& p, int64_t begin, int64_t end) {
+  if (p.is_general()) walk_each_way<T, true>(p, begin, end);
+  else walk_each_way<T, false>(p, begin, end);
 }
 
-void cross_entropy_rows(const CrossEntropyParams& p, bool forward, bool backward, int64_t begin, int64_t end) {
-  TSE_EACH_DTYPE(walk_type, p, forward, backward, begin, end)
+void cross_entropy_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
+  TSE_EACH_DTYPE(walk_type, p, begin, end)
 }
 #endif

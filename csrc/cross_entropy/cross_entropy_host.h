@@ -53,7 +53,7 @@ void check_writable(const at::Tensor& input, const at::Tensor& target, const Cro
 
 // CPU, on torch's threads: forward, backward or both of all rows; all of forward, with the gradient where wanted, for
 // targets that were checked and counted (total_weight[1]).
-void run_cross_entropy_rows(const CrossEntropyParams& p, bool forward, bool backward);
+void run_cross_entropy_rows(CrossEntropyParams p, bool forward, bool backward);
 void run_cross_entropy_fwd(const CrossEntropyParams& p, bool with_gradient);
 
 // ---- without the dispatcher, for plain tensors ----------------------------------------------------------------------

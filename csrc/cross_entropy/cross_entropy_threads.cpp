@@ -54,13 +54,12 @@ void run_forward(const CrossEntropyParams& p, bool with_gradient) {
 
 }  // namespace
 
-void run_cross_entropy_rows(const CrossEntropyParams& p, bool forward, bool backward) {
+void run_cross_entropy_rows(CrossEntropyParams p, bool forward, bool backward) {
+  p.forward = forward;
+  p.backward = backward;
   const bool contiguous = p.rows.stride_n == 1 && (!backward || p.grad_rows.stride_n == 1);
   // The largest logit of a row is looked for by one thread.
-  parallel_rows(p, p.rows, contiguous && p.predictions == nullptr,
-                [=](const CrossEntropyParams& p, int64_t begin, int64_t end) {
-                  cross_entropy_rows(p, forward, backward, begin, end);
-                });
+  parallel_rows(p, p.rows, contiguous && p.predictions == nullptr, cross_entropy_rows);
 }
 
 void run_cross_entropy_fwd(const CrossEntropyParams& p, bool with_gradient) {

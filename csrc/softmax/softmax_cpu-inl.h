@@ -9,14 +9,14 @@
 #define TSE_SOFTMAX_CPU_INL_H
 #endif
 #include "common/cpu/exp_sum-inl.h"
+#include "common/cpu/row_map-inl.h"
 
 template <class T, class Team>
 inline void softmax_row(Team team, const T* x, T* y, int64_t n, const Logits<T, false>& logits) {
   const Acc<T> reference = row_reference(x, n, -1, logits);
-  const BlockSum s = reduce_row(
-      team, n, kBlock, kNothing,
-      [&](int64_t begin, int64_t end) { return block_exp_sum(x + begin, end - begin, -1, reference, logits); },
-      [&](const BlockSum& a, const BlockSum& b) { return logits.join(a, b); });
+  const BlockSum s = row_sums(team, n, logits, [&](int64_t begin, int64_t end) {
+    return block_exp_sum(x + begin, end - begin, -1, reference, logits);
+  });
   const Vec<T> m = splat<Vec<T>>(s.sum == 0 ? Acc<T>(0) : Acc<T>(s.m));
   const Vec<T> scale = splat<Vec<T>>(s.sum == 0 ? Acc<T>(0) : Acc<T>(1 / s.sum));
   for_parts(team, n, kBlock, [&](int64_t begin, int64_t end) {
@@ -25,7 +25,7 @@ inline void softmax_row(Team team, const T* x, T* y, int64_t n, const Logits<T, 
 }
 
 template <class T, class Team>
-inline void softmax_bwd_row(Team team, const T* p, const T* g, T* out, int64_t n) {
+inline void softmax_bwd_row(Team team, T* out, const T* p, const T* g, int64_t n) {
   const Vec<T> mean = splat<Vec<T>>(Acc<T>(sum_row(team, n, [&](Vec<T> a, Vec<T> b) { return a * b; }, p, g)));
   for_parts(team, n, kBlock, [&](int64_t begin, int64_t end) {
     map_row(out + begin, end - begin, [&](Vec<T> a, Vec<T> b) { return a * (b - mean); }, p + begin, g + begin);
@@ -60,26 +60,16 @@ template <class T>
 void fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   if (p.rows.n <= kMostInLanes) return softmax_lanes<T>(p, begin, end);
   const Logits<T, false> logits(LogitTransform{});
-  const auto rows = [&](int64_t first, int64_t last, const auto& y, const auto& x) {
-    with_team(p.share_row, [&](auto team) {
-      for (int64_t i = first; i < last; ++i) softmax_row(team, x(i), y(i), p.rows.n, logits);
-    });
-  };
-  for_each_row(begin, end, rows, RowAt<T>{static_cast<T*>(p.output), p.output_rows},
-               RowAt<const T>{static_cast<const T*>(p.input), p.rows});
+  for_forward_rows<T>(p, begin, end, [&](auto team, int64_t first, int64_t last, const auto& y, const auto& x) {
+    for (int64_t i = first; i < last; ++i) softmax_row(team, x(i), y(i), p.rows.n, logits);
+  });
 }
 
 template <class T>
 void bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
-  const int64_t n = p.output_rows.n;
-  const auto rows = [&](int64_t first, int64_t last, const auto& out, const auto& output, const auto& g) {
-    with_team(p.share_row, [&](auto team) {
-      for (int64_t i = first; i < last; ++i) softmax_bwd_row(team, output(i), g(i), out(i), n);
-    });
-  };
-  for_each_row(begin, end, rows, RowAt<T>{static_cast<T*>(p.grad_input), p.grad_input_rows},
-               RowAt<const T>{static_cast<const T*>(p.output), p.output_rows},
-               RowAt<const T>{static_cast<const T*>(p.grad_output), p.grad_output_rows});
+  for_each_backward_row<T>(p, begin, end, [&](auto team, T* out, const T* output, const T* g) {
+    softmax_bwd_row(team, out, output, g, p.output_rows.n);
+  });
 }
 
 void softmax_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) { TSE_EACH_DTYPE(fwd_rows, p, begin, end) }

@@ -13,6 +13,7 @@
 #else
 #define TSE_SPARSEMAX_CPU_INL_H
 #endif
+#include "common/cpu/row_map-inl.h"
 #include "sparsemax/sparsemax_newton-inl.h"
 #include "sparsemax/sparsemax_short-inl.h"
 
@@ -43,25 +44,11 @@ inline double read_and_zero(const T* x, T* y, int64_t n, int64_t part, Acc<T>* m
   const auto of_block = [&](int64_t first, int64_t last) {
     V sum = {};
     for (int64_t begin = first; begin < last; begin += part) {
-      const int64_t end = std::min(begin + part, last);
+      const int64_t size = std::min(part, last - begin);
       V m[4] = {low, low, low, low}, s[4] = {};
-      int64_t i = begin;
-      for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
-        for (int k = 0; k < 4; k += 2) {
-          const Pair<V> v = load2(x + i + k * kLanes);
-          m[k] = vmax(v.a, m[k]);
-          m[k + 1] = vmax(v.b, m[k + 1]);
-          s[k] += v.a;
-          s[k + 1] += v.b;
-          store2(y + i + k * kLanes, {V{}, V{}});
-        }
-      }
-      std::fill_n(y + i, end - i, T{});
-      for (; i < end; i += kLanes) {
-        const V v = i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, low[0]);
-        m[0] = vmax(v, m[0]);
-        s[0] += v;
-      }
+      const auto add = [&](V v, int k) { m[k] = vmax(v, m[k]), s[k] += v; };
+      std::fill_n(y + begin, size, T{});
+      for_pairs<4>(size, low[0], [&](int k, int64_t, Pair<V> v) { add(v.a, k), add(v.b, k + 1); }, x + begin);
       store(maxima + begin / part * kLanes, vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
       sum += (s[0] + s[1]) + (s[2] + s[3]);
     }
@@ -98,14 +85,6 @@ inline void long_row(const T* x, T* y, int64_t n, Candidates<Acc<T>>& c, Team te
   const int64_t filled = (count + kLanes - 1) / kLanes * kLanes;
   const Threshold<A> t = threshold(max, newton(c.values.get(), filled, max, e.step()).step());
   for (int64_t j = 0; j < count; ++j) store_one(y + c.indices[j], std::max(t.excess(c.values[j]), A(0)));
-}
-
-// Rows x(i) to y(i), which are elsewhere.
-template <class T, class X, class Y, class Team>
-inline void sparsemax_rows(const X& x, const Y& y, int64_t begin, int64_t end, int64_t n, Candidates<Acc<T>>& c,
-                           Team team) {
-  if (n <= kShort) return short_rows<T>(x, y, begin, end, n);
-  for (int64_t row = begin; row < end; ++row) long_row(x(row), y(row), n, c, team);
 }
 
 // grad_input = g - mean of g over the support on the support, 0 elsewhere; NaN where p is NaN, as all of a row is.
@@ -150,7 +129,6 @@ template <class T, class Team>
 inline void dense_bwd_row(const T* p, const T* g, T* out, int64_t n, Team team) {
   using A = Acc<T>;
   using V = Vec<T>;
-  constexpr int kLanes = Accumulate<T>::kLanes;
   constexpr bool is_shared = !std::is_same_v<Team, Alone>;
   const std::unique_ptr<bool[]> is_empty(is_shared ? new bool[n / kSumBlock + 1] : nullptr);
   const auto support_of = [&](int64_t begin, int64_t end) {
@@ -159,18 +137,13 @@ inline void dense_bwd_row(const T* p, const T* g, T* out, int64_t n, Team team) 
       if (is_empty[begin / kSumBlock]) return std::fill_n(out + begin, end - begin, T{}), Support{0, 0};
     }
     SumAbove<V> above[2];
-    const auto add = [&](Pair<V> pv, Pair<V> gv) {
+    const auto add = [&](int, int64_t, Pair<V> pv, Pair<V> gv) {
       above[0].add(gv.a, pv.a <= V{});
       above[1].add(gv.b, pv.b <= V{});
     };
-    int64_t i = begin;
-    for (; i + 2 * kLanes <= end; i += 2 * kLanes) add(load2(p + i), load2(g + i));
-    if (i < end) {
-      add(load2_part(p + i, end - i, A(0)), load2_part(g + i, end - i, A(0)));
-      i += 2 * kLanes;
-    }
+    const int vectors = for_pairs<2>(end - begin, A(0), add, p + begin, g + begin);
     const SumAbove<V> all = above[0] + above[1];
-    const auto lanes = __builtin_convertvector(all.count(int(i - begin) / kLanes), V);
+    const auto lanes = __builtin_convertvector(all.count(vectors), V);
     return Support{double(reduce_add(all.sum)), double(reduce_add(lanes))};
   };
   const Support support = reduce_row(team, n, kSumBlock, Support{0, 0}, support_of,
@@ -185,7 +158,7 @@ inline void dense_bwd_row(const T* p, const T* g, T* out, int64_t n, Team team) 
 }
 
 template <class T, class Team>
-inline void sparsemax_bwd_row(const T* p, const T* g, T* out, int64_t n, Candidates<Acc<T>>& c, Team team) {
+inline void sparsemax_bwd_row(Team team, T* out, const T* p, const T* g, int64_t n, Candidates<Acc<T>>& c) {
   if constexpr (std::is_same_v<Team, Alone>)
     if (n > kSumBlock && n <= std::numeric_limits<uint32_t>::max() && sparse_bwd_row(p, g, out, n, c)) return;
   dense_bwd_row(p, g, out, n, team);
@@ -197,25 +170,19 @@ template <class T>
 void fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.rows.n;
   Candidates<Acc<T>> candidates(n > kShort ? n : 0);
-  const auto rows = [&](int64_t first, int64_t last, const auto& y, const auto& x) {
-    with_team(p.share_row, [&](auto team) { sparsemax_rows<T>(x, y, first, last, n, candidates, team); });
-  };
-  for_each_row(begin, end, rows, RowAt<T>{static_cast<T*>(p.output), p.output_rows},
-               RowAt<const T>{static_cast<const T*>(p.input), p.rows});
+  for_forward_rows<T>(p, begin, end, [&](auto team, int64_t first, int64_t last, const auto& y, const auto& x) {
+    if (n <= kShort) return short_rows<T>(x, y, first, last, n);
+    for (int64_t i = first; i < last; ++i) long_row(x(i), y(i), n, candidates, team);
+  });
 }
 
 template <class T>
 void bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.output_rows.n;
   Candidates<Acc<T>> candidates(n > kSumBlock ? n : 0);
-  const auto rows = [&](int64_t first, int64_t last, const auto& out, const auto& output, const auto& g) {
-    with_team(p.share_row, [&](auto team) {
-      for (int64_t i = first; i < last; ++i) sparsemax_bwd_row(output(i), g(i), out(i), n, candidates, team);
-    });
-  };
-  for_each_row(begin, end, rows, RowAt<T>{static_cast<T*>(p.grad_input), p.grad_input_rows},
-               RowAt<const T>{static_cast<const T*>(p.output), p.output_rows},
-               RowAt<const T>{static_cast<const T*>(p.grad_output), p.grad_output_rows});
+  for_each_backward_row<T>(p, begin, end, [&](auto team, T* out, const T* output, const T* g) {
+    sparsemax_bwd_row(team, out, output, g, n, candidates);
+  });
 }
 
 void sparsemax_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) { TSE_EACH_DTYPE(fwd_rows, p, begin, end) }

@@ -59,7 +59,6 @@ struct Excess {
 };
 template <class T, class Team = Alone>
 inline Excess excess_at(const T* x, int64_t n, Acc<T> max, double at, Team team = {}) {
-  constexpr int kLanes = Accumulate<T>::kLanes;
   const Threshold<Acc<T>> t = threshold(max, at);
   const Acc<T> low = -std::numeric_limits<Acc<T>>::infinity();
   const auto of_block = [&](int64_t begin, int64_t end) {
@@ -69,18 +68,10 @@ inline Excess excess_at(const T* x, int64_t n, Acc<T> max, double at, Team team 
       const Vec<T> d = v - t.hi;
       above[k].add(d, d <= t.lo);
     };
-    int64_t i = begin;
-    for (; i + 4 * kLanes <= end; i += 4 * kLanes) {
-      for (int k = 0; k < 4; k += 2) {
-        const Pair<Vec<T>> v = load2(x + i + k * kLanes);
-        add(v.a, k);
-        add(v.b, k + 1);
-      }
-    }
-    for (; i < end; i += kLanes) add(i + kLanes <= end ? load(x + i) : load_part(x + i, end - i, low), 0);
+    const auto add_pair = [&](int k, int64_t, Pair<Vec<T>> v) { add(v.a, k), add(v.b, k + 1); };
+    const int vectors = for_pairs<4>(end - begin, low, add_pair, x + begin);
     const SumAbove<Vec<T>> all = (above[0] + above[1]) + (above[2] + above[3]);
-    const auto lanes = __builtin_convertvector(all.count(int(i - begin) / kLanes), Vec<T>);
-    const double count = double(reduce_add(lanes));
+    const double count = double(reduce_add(__builtin_convertvector(all.count(vectors), Vec<T>)));
     return Excess{at, double(reduce_add(all.sum)) - count * double(t.lo), count};
   };
   return reduce_row(team, n, kSumBlock, Excess{at}, of_block,

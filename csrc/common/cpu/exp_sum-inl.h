@@ -152,6 +152,13 @@ template <class T, class L, class U>
   });
 }
 
+// The sums of a row, from those of its blocks: sum(begin, end).
+template <class Team, class L, class Sum>
+[[gnu::always_inline]] inline BlockSum row_sums(Team team, int64_t n, const L& logits, const Sum& sum) {
+  return reduce_row(team, n, kBlock, kNothing, sum,
+                    [&](const BlockSum& a, const BlockSum& b) { return logits.join(a, b); });
+}
+
 // ---- lanes ----------------------------------------------------------------------------------------------------------
 
 // Lane by lane, reduce_add of a vector whose lane k is slots[k]; overwrites the slots.

@@ -2,7 +2,7 @@
 //
 //   #define TSE_ISA_BODY "cross_entropy/cross_entropy_cpu-inl.h"
 //   #include "common/cpu/foreach_isa.h"
-//   void fwd_rows(const Params& p, …) { TSE_CALL_ISA(fwd_rows, p, …); }
+//   TSE_ROWS(cross_entropy_rows, CrossEntropyParams)  // calls the running level's
 //
 // Target regions instead of per-file compiler flags, which setuptools does not have. What that asks for:
 // every standard header stands here or before, never behind the first region (a template first seen inside one would
@@ -25,6 +25,7 @@
 
 #include "common/cpu/isa.h"
 #include "common/exp_sum.h"
+#include "common/row_params.h"
 #include "common/types.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -83,15 +84,13 @@ namespace {
 #undef TSE_ISA
 #pragma GCC pop_options
 
-#define TSE_CALL_ISA(function, ...)              \
-  switch (active_isa()) {                        \
-    case Isa::kAvx512:                           \
-      return isa_avx512::function(__VA_ARGS__);  \
-    case Isa::kAvx2:                             \
-      return isa_avx2::function(__VA_ARGS__);    \
-    default:                                     \
-      return isa_default::function(__VA_ARGS__); \
+#define TSE_ROWS(function, Params)                                          \
+  void tse::function(const Params& p, int64_t begin, int64_t end) {         \
+    if (active_isa() == Isa::kAvx512) isa_avx512::function(p, begin, end);  \
+    else if (active_isa() == Isa::kAvx2) isa_avx2::function(p, begin, end); \
+    else isa_default::function(p, begin, end);                              \
   }
 #else
-#define TSE_CALL_ISA(function, ...) return isa_default::function(__VA_ARGS__)
+#define TSE_ROWS(function, Params) \
+  void tse::function(const Params& p, int64_t begin, int64_t end) { isa_default::function(p, begin, end); }
 #endif

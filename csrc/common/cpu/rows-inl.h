@@ -10,7 +10,7 @@
 #else
 #define TSE_ROWS_INL_H
 #endif
-#include "common/cpu/tile-inl.h"
+#include "common/cpu/lanes-inl.h"
 
 // ---- row ------------------------------------------------------------------------------------------------------------
 
@@ -83,6 +83,31 @@ inline auto load2_part(Kept<A> kept, int64_t, Fill) {
   return load2(kept.p);
 }
 
+// Calls f(k, i, v…) for all elements of rows, where each v is the pair of load2 at element i of its row, `fill` after
+// the end, and its vectors belong to sums k and k + 1 of kSums. Returns the number of vectors.
+template <int kSums, class F, class T, class... X>
+[[gnu::always_inline]] inline int for_pairs(int64_t n, Acc<T> fill, const F& f, const T* first, const X*... x) {
+  constexpr int64_t kPair = 2 * Accumulate<T>::kLanes;
+  const auto whole = [&](int k, int64_t i) { f(k, i, load2(first + i), load2(x + i)...); };
+  int64_t i = 0;
+  for (; i + kSums / 2 * kPair <= n; i += kSums / 2 * kPair)
+    for (int k = 0; k < kSums; k += 2) whole(k, i + k / 2 * kPair);
+  int k = 0;
+  for (; i + kPair <= n; i += kPair, k += 2) whole(k, i);
+  if (i < n) f(k, i, load2_part(first + i, n - i, fill), load2_part(x + i, n - i, fill)...);
+  return int((n + kPair - 1) / kPair) * 2;
+}
+
+// Max of `x`, NaN aside.
+template <class T>
+inline Acc<T> block_max(const T* x, int64_t n) {
+  const Acc<T> low = -std::numeric_limits<Acc<T>>::infinity();
+  const Vec<T> none = splat<Vec<T>>(low);
+  Vec<T> m[4] = {none, none, none, none};
+  for_pairs<4>(n, low, [&](int k, int64_t, auto v) { m[k] = vmax(v.a, m[k]), m[k + 1] = vmax(v.b, m[k + 1]); }, x);
+  return reduce_max(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
+}
+
 // y[i] = f(x[i]…), by vectors; inputs are rows or Kept.
 template <class T, class F, class... X>
 [[gnu::always_inline]] inline void map_row(T* y, int64_t n, const F& f, const X... x) {
@@ -91,6 +116,48 @@ template <class T, class F, class... X>
   int64_t i = 0;
   for (; i + kPair <= n; i += kPair) store2(y + i, both(load2(x + i)...));
   if (i < n) store2_part(y + i, n - i, both(load2_part(x + i, n - i, Acc<T>(0))...));
+}
+
+// ---- tiles ----------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kTileElements = 32768;  // of a tile: a part of L2
+constexpr int64_t kTileBytes = 2 << 20;  // of all tiles of a thread, unless one row alone takes more
+
+// Rows that are not contiguous, for kernels that need contiguous ones: several at a time are copied here, or from here.
+template <class T>
+struct Tile {
+  struct alignas(64) Line {  // of cache
+    char bytes[64];
+  };
+  static constexpr int kLanes = Accumulate<T>::kLanes;
+  static constexpr int64_t kInLine = sizeof(Line) / sizeof(T);
+  int64_t stride, rows;  // rows: so many at once
+  std::unique_ptr<Line[]> memory;
+
+  // Room for so many rows at once that they use whole lines of the tensor, too, but for no more than `most`, nor than
+  // fit beside the other tiles. Rows lie an odd number of lines apart: not all in one set of the cache.
+  Tile(int64_t n, int64_t most, int64_t tiles) : stride(((n + kInLine - 1) / kInLine | 1) * kInLine) {
+    const int64_t fit = kTileBytes / tiles / (stride * int64_t(sizeof(T)));
+    rows =
+        std::min(std::max(kInLine, kTileElements / stride / kInLine * kInLine), (most + kLanes - 1) / kLanes * kLanes);
+    if (rows > fit) rows = fit < kLanes ? std::max<int64_t>(fit, 1) : fit / kLanes * kLanes;
+    memory.reset(new Line[rows * stride / kInLine]);
+  }
+  T* first() const { return reinterpret_cast<T*>(memory.get()); }
+};
+
+// `count` rows of n elements from one layout to another, a square of a vector's lanes at a time.
+template <class T>
+inline void copy_rows(const T* x, const Rows& from, T* y, const Rows& to, int64_t n, int64_t count) {
+  constexpr int kLanes = Accumulate<T>::kLanes;
+  Vec<T> square[kLanes];
+  for (int64_t c = 0; c < n; c += kLanes) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const int64_t height = std::min<int64_t>(kLanes, n - c), width = std::min<int64_t>(kLanes, count - i);
+      load_lanes(x + c * from.stride_n + i * from.stride_inner, from, height, width, square);
+      store_lanes(y + c * to.stride_n + i * to.stride_inner, to, height, width, square);
+    }
+  }
 }
 
 // Row i of a tensor.
@@ -115,14 +182,16 @@ inline void for_each_row(int64_t begin, int64_t end, const F& f, const RowAt<T>&
     const Rows of_tile = {1, n, count, 0, 1, to.stride};
     int k = 0;
     const auto gathered = [&](const auto& x, const Tile<T>& tile) {
-      tile.gather(x(row), x.rows, count);
-      return RowAt<const T>{tile.row(0), of_tile};
+      copy_rows(x(row), x.rows, tile.first(), of_tile, n, count);
+      return RowAt<const T>{tile.first(), of_tile};
     };
     const std::array<RowAt<const T>, sizeof...(X)> rows = {gathered(x, from[k++])...};
-    std::apply([&](const auto&... in) { f(0, count, RowAt<T>{to.row(0), of_tile}, in...); }, rows);
-    to.scatter(y(row), y.rows, count);
+    std::apply([&](const auto&... in) { f(0, count, RowAt<T>{to.first(), of_tile}, in...); }, rows);
+    copy_rows<T>(to.first(), of_tile, y(row), y.rows, n, count);
   }
 }
+
+// ---- threads --------------------------------------------------------------------------------------------------------
 
 // One thread has the row (Alone), or all threads share its blocks (ShareRow*). Row functions take this Team as a
 // template parameter: variables that other threads see stay in memory, those of one thread in registers.
@@ -168,115 +237,12 @@ inline S reduce_row(ShareRow* share_row, int64_t n, int64_t size, S total, const
 // Σ f(x[i], y[i]) over a row, f(0, 0) = 0. Blocks are summed in Acc<T>, and the blocks in double.
 template <class T, class Team, class F>
 [[gnu::always_inline]] inline double sum_row(Team team, int64_t n, const F& f, const T* x, const T* y) {
-  constexpr int kPair = 2 * Accumulate<T>::kLanes;
   const auto sum_block = [&](int64_t begin, int64_t end) {
     Vec<T> sum[2] = {};
-    for (int64_t i = begin; i < end; i += kPair) {
-      const bool whole = i + kPair <= end;
-      const auto a = whole ? load2(x + i) : load2_part(x + i, end - i, Acc<T>(0));
-      const auto b = whole ? load2(y + i) : load2_part(y + i, end - i, Acc<T>(0));
-      sum[0] += f(a.a, b.a);
-      sum[1] += f(a.b, b.b);
-    }
+    const auto add = [&](int, int64_t, auto a, auto b) { sum[0] += f(a.a, b.a), sum[1] += f(a.b, b.b); };
+    for_pairs<2>(end - begin, Acc<T>(0), add, x + begin, y + begin);
     return double(reduce_add(sum[0] + sum[1]));
   };
   return reduce_row(team, n, kSumBlock, 0.0, sum_block, std::plus<>());
-}
-
-// ---- lanes ----------------------------------------------------------------------------------------------------------
-
-constexpr int64_t kMostInLanes = 256;  // contiguous rows of more elements are walked one by one
-
-// Where a group of rows begins; the tensors of a call have the same outer and inner.
-struct Position {
-  int64_t outer, inner;
-  int64_t in(const Rows& rows) const { return outer * rows.stride_outer + inner * rows.stride_inner; }
-};
-
-// Calls f(row, count, position) for groups of up to kLanes rows that have one stride. one_run: all rows have.
-template <int kLanes, class F>
-[[gnu::always_inline]] inline void for_each_lanes(const Rows& rows, bool one_run, int64_t begin, int64_t end,
-                                                  const F& f) {
-  const int64_t run = one_run ? row_count(rows) : rows.inner;
-  Position at = {begin / run, begin % run};
-  for (int64_t row = begin, count; row < end; row += count) {
-    count = std::min<int64_t>({kLanes, end - row, run - at.inner});
-    f(row, count, at);
-    at.inner += count;
-    if (at.inner == run) at = {at.outer + 1, 0};
-  }
-}
-
-// Class c of `count` rows, the first of them at x; 0 in the other lanes.
-template <class T>
-[[gnu::always_inline]] inline Vec<T> load_class(const T* x, const Rows& rows, int64_t c, int64_t count) {
-  x += c * rows.stride_n;
-  if (rows.stride_inner == 1 && count == Accumulate<T>::kLanes) return load(x);
-  if (rows.stride_inner == 1) return load_part(x, count, Acc<T>(0));
-  Vec<T> v = {};
-  for (int64_t i = 0; i < count; ++i) v[i] = load_one(x + i * rows.stride_inner);
-  return v;
-}
-template <class T>
-[[gnu::always_inline]] inline void store_class(T* x, const Rows& rows, int64_t c, int64_t count, Vec<T> v) {
-  x += c * rows.stride_n;
-  if (rows.stride_inner == 1 && count == Accumulate<T>::kLanes) return store(x, v);
-  if (rows.stride_inner == 1) return store_part(x, count, v);
-  for (int64_t i = 0; i < count; ++i) store_one(x + i * rows.stride_inner, v[i]);
-}
-
-// z[c] = class c < n of `count` rows; room for n rounded up to whole vectors.
-template <class T>
-[[gnu::flatten]] inline void load_lanes(const T* x, const Rows& rows, int64_t n, int64_t count, Vec<T>* z) {
-  constexpr int kLanes = Accumulate<T>::kLanes;
-  if (rows.stride_n != 1) {
-    const int64_t stride = rows.stride_n;
-    if (rows.stride_inner != 1 || count != kLanes) {
-      for (int64_t c = 0; c < n; ++c) z[c] = load_class(x, rows, c, count);
-      return;
-    }
-    for (int64_t c = 0; c < n; ++c) {
-      z[c] = load(x + c * stride);
-      // The next rows' elements, into L2: in L1 those of many planes would displace each other.
-      __builtin_prefetch(x + c * stride + kLanes, 0, 2);
-    }
-    return;
-  }
-  const T* row[kLanes];
-  for (int i = 0; i < kLanes; ++i) row[i] = i == 0 ? x : i < count ? row[i - 1] + rows.stride_inner : row[i - 1];
-  for (int64_t c = 0; c < n; c += kLanes) {
-    Vec<T> square[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      const T* from = row[i] + c;
-      square[i] = c + kLanes <= n ? load(from) : load_part(from, n - c, Acc<T>(0));
-    }
-    transpose(square);
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) z[c + i] = square[i];
-  }
-}
-template <class T>
-[[gnu::flatten]] inline void store_lanes(T* x, const Rows& rows, int64_t n, int64_t count, const Vec<T>* z) {
-  constexpr int kLanes = Accumulate<T>::kLanes;
-  if (rows.stride_n != 1) {
-    const int64_t stride = rows.stride_n;
-    if (rows.stride_inner == 1 && count == kLanes)
-      for (int64_t c = 0; c < n; ++c) store(x + c * stride, z[c]);
-    else
-      for (int64_t c = 0; c < n; ++c) store_class(x, rows, c, count, z[c]);
-    return;
-  }
-  for (int64_t c = 0; c < n; c += kLanes) {
-    Vec<T> square[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) square[i] = z[c + i];
-    transpose(square);
-    for (int64_t i = 0; i < count; ++i) {
-      T* to = x + i * rows.stride_inner + c;
-      if (c + kLanes <= n) store(to, square[i]);
-      else store_part(to, n - c, square[i]);
-    }
-  }
 }
 #endif

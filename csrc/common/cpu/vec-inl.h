@@ -178,23 +178,15 @@ inline void store_one(T* p, float x) {
 
 // ---- arithmetic ---------------------------------------------------------------------------------------------------
 
-// The larger and the smaller of a and b, and b where either is NaN.
-#if TSE_ISA == 2
-inline VecF vmin(VecF a, VecF b) { return (VecF)_mm512_min_ps((__m512)a, (__m512)b); }
-inline VecD vmin(VecD a, VecD b) { return (VecD)_mm512_min_pd((__m512d)a, (__m512d)b); }
-inline VecF vmax(VecF a, VecF b) { return (VecF)_mm512_max_ps((__m512)a, (__m512)b); }
-inline VecD vmax(VecD a, VecD b) { return (VecD)_mm512_max_pd((__m512d)a, (__m512d)b); }
-#elif TSE_ISA == 1
-inline VecF vmin(VecF a, VecF b) { return (VecF)_mm256_min_ps((__m256)a, (__m256)b); }
-inline VecD vmin(VecD a, VecD b) { return (VecD)_mm256_min_pd((__m256d)a, (__m256d)b); }
-inline VecF vmax(VecF a, VecF b) { return (VecF)_mm256_max_ps((__m256)a, (__m256)b); }
-inline VecD vmax(VecD a, VecD b) { return (VecD)_mm256_max_pd((__m256d)a, (__m256d)b); }
-#else
-inline VecF vmin(VecF a, VecF b) { return a < b ? a : b; }
-inline VecD vmin(VecD a, VecD b) { return a < b ? a : b; }
-inline VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
-inline VecD vmax(VecD a, VecD b) { return a > b ? a : b; }
-#endif
+// The larger and the smaller of a and b, and b where either is NaN: one instruction each.
+template <class V>
+inline V vmax(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+inline V vmin(V a, V b) {
+  return a < b ? a : b;
+}
 
 // x · y - m with one rounding (two without FMA).
 #if TSE_ISA == 0
@@ -307,60 +299,24 @@ inline unsigned mask_above(VecF v, float bound) {
 #endif
 
 // Reductions fold halves onto each other, always in the same order: every build of a level gives the same bits.
+template <size_t half, class V, class Op, size_t... lane>
+[[gnu::always_inline]] inline V folded(V v, const Op& op, std::index_sequence<lane...> lanes) {
+  const decltype(V{} > V{}) other = {(lane ^ half)...};
+  v = op(v, __builtin_shuffle(v, other));
+  if constexpr (half > 1) return folded<half / 2>(v, op, lanes);
+  else return v;
+}
 template <class V, class Op>
-inline auto fold(V v, const Op& op) {
-  auto r = v[0];
-  constexpr unsigned kLanes = sizeof(V) / sizeof(r);
-  for (unsigned half = kLanes / 2; half > 0; half /= 2)
-    for (unsigned i = 0; i < half; ++i) v[i] = op(v[i], v[i + half]);
-  r = v[0];
-  return r;
+[[gnu::always_inline]] inline auto fold(V v, const Op& op) {
+  constexpr size_t kLanes = sizeof(V) / sizeof(v[0]);
+  return folded<kLanes / 2>(v, op, std::make_index_sequence<kLanes>{})[0];
 }
 template <class V>
 inline auto reduce_add(V v) {
-  return fold(v, [](auto a, auto b) { return a + b; });
+  return fold(v, [&](V a, V b) { return a + b; });
 }
 template <class V>
 inline auto reduce_max(V v) {  // of a vector without NaN
-  return fold(v, [](auto a, auto b) { return a > b ? a : b; });
-}
-#if TSE_ISA >= 1
-inline float reduce_add(VecF v) {
-#if TSE_ISA == 2
-  const __m256 a = _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
-#else
-  const __m256 a = (__m256)v;
-#endif
-  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
-  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
-}
-inline float reduce_max(VecF v) {
-#if TSE_ISA == 2
-  const __m256 a = _mm256_max_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
-#else
-  const __m256 a = (__m256)v;
-#endif
-  __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-  b = _mm_max_ps(b, _mm_movehl_ps(b, b));
-  return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
-}
-#endif
-
-// Max of `x`, NaN aside.
-template <class T>
-inline Acc<T> block_max(const T* x, int64_t n) {
-  using A = Acc<T>;
-  constexpr int kLanes = Accumulate<T>::kLanes;
-  const A low = -std::numeric_limits<A>::infinity();
-  Vec<T> m0 = splat<Vec<T>>(low), m1 = m0;
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    const Pair<Vec<T>> v = load2(x + i);
-    m0 = vmax(v.a, m0);
-    m1 = vmax(v.b, m1);
-  }
-  for (; i < n; i += kLanes) m0 = vmax(i + kLanes <= n ? load(x + i) : load_part(x + i, n - i, low), m0);
-  return reduce_max(vmax(m0, m1));
+  return fold(v, [&](V a, V b) { return vmax(a, b); });
 }
 #endif
