@@ -47,8 +47,12 @@ inline double read_and_zero(const T* x, T* y, int64_t n, int64_t part, Acc<T>* m
       const int64_t size = std::min(part, last - begin);
       V m[4] = {low, low, low, low}, s[4] = {};
       const auto add = [&](V v, int k) { m[k] = vmax(v, m[k]), s[k] += v; };
-      std::fill_n(y + begin, size, T{});
-      for_pairs<4>(size, low[0], [&](int k, int64_t, Pair<V> v) { add(v.a, k), add(v.b, k + 1); }, x + begin);
+      const auto add_pair = [&](int k, int64_t i, Pair<V> v) {
+        add(v.a, k), add(v.b, k + 1);
+        if (i + 2 * kLanes <= size) store2(y + begin + i, {V{}, V{}});
+        else std::fill_n(y + begin + i, size - i, T{});
+      };
+      for_pairs<4>(size, low[0], add_pair, x + begin);
       store(maxima + begin / part * kLanes, vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
       sum += (s[0] + s[1]) + (s[2] + s[3]);
     }

@@ -38,7 +38,7 @@ template <class T, class Add>
     add(k, v.a, i, AllLanes{});
     add(k + 1, v.b, i, AllLanes{});
   };
-  const auto without_own = [&](int k, int64_t i) {
+  const auto without_own = [&](int k, int64_t i) __attribute__((always_inline)) {
     const int64_t count = std::min<int64_t>(kPair, n - i);
     const Pair<Vec<T>> v =
         count == kPair ? load2(x + i) : load2_part(x + i, count, -std::numeric_limits<Acc<T>>::infinity());
@@ -84,17 +84,19 @@ inline auto load2_part(Kept<A> kept, int64_t, Fill) {
 }
 
 // Calls f(k, i, v…) for all elements of rows, where each v is the pair of load2 at element i of its row, `fill` after
-// the end, and its vectors belong to sums k and k + 1 of kSums. Returns the number of vectors.
+// the end, and its vectors belong to sums k and k + 1 of kSums, 2 or 4. Returns the number of vectors. k is a literal
+// in each call: with one that is counted up, the compiler keeps the sums in memory.
 template <int kSums, class F, class T, class... X>
 [[gnu::always_inline]] inline int for_pairs(int64_t n, Acc<T> fill, const F& f, const T* first, const X*... x) {
-  constexpr int64_t kPair = 2 * Accumulate<T>::kLanes;
+  constexpr int64_t kPair = 2 * Accumulate<T>::kLanes, kStep = kSums / 2 * kPair;
   const auto whole = [&](int k, int64_t i) { f(k, i, load2(first + i), load2(x + i)...); };
   int64_t i = 0;
-  for (; i + kSums / 2 * kPair <= n; i += kSums / 2 * kPair)
-    for (int k = 0; k < kSums; k += 2) whole(k, i + k / 2 * kPair);
-  int k = 0;
-  for (; i + kPair <= n; i += kPair, k += 2) whole(k, i);
-  if (i < n) f(k, i, load2_part(first + i, n - i, fill), load2_part(x + i, n - i, fill)...);
+  for (; i + kStep <= n; i += kStep) {
+    whole(0, i);
+    if constexpr (kSums == 4) whole(2, i + kPair);
+  }
+  if (kSums == 4 && i + kPair <= n) whole(0, i), i += kPair;
+  if (i < n) f(0, i, load2_part(first + i, n - i, fill), load2_part(x + i, n - i, fill)...);
   return int((n + kPair - 1) / kPair) * 2;
 }
 
@@ -146,16 +148,31 @@ struct Tile {
   T* first() const { return reinterpret_cast<T*>(memory.get()); }
 };
 
-// `count` rows of n elements from one layout to another, a square of a vector's lanes at a time.
+// `count` rows of n elements from one layout to another, a square of a vector's lanes at a time. In a whole square
+// whose vectors lie along the rows in one layout and across them in the other, they are transposed in registers.
 template <class T>
 inline void copy_rows(const T* x, const Rows& from, T* y, const Rows& to, int64_t n, int64_t count) {
   constexpr int kLanes = Accumulate<T>::kLanes;
-  Vec<T> square[kLanes];
+  const bool gathers = from.stride_inner == 1 && to.stride_n == 1,
+             scatters = from.stride_n == 1 && to.stride_inner == 1;
+  const int64_t x_step = gathers ? from.stride_n : from.stride_inner, y_step = gathers ? to.stride_inner : to.stride_n;
   for (int64_t c = 0; c < n; c += kLanes) {
     for (int64_t i = 0; i < count; i += kLanes) {
+      const T* in = x + c * from.stride_n + i * from.stride_inner;
+      T* out = y + c * to.stride_n + i * to.stride_inner;
       const int64_t height = std::min<int64_t>(kLanes, n - c), width = std::min<int64_t>(kLanes, count - i);
-      load_lanes(x + c * from.stride_n + i * from.stride_inner, from, height, width, square);
-      store_lanes(y + c * to.stride_n + i * to.stride_inner, to, height, width, square);
+      if ((gathers || scatters) && height == kLanes && width == kLanes) {
+        Vec<T> square[kLanes];
+#pragma GCC unroll 16
+        for (int k = 0; k < kLanes; ++k) square[k] = load(in + k * x_step);
+        transpose(square);
+#pragma GCC unroll 16
+        for (int k = 0; k < kLanes; ++k) store(out + k * y_step, square[k]);
+      } else {
+        Vec<T> square[kLanes];
+        load_lanes(in, from, height, width, square);
+        store_lanes(out, to, height, width, square);
+      }
     }
   }
 }
