@@ -98,8 +98,8 @@ inline BlockSum block_sums_by(const T* x, int64_t n, Acc<T> row_reference, const
 
 // Σ of the terms, logits without softcap. With kKeep the terms are kept for backward.
 template <bool kKeep = false, class T, class L>
-[[gnu::noinline, gnu::flatten]] BlockSum block_exp_sum(const T* x, int64_t n, int64_t own, Acc<T> row_reference,
-                                                       const L& logits, Acc<T>* kept = nullptr) {
+[[gnu::flatten]] inline BlockSum block_exp_sum(const T* x, int64_t n, int64_t own, Acc<T> row_reference,
+                                               const L& logits, Acc<T>* kept = nullptr) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   return block_sums_by(x, n, row_reference, logits, [&](Acc<T> m) {
     const Vec<T> reference = splat<Vec<T>>(m);
@@ -118,8 +118,8 @@ template <bool kKeep = false, class T, class L>
 template <class T>
 constexpr int64_t kShortSum = 32 * Accumulate<T>::kLanes;
 template <class T, class L, class U>
-[[gnu::noinline, gnu::flatten]] BlockSum block_linear_sum(const T* x, int64_t n, int64_t own, Acc<T> row_reference,
-                                                          const L& logits, const U& u) {
+[[gnu::flatten]] inline BlockSum block_linear_sum(const T* x, int64_t n, int64_t own, Acc<T> row_reference,
+                                                  const L& logits, const U& u) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   if (own < 0 || own >= n) own = -1;
   return block_sums_by(x, n, row_reference, logits, [&](Acc<T> m) {

@@ -10,8 +10,7 @@
 // namespace; the level is told by TSE_ISA, since g++ does not define __AVX512F__ inside a region.
 //
 // The loops that are long in vector arithmetic are [[gnu::flatten]]: no vector register outlives a call, and g++ stops
-// inlining where a file has grown by two fifths, at whichever function it then is (-Winline). Where such a function
-// could itself be inlined, it is [[gnu::noinline]], too: into a caller, it brings its calls.
+// inlining where a file has grown by two fifths, at whichever function it then is (-Winline).
 #include <algorithm>
 #include <array>
 #include <cmath>

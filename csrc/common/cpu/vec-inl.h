@@ -178,15 +178,24 @@ inline void store_one(T* p, float x) {
 
 // ---- arithmetic ---------------------------------------------------------------------------------------------------
 
-// The larger and the smaller of a and b, and b where either is NaN: one instruction each.
-template <class V>
-inline V vmax(V a, V b) {
-  return a > b ? a : b;
-}
-template <class V>
-inline V vmin(V a, V b) {
-  return a < b ? a : b;
-}
+// The larger and the smaller of a and b, and b where either is NaN. Comparison and choice would be one instruction, too,
+// but not after the compiler has turned a comparison with a constant around.
+#if TSE_ISA == 2
+inline VecF vmin(VecF a, VecF b) { return (VecF)_mm512_min_ps((__m512)a, (__m512)b); }
+inline VecD vmin(VecD a, VecD b) { return (VecD)_mm512_min_pd((__m512d)a, (__m512d)b); }
+inline VecF vmax(VecF a, VecF b) { return (VecF)_mm512_max_ps((__m512)a, (__m512)b); }
+inline VecD vmax(VecD a, VecD b) { return (VecD)_mm512_max_pd((__m512d)a, (__m512d)b); }
+#elif TSE_ISA == 1
+inline VecF vmin(VecF a, VecF b) { return (VecF)_mm256_min_ps((__m256)a, (__m256)b); }
+inline VecD vmin(VecD a, VecD b) { return (VecD)_mm256_min_pd((__m256d)a, (__m256d)b); }
+inline VecF vmax(VecF a, VecF b) { return (VecF)_mm256_max_ps((__m256)a, (__m256)b); }
+inline VecD vmax(VecD a, VecD b) { return (VecD)_mm256_max_pd((__m256d)a, (__m256d)b); }
+#else
+inline VecF vmin(VecF a, VecF b) { return a < b ? a : b; }
+inline VecD vmin(VecD a, VecD b) { return a < b ? a : b; }
+inline VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
+inline VecD vmax(VecD a, VecD b) { return a > b ? a : b; }
+#endif
 
 // x · y - m with one rounding (two without FMA).
 #if TSE_ISA == 0
