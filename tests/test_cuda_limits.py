@@ -1,4 +1,4 @@
-"""How much of a row various cards keep in shared memory: csrc/common/cuda/limits.h, compiled as C++."""
+"""How various cards work on a row, and how much of it they keep: csrc/common/cuda/plan.h, compiled as C++."""
 
 import subprocess
 from pathlib import Path
@@ -9,10 +9,15 @@ CSRC = Path(__file__).parent.parent / "csrc"
 PROGRAM = """
 #include <cstdio>
 #include <cstdlib>
-#include "common/cuda/limits.h"
+#include "common/cuda/plan.h"
 int main(int, char** v) {
   const auto number = [v](int i) { return std::atoll(v[i]); };
   const tse::DeviceLimits limits = {int(number(1)), int(number(2)), number(3), number(4)};
+  if (number(5) == 0) {  // the plan of a row
+    const tse::RowPlan plan = tse::plan_row(limits, number(6), number(7), number(8), number(9));
+    std::printf("%d %d %d", plan.threads, plan.vectors, tse::kept_vectors(limits, number(6) * number(7) / 16, 1));
+    return 0;
+  }
   const long kept = tse::kept_bytes(limits, number(6));
   std::printf("%ld %ld %ld", kept, long(tse::resident_blocks(limits, int(number(5)), kept)),
               long(tse::shared_for_rows(limits, 2)));
@@ -35,9 +40,9 @@ def layout(tmp_path_factory):
     (folder / "main.cpp").write_text(PROGRAM)
     subprocess.run(["g++", "-std=c++17", f"-I{CSRC}", folder / "main.cpp", "-o", folder / "main"], check=True)
 
-    def run(card, threads, row_bytes):
+    def run(card, threads, row_bytes, *more):
         """Bytes of the row that are kept, blocks per multiprocessor, and the longest row of which it keeps two."""
-        command = [folder / "main", *map(str, (*CARDS[card], threads, row_bytes))]
+        command = [folder / "main", *map(str, (*CARDS[card], threads, row_bytes, *more))]
         return map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
     return run
@@ -70,3 +75,49 @@ def test_known_rows_on_h100(layout):
 
 def test_small_rows_do_not_cost_threads(layout):
     assert [*layout("H100", 128, 2050)][:2] == [2050, 16]
+
+
+@pytest.fixture(scope="module")
+def plan(layout):
+    def run(card, n, element_bytes, contiguous=True, in_registers=True):
+        """Threads of a row, vectors in registers of each, vectors that a block may keep in shared memory."""
+        return tuple(layout(card, 0, n, element_bytes, int(contiguous), int(in_registers)))
+
+    return run
+
+
+@cards
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_short_rows_are_in_registers(plan, card, element_bytes):
+    most = 128 * 16 * 16 // element_bytes
+    for n in (1, 7, 64, 65, 256, 257, 1000, 1024, 4096, 4097, most):
+        threads, vectors, _ = plan(card, n, element_bytes)
+        assert vectors > 0
+        assert threads * vectors >= n * element_bytes // 16
+    assert plan(card, 64, element_bytes)[0] < 32
+    assert plan(card, most + 16 // element_bytes, element_bytes)[:2] == (512, 0)
+
+
+@cards
+@pytest.mark.parametrize("element_bytes", [2, 4, 8])
+def test_other_rows_have_a_warp_or_a_block(plan, card, element_bytes):
+    """Whatever the card, with options or in float64; the longer the row, the more threads."""
+    found = [plan(card, n, element_bytes, in_registers=False)[:2] for n in (10, 1024, 1025, 8192, 8193, 1 << 30)]
+    assert [f[0] for f in found[:5]] == [32, 32, 128, 128, 512]
+    assert found[5][0] == (512 if element_bytes == 8 else 1024)
+    assert all(f[1] == 0 for f in found)
+    if element_bytes == 8:
+        assert plan(card, 64, element_bytes)[:2] == (32, 0)
+
+
+def test_rows_of_one_thread(plan):
+    assert plan("H100", 64, 4, contiguous=False)[:2] == (1, 0)
+    assert plan("B200", (1 << 31) + 1, 2)[:2] == (1, 0)  # too many elements to count in int
+
+
+def test_known_plans_on_h100(plan):
+    assert plan("H100", 256, 2)[:2] == (8, 4)
+    assert plan("H100", 4096, 2)[:2] == (32, 16)
+    assert plan("H100", 16384, 2)[:2] == (128, 16)
+    assert plan("H100", 50257, 2) == (512, 0, 6282)  # kept whole: two blocks of a multiprocessor
+    assert plan("H100", 131072, 2) == (1024, 0, 14144)

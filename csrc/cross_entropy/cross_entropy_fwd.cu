@@ -1,8 +1,9 @@
 // Cross-entropy forward on CUDA. [CUDA]
 //
-// Each logit is read once: every thread keeps the sum of the terms of its part, with a reference that begins as the own
-// class' logit and is raised where terms get large. Where grad_output is known or guessed, the row stays on chip and
-// its gradient is written at once. For mean and sum each block adds the losses of its rows in double, and the last one
+// Each logit is read once: every thread keeps the sum of the terms of its part, with a reference that is raised where
+// terms get large; of a row in registers it is the largest logit. Where grad_output is known or guessed, the row stays
+// on chip and its gradient is written at once. No load waits for another: the target is read a row ahead, and its logit
+// when the row is on its way. For mean and sum each block adds the losses of its rows in double, and the last one
 // to finish the sums of the blocks: a fixed order on one card. One launch, but for the divisor of a mean over many
 // rows. Log-probabilities are never stored.
 #include "common/cuda/reduce.cuh"
@@ -34,15 +35,15 @@ __device__ inline Best<A, Index> better(Best<A, Index> a, Best<A, Index> b) {
 
 // Of all threads of the block, in every one.
 template <int kThreads>
-__device__ inline CrossEntropySums block_sums(const CrossEntropySums& mine) {
-  return row_reduce<kThreads>(mine, [](const CrossEntropySums& a, const CrossEntropySums& b) {
+__device__ inline CrossEntropySums block_sums(const CrossEntropySums& mine, int& turn) {
+  return row_reduce<kThreads>(mine, turn, [](const CrossEntropySums& a, const CrossEntropySums& b) {
     return CrossEntropySums{a.loss + b.loss, a.z_loss + b.z_loss, a.weight + b.weight, a.counted + b.counted};
   });
 }
 
 // The weights and the number of the counted targets, of rows [begin, end), by a block.
 template <class A, int kThreads>
-__device__ inline CrossEntropySums count_targets(const CrossEntropyParams& p, int64_t begin, int64_t end) {
+__device__ inline CrossEntropySums count_targets(const CrossEntropyParams& p, int64_t begin, int64_t end, int& turn) {
   CrossEntropySums s = {0, 0, 0, 0};
 #pragma unroll 4
   for (int64_t row = begin + threadIdx.x; row < end; row += kThreads) {
@@ -53,12 +54,12 @@ __device__ inline CrossEntropySums count_targets(const CrossEntropyParams& p, in
     s.weight += !is_weighted ? 1.0 : is_class ? double(static_cast<const A*>(p.weight)[target]) : 0.0;
     s.counted += 1;
   }
-  return block_sums<kThreads>(s);
+  return block_sums<kThreads>(s, turn);
 }
 
 // Blocks add their sums, the last one those of all of them: true in its threads.
 template <int kThreads>
-__device__ inline bool add_blocks(const CrossEntropyParams& p, unsigned* ticket, CrossEntropySums& s) {
+__device__ inline bool add_blocks(const CrossEntropyParams& p, unsigned* ticket, CrossEntropySums& s, int& turn) {
   if (gridDim.x == 1) return true;
   if (threadIdx.x == 0) p.sums[blockIdx.x] = s;
   if (!is_last_block(ticket)) return false;
@@ -67,7 +68,7 @@ __device__ inline bool add_blocks(const CrossEntropyParams& p, unsigned* ticket,
     const CrossEntropySums other = p.sums[block];
     s = {s.loss + other.loss, s.z_loss + other.z_loss, s.weight + other.weight, s.counted + other.counted};
   }
-  s = block_sums<kThreads>(s);
+  s = block_sums<kThreads>(s, turn);
   return true;
 }
 
@@ -110,8 +111,9 @@ constexpr int kCountThreads = 512;
 template <class A>
 __global__ void __launch_bounds__(kCountThreads) cross_entropy_count_kernel(CrossEntropyParams p, unsigned* ticket) {
   const int64_t rows = row_count(p.rows), share = (rows + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * share;
-  CrossEntropySums s = count_targets<A, kCountThreads>(p, begin, begin + share < rows ? begin + share : rows);
-  if (!add_blocks<kCountThreads>(p, ticket, s) || threadIdx.x != 0) return;
+  int turn = 0;
+  CrossEntropySums s = count_targets<A, kCountThreads>(p, begin, begin + share < rows ? begin + share : rows, turn);
+  if (!add_blocks<kCountThreads>(p, ticket, s, turn) || threadIdx.x != 0) return;
   p.total_weight[0] = s.weight;
   p.total_weight[1] = s.counted;
 }
@@ -126,9 +128,9 @@ struct Launch {
 };
 
 // kGeneral: with softcap, coefficients of all classes, or predictions.
-template <class T, int kRowThreads, bool kGeneral>
-__global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, kRowThreads>)
-    cross_entropy_fwd_kernel(CrossEntropyParams p, Launch launch) {
+template <class T, int kRowThreads, int kVectors, bool kGeneral>
+__global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, kRowThreads, kVectors>)
+    cross_entropy_fwd_kernel(CrossEntropyParams p, Logits<Acc<T>> logits, Launch launch) {
   using A = Acc<T>;
   constexpr int kThreads = kBlockThreads<kRowThreads>;
   TSE_DYNAMIC_SHARED(uint4, kept);
@@ -139,13 +141,13 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
 
   const T* input = static_cast<const T*>(p.input);
   const int64_t rows = row_count(p.rows), n = p.rows.n, stride = p.rows.stride_n;
-  const Logits<A> logits(p.transform);
+  int turn = 0;
   TSE_SHARED(RowGradOutput, shared_grad, 1);
   TSE_SHARED(double, divisors, 2);
   const bool writes_gradient = known_grad_output(p, launch.state).is_known;
   if (launch.counted_before || (writes_gradient && p.reduction == Reduction::kMean)) {
     CrossEntropySums s = {0, 0, 0, 0};
-    if (!launch.counted_before) s = count_targets<A, kThreads>(p, 0, rows);
+    if (!launch.counted_before) s = count_targets<A, kThreads>(p, 0, rows, turn);
     if (threadIdx.x == 0) {
       divisors[0] = launch.counted_before ? p.total_weight[0] : s.weight;
       divisors[1] = launch.counted_before ? p.total_weight[1] : s.counted;
@@ -158,20 +160,23 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
   }
   __syncthreads();
 
-  for (int64_t row = first_row<kRowThreads>(); row < rows; row += row_step<kRowThreads>()) {
+  int64_t row = first_row<kRowThreads>(), next_target = row < rows ? target_of(p, row) : 0;
+  for (; row < rows; row += row_step<kRowThreads>()) {
     const T* x = input + row_offset(p.rows, row);
     constexpr int kLoads = kGeneral && sizeof(T) == 2 ? 1 : kLogitLoads<kRowThreads, kGeneral>;
-    const KeptRow<kRowThreads, T, kLoads> logits_of_row(
+    Row<T, kRowThreads, kVectors, kLoads> logits_of_row(
         x, n, stride, kept + threadIdx.x / kRowThreads * launch.kept_vectors, launch.kept_vectors);
-    const int64_t target = target_of(p, row);
+    const int64_t target = next_target, next = row + row_step<kRowThreads>();
     const bool counted = is_counted(p, target);
     ExpSum<A, kGeneral> s;
-    OwnClass<T, kRowThreads> own = {-1, 0, 0};
+    OwnClass<T, kRowThreads> own = {-1, 0};
+    A own_logit = 0;
     using Index = typename OwnClass<T, kRowThreads>::Index;
     Best<A, Index> best;
-    if (counted) {  // the same in all threads of the row; the logits of an ignored one are not even read
-      own = own_class<T, kRowThreads, kGeneral>(p, row, x, target);
-      if (own.index >= 0) s.set(logits.cap(own.logit), logits.margin);
+    if (counted) logits_of_row.load();  // the logits of an ignored row are not even read
+    if (next < rows) next_target = target_of(p, next);
+    if (counted) {  // the same in all threads of the row
+      own = own_class<T, kRowThreads, kGeneral>(p, row, target, turn);
       const Coefficients<T, kRowThreads> coefficients(p, row);
       const auto walk = [&](int64_t i, const T* v, auto count) {
         constexpr int kCount = decltype(count)::value;
@@ -185,7 +190,8 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
           }
         }
         const Index at = own.index - Index(i);
-        add<kCount>(s, z, at >= 0 && at < kCount ? int(at) : -1, logits, [&](int k) { return coefficients(i + k); });
+        add<decltype(logits_of_row)::kInRegisters>(s, z, at >= 0 && at < kCount ? int(at) : -1, logits,
+                                                   [&](int k) { return coefficients(i + k); });
       };
       const auto scalar = [&](int64_t i, T v) { walk(i, &v, std::integral_constant<int, 1>{}); };
       const auto vector = [&](int64_t i, const Vec<T>& v) {
@@ -193,17 +199,27 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
 #pragma unroll
         for (int k = 0; k < Vec<T>::kSize; k += kCount) walk(i + k, v.v + k, std::integral_constant<int, kCount>{});
       };
+      if constexpr (kVectors > 0) {
+        A max = -infinity<A>();
+        logits_of_row.maxima([&](A of_vector) { max = fmax(of_vector, max); });
+        max = lanes_reduce<(kRowThreads < 32 ? kRowThreads : 32)>(max, [](A a, A b) { return a > b ? a : b; });
+        s.set(max, logits.margin);
+      }
       logits_of_row.read(writes_gradient, vector, scalar);
-      if constexpr (kRowThreads == 32) __syncwarp();  // all lanes have read the own class' logit
-      s = row_reduce<kRowThreads>(s, [&](const auto& a, const auto& b) { return join(a, b, logits); });
+      if (own.index >= 0) own_logit = to_acc(x[own.index * stride]);
+      if constexpr (kRowThreads <= 32) row_barrier<kRowThreads>();  // all lanes have read it
+      s = sum_of_threads<kRowThreads>(s, turn, logits);
       if constexpr (kGeneral) {
-        if (p.predictions != nullptr) best = row_reduce<kRowThreads>(best, [](auto a, auto b) { return better(a, b); });
+        if (p.predictions != nullptr)
+          best = row_reduce<kRowThreads>(best, turn, [](auto a, auto b) { return better(a, b); });
       }
     }
-    const A z_own = logits.cap(own.logit), own_term = own.index < 0 ? A(0) : logits.term(z_own, s.half);
-    RowStatistics<A> of_row = {s.m(), 0, s.sum.value(), 0};
+    const A z_own = logits.cap(own_logit);
+    if (own.index >= 0 && z_own > s.limit) s.raise_reference(z_own, logits);
+    const A own_term = own.index < 0 ? A(0) : logits.term(z_own, s.half);
+    RowStatistics<A> of_row = {s.m(), 0, s.sums.sum.value(), 0};
     of_row.sum = of_row.others + own_term;
-    if constexpr (kGeneral) of_row.mass = s.of_coefficients.mass.value();
+    if constexpr (kGeneral) of_row.mass = s.sums.mass.value();
     if (is_first) {
       A loss = 0;
       double z_loss = 0;
@@ -211,8 +227,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
         if (own.index >= 0)
           loss = own.weight * negative_log(own_term, of_row.others, of_row.sum, logits.below(z_own, s.half));
         if constexpr (kGeneral) {
-          if (p.row_mass != nullptr)
-            loss += of_row.mass * log(of_row.sum) - s.of_coefficients.linear.value() * logits.slope * 2;
+          if (p.row_mass != nullptr) loss += of_row.mass * log(of_row.sum) - s.sums.linear.value() * logits.slope * 2;
         }
         if (p.z_loss_weight != 0) {
           const double lse = logits.lse(of_row.m, of_row.sum);
@@ -236,20 +251,20 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
     if (!writes_gradient) continue;
     T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
     if (counted)
-      write_gradient(p, logits_of_row, g, own.index,
+      write_gradient(p, logits_of_row, g, own, own_logit,
                      RowGradient<T, kRowThreads, kGeneral>(p, logits, row, of_row, own, shared_grad[0]));
     else zero_row<kRowThreads>(g, p.grad_rows.stride_n, n);
   }
 
   if (p.reduction == Reduction::kNone && p.predictions == nullptr) return;
-  CrossEntropySums s = block_sums<kThreads>(is_first ? of_rows : CrossEntropySums{0, 0, 0, 0});
-  if (!add_blocks<kThreads>(p, &launch.state->ticket, s)) return;
+  CrossEntropySums s = block_sums<kThreads>(is_first ? of_rows : CrossEntropySums{0, 0, 0, 0}, turn);
+  if (!add_blocks<kThreads>(p, &launch.state->ticket, s, turn)) return;
   // The sum of the weights has the bits that a gradient written here was divided by, so that backward finds the same.
   if (launch.counted_before) {
     s.weight = divisors[0];
     s.counted = divisors[1];
   } else if (p.reduction == Reduction::kMean && p.target != nullptr && p.weight != nullptr) {
-    s.weight = count_targets<A, kThreads>(p, 0, rows).weight;
+    s.weight = count_targets<A, kThreads>(p, 0, rows, turn).weight;
   }
   write_totals<A>(p, s);
 }
@@ -257,12 +272,20 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
 // Whether blocks add what they have found.
 bool adds(const CrossEntropyParams& p) { return p.reduction != Reduction::kNone || p.predictions != nullptr; }
 
+// Calls f(plan, general) for the kernel of the call.
+template <class T, class F>
+void with_kernel(const CrossEntropyParams& p, const F& f) {
+  if (p.is_general() || p.predictions != nullptr)
+    with_plan_of<T, true>(p, [&](auto plan) { f(plan, std::true_type()); });
+  else with_plan_of<T, false>(p, [&](auto plan) { f(plan, std::false_type()); });
+}
+
 // The most that a grid which adds may have: those that run at a time.
 template <class T>
 int64_t most_blocks(const CrossEntropyParams& p) {
   int64_t blocks = 1;
-  with_row_threads<T>(p, [&](auto count) {
-    constexpr int kRowThreads = decltype(count)::value, kThreads = kBlockThreads<kRowThreads>;
+  with_kernel<T>(p, [&](auto plan, auto) {
+    constexpr int kRowThreads = decltype(plan)::kThreads, kThreads = kBlockThreads<kRowThreads>;
     const DeviceLimits limits = device_limits();
     blocks = std::min(grid_for(std::max<int64_t>(row_count(p.rows), 1), kRowsPerBlock<kRowThreads>),
                       resident_blocks(limits, kThreads, 0) * limits.multiprocessors);
@@ -295,17 +318,17 @@ void launch_fwd(const CrossEntropyParams& p, cudaStream_t stream) {
     launch("cross_entropy_count_kernel", cross_entropy_count_kernel<A>,
            std::min(grid_for(rows, kCountedByEachBlock), most), kCountThreads, 0, stream, p, &how.state->ticket);
   }
-  with_row_threads<T>(p, [&](auto count) {
-    constexpr int kRowThreads = decltype(count)::value, kThreads = kBlockThreads<kRowThreads>;
-    if (kRowThreads > 1 && p.assumed != Assumed::kNone)
-      how.kept_vectors = int(kept_bytes(device_limits(), kRowsPerBlock<kRowThreads> * p.rows.n * sizeof(T)) /
-                             kRowsPerBlock<kRowThreads> / 16);
-    const bool general = p.is_general() || p.predictions != nullptr;
-    const auto kernel =
-        general ? cross_entropy_fwd_kernel<T, kRowThreads, true> : cross_entropy_fwd_kernel<T, kRowThreads, false>;
-    const size_t shared = size_t(how.kept_vectors) * 16 * kRowsPerBlock<kRowThreads>;
-    const int64_t blocks = grid_for(std::max<int64_t>(rows, 1), kRowsPerBlock<kRowThreads>, kernel, kThreads, shared);
-    launch("cross_entropy_fwd_kernel", kernel, std::min(blocks, most), kThreads, shared, stream, p, how);
+  with_kernel<T>(p, [&](auto plan, auto general) {
+    using Plan = decltype(plan);
+    constexpr int kRowThreads = Plan::kThreads, kThreads = kBlockThreads<kRowThreads>,
+                  kRows = kRowsPerBlock<kRowThreads>;
+    if (kRowThreads > 1 && Plan::kVectors == 0 && p.assumed != Assumed::kNone)
+      how.kept_vectors = kept_vectors(device_limits(), p.rows.n * sizeof(T) / 16, kRows);
+    const auto kernel = cross_entropy_fwd_kernel<T, kRowThreads, Plan::kVectors, decltype(general)::value>;
+    const size_t shared = size_t(how.kept_vectors) * 16 * kRows;
+    const int64_t blocks = grid_for(std::max<int64_t>(rows, 1), kRows, kernel, kThreads, shared);
+    launch("cross_entropy_fwd_kernel", kernel, std::min(blocks, most), kThreads, shared, stream, p,
+           Logits<A>(p.transform), how);
   });
 }
 

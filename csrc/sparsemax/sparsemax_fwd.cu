@@ -1,15 +1,15 @@
 // Sparsemax forward on CUDA; sparsemax_cpu-inl.h tells the mathematics. [CUDA]
 //
-// Rows of up to 1024 elements stay in registers, of a warp or a quarter of one. Of a longer row, which a block has,
-// every 16-byte vector is read once and compared with a lower bound of the threshold, known from the row's first
-// vectors: the largest element minus 1. What lies below is dead: zeros are all that is left to do. What is alive is
-// kept in shared memory as it was stored; Newton's steps and the result need nothing else. Vectors that do not fit
-// there are read again, mostly a few, and from L2. So memory is passed once in each direction, and the result is exact
-// for any n.
+// Short rows stay in registers. The threshold of the largest elements of their vectors is a lower bound of the row's,
+// mostly a close one: two or three of Newton's steps over all elements are left. Of a longer row, which a block has,
+// every 16-byte vector is read once and compared with a lower bound that is known from the row's first vectors: the
+// largest element minus 1. What lies below is dead: zeros are all that is left to do. What is alive is kept in shared
+// memory as it was stored; Newton's steps, the first of them over the threads' largest elements, and the result need
+// nothing else. Vectors that do not fit there are read again, mostly a few, and from L2. So memory is passed once in
+// each direction, and the result is exact for any n.
 #include "common/cuda/reduce.cuh"
-#include "sparsemax/row_parts.cuh"
+#include "common/cuda/row.cuh"
 #include "sparsemax/sparsemax.h"
-#include "sparsemax/sparsemax_plan.h"
 #include "sparsemax/support.cuh"
 
 namespace tse {
@@ -33,221 +33,237 @@ __device__ inline T probability(A above) {
   return from_acc<T>(above <= 0 ? A(0) : above);  // NaN stays
 }
 
-// ---- a row in registers -------------------------------------------------------------------------------------------
+// ---- rows that are walked in each step: in registers, or of few threads
+// -----------------------------------------------
 
-// Newton's steps over the lanes' elements. In so few elements rounding cannot lead them astray (support.cuh). Rows that
-// share a warp go on together: those that are done repeat their last sum, which changes nothing.
-template <int kLanes, int kCount, class A>
-__device__ inline void newton(const A (&z)[kCount], Threshold<A>& tau) {
-  for (;;) {
-    SupportTotal<A> s = {0, 0};
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const A above = tau.above(z[k]);
-      if (above <= 0) continue;
-      s.sum += above;
-      ++s.count;
+// Newton's steps over the z for which each(add) calls add(z, whether a vector ends), from tau on. Sums in A are of few
+// elements, in which rounding cannot lead the steps astray (support.cuh).
+template <int kRowThreads, class S, class A, class Each>
+__device__ inline void newton(const Each& each, Threshold<A>& tau, int& turn) {
+  const auto sum = [&] {
+    SupportSum<A> own;
+    each([&](A z, bool ends) {
+      const A above = tau.above(z);
+      if (!(above <= 0)) own.add(above);
+      if (ends) own.join_part();
+    });
+    return row_reduce<kRowThreads>(own.template total<S>(), turn,
+                                   [](const auto& a, const auto& b) { return join(a, b); });
+  };
+  if constexpr (std::is_same_v<S, float>) {
+    for (bool goes_on = true; goes_on;) {
+      const SupportTotal<A> s = sum();
+      goes_on = s.count > 0 && fabs(s.sum - 1) > kSumTolerance<A>;  // count 0: a row of -inf alone
+      const A step = tau.rest + (s.sum - 1) / A(s.count > 1 ? s.count : 1), t = tau.t + step;
+      tau = {t, step - (t - tau.t)};
     }
-    s = warp_reduce<kLanes>(s, [](const auto& a, const auto& b) { return join(a, b); });
-    const A step = tau.rest + (s.sum - 1) / A(s.count > 1 ? s.count : 1);
-    const A t = tau.t + step;
-    const bool goes_on = s.count > 0 && fabs(s.sum - 1) > kSumTolerance<A>;  // count 0: a row of -inf alone
-    const bool any_goes_on = __any_sync(0xffffffffu, goes_on);
-    if (goes_on || !any_goes_on) tau = {t, step - (t - tau.t)};
-    if (!any_goes_on) return;
+  } else {
+    ThresholdSearch<A> search{tau};
+    while (search.goes_on) {
+      search.step(sum());
+      tau = search;
+    }
   }
 }
 
-template <class T, int kLanes, int kElements>
-__global__ void __launch_bounds__(kSmallBlock, kBlocksAtLeast<T, kLanes>) sparsemax_fwd_lanes_kernel(RowMapParams p) {
+template <class T, int kRowThreads, int kVectors>
+__global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, kRowThreads, kVectors>)
+    sparsemax_fwd_kernel(RowMapParams p) {
   using A = Acc<T>;
-  constexpr int kSize = Vec<T>::kSize, kVectors = kElements / kSize;
+  using S = SumOf<T, kRowThreads, kVectors>;
+  constexpr int kSize = Vec<T>::kSize;
+  int turn = 0;
   const int64_t rows = row_count(p.rows);
-  const int lane = threadIdx.x % kLanes;
-  const T low = from_acc<T>(-infinity<A>());
-  // The lanes of a warp stay together, with rows or without.
-  for (int64_t first = int64_t(blockIdx.x) * kRowsPerBlock<kLanes>; first < rows; first += row_step<kLanes>()) {
-    const int64_t row = first + threadIdx.x / kLanes, offset = row < rows ? row : 0;
-    const T* const x = static_cast<const T*>(p.input) + row_offset(p.rows, offset);
-    T* const y = static_cast<T*>(p.output) + row_offset(p.output_rows, offset);
-    const RowParts<T> parts(x, row < rows ? p.rows.n : 0);
-    Vec<T> v[kVectors];
-#pragma unroll
-    for (int j = 0; j < kVectors; ++j) v[j] = parts.load_slot(x, true, lane + j * kLanes, low);
-    A z[kElements], best[1] = {-infinity<A>()};
-#pragma unroll
-    for (int k = 0; k < kElements; ++k) {
-      z[k] = to_acc(v[k / kSize].v[k % kSize]);
-      best[0] = larger(z[k], best[0]);
-    }
-    const A m = reference_point(warp_reduce<kLanes>(best[0], [](A a, A b) { return larger(a, b); }));
-#pragma unroll
-    for (int k = 0; k < kElements; ++k) z[k] -= m;
-    // The threshold of the lanes' largest elements is a good lower bound, and costs a fraction of a step.
-    best[0] -= m;
+  for (int64_t index = first_row<kRowThreads>(); index < rows; index += row_step<kRowThreads>()) {
+    const T* const x = static_cast<const T*>(p.input) + row_offset(p.rows, index);
+    T* const y = static_cast<T*>(p.output) + row_offset(p.output_rows, index);
+    Row<T, kRowThreads, kVectors, 2> row(x, p.rows.n, p.rows.stride_n);
+    row.load();
+    A max = -infinity<A>();
+    row.maxima([&](A of_vector) { max = larger(of_vector, max); });
+    const A m = reference_point(row_reduce<kRowThreads>(max, turn, [](A a, A b) { return larger(a, b); }));
     Threshold<A> tau;
-    newton<kLanes>(best, tau);
-    newton<kLanes>(z, tau);
-    const bool aligned_alike = is_aligned_like(x, static_cast<const T*>(y));
+    if constexpr (kRowThreads > 1)
+      newton<kRowThreads, S>([&](const auto& add) { row.maxima([&](A of_vector) { add(of_vector - m, true); }); }, tau,
+                             turn);
+    newton<kRowThreads, S>(
+        [&](const auto& add) {
+          row.read(
+              true,
+              [&](int64_t, const Vec<T>& v) {
 #pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) v[j].v[k] = probability<T>(tau.above(z[j * kSize + k]));
-      parts.store_slot(y, aligned_alike, lane + j * kLanes, v[j]);
-    }
+                for (int k = 0; k < kSize; ++k) add(to_acc(v.v[k]) - m, k == kSize - 1);
+              },
+              [&](int64_t, T v) { add(to_acc(v) - m, true); });
+        },
+        tau, turn);
+    map_row(row, y, p.output_rows.stride_n, [&](int64_t, A v) {
+      const A above = tau.above(v - m);
+      return above <= 0 ? A(0) : above;  // NaN stays
+    });
   }
 }
 
 // ---- a row of a block ---------------------------------------------------------------------------------------------
+
+// One bit for each vector that a thread owns, or for 2, 4, … of them where it owns more than 64.
+struct LiveVectors {
+  uint64_t bits = 0;
+  int shift = 0;
+  __device__ explicit LiveVectors(int owned) {
+    while (owned > 64 << shift) ++shift;
+  }
+  __device__ void add(int i) { bits |= uint64_t(1) << (i >> shift); }
+  __device__ bool has(int i) const { return bits >> (i >> shift) & 1; }
+};
+
+template <class T>
+__device__ inline Vec<T> splat_vec(T value) {
+  Vec<T> result;
+#pragma unroll
+  for (int k = 0; k < Vec<T>::kSize; ++k) result.v[k] = value;
+  return result;
+}
 
 // Vectors under way of a thread. Four of eight elements would need more registers than kResidentThreads have.
 template <class T>
 constexpr int kBatch = sizeof(T) == 2 ? 3 : 4;
 
 template <class T, int kRowThreads>
-__global__ void __launch_bounds__(kRowThreads, kResidentThreads / kRowThreads)
-    sparsemax_fwd_kernel(RowMapParams p, int kept) {
+__global__ void __launch_bounds__(kRowThreads, kBlocksAtLeast<T, kRowThreads>)
+    sparsemax_fwd_block_kernel(RowMapParams p, int kept) {
   using A = Acc<T>;
   constexpr int kSize = Vec<T>::kSize;
   TSE_DYNAMIC_SHARED(Vec<T>, cache);  // each thread reads back only what it wrote
   TSE_SHARED(ThresholdSearch<A>, search, 1);
+  int turn = 0;
   const int64_t rows = row_count(p.rows);
-  const T low = from_acc<T>(-infinity<A>());
-  const auto max_of = [](A a, A b) { return larger(a, b); };
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const T* const x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
-    T* const y = static_cast<T*>(p.output) + row_offset(p.output_rows, row);
-    const RowParts<T> parts(x, p.rows.n);
-    LiveVectors live((parts.vectors + kRowThreads - 1) / kRowThreads);
+  const Vec<T> low = splat_vec(from_acc<T>(-infinity<A>()));
+  const auto max_of_row = [&](A max) {
+    return row_reduce<kRowThreads>(max, turn, [](A a, A b) { return larger(a, b); });
+  };
+  for (int64_t index = blockIdx.x; index < rows; index += gridDim.x) {
+    const T* const x = static_cast<const T*>(p.input) + row_offset(p.rows, index);
+    T* const y = static_cast<T*>(p.output) + row_offset(p.output_rows, index);
+    const RowShape<kRowThreads, T> shape(x, p.rows.n);
+    LiveVectors live((shape.vectors + kRowThreads - 1) / kRowThreads);
 
     Vec<T> batch[kBatch<T>];
-    parts.load_batch(x, threadIdx.x, kRowThreads, low, batch);
-    const int64_t loose_at = parts.loose(int(threadIdx.x));  // there are less than 16
+    const auto load_batch = [&](int v) {
+#pragma unroll
+      for (int j = 0; j < kBatch<T>; ++j)
+        batch[j] = v + j * kRowThreads < shape.vectors ? load_vec(x + shape.first(v + j * kRowThreads)) : low;
+    };
+    load_batch(threadIdx.x);
+    const int64_t loose_at = shape.loose(int(threadIdx.x));  // there are less than 16
     const A loose = loose_at >= 0 ? to_acc(x[loose_at]) : -infinity<A>();
     A max = larger(loose, -infinity<A>());
 #pragma unroll
-    for (int k = 0; k < kBatch<T> * kSize; ++k) max = larger(to_acc(batch[k / kSize].v[k % kSize]), max);
-    max = row_reduce<kRowThreads>(max, max_of);
-    const A bound = max < infinity<A>() ? add_down(max, A(-1)) : max - max;  // NaN: nothing is dead
-    for (int i = 0, v = threadIdx.x; v < parts.vectors; i += kBatch<T>) {
+    for (int j = 0; j < kBatch<T>; ++j) max = larger(max_of(batch[j]), max);
+    const A first_max = max_of_row(max);
+    const A bound =
+        first_max < infinity<A>() ? add_down(first_max, A(-1)) : first_max - first_max;  // NaN: none is dead
+    for (int i = 0, v = threadIdx.x; v < shape.vectors; i += kBatch<T>) {
 #pragma unroll
       for (int j = 0; j < kBatch<T>; ++j, v += kRowThreads) {
         bool above = false;
 #pragma unroll
         for (int k = 0; k < kSize; ++k) above |= !(to_acc(batch[j].v[k]) <= bound);
         if (v < kept && (above || live.shift != 0)) cache[v] = batch[j];
-        if (!above || v >= parts.vectors) continue;
+        if (!above || v >= shape.vectors) continue;
         live.add(i + j);
-#pragma unroll
-        for (int k = 0; k < kSize; ++k) max = larger(to_acc(batch[j].v[k]), max);
+        max = larger(max_of(batch[j]), max);
       }
-      parts.load_batch(x, v, kRowThreads, low, batch);
+      load_batch(v);
     }
-    const A m = reference_point(row_reduce<kRowThreads>(max, max_of));
-    const auto load = [&](int v) { return v < kept ? cache[v] : load_vec(x + parts.first(v)); };
+    const A m = reference_point(max_of_row(max));
+    const auto load = [&](int v) { return v < kept ? cache[v] : load_vec(x + shape.first(v)); };
 
+    // Newton's steps from tau on; sum(): the terms of this thread.
     Threshold<A> tau;
-    if (threadIdx.x == 0) search[0] = {};
-    for (bool goes_on = true; goes_on;) {
-      SupportSum<A> own;
-      const auto add = [&](A z) {
-        const A above = tau.above(z - m);
-        if (!(above <= 0)) own.add(above);
-      };
-      uint64_t above_bits = 0;
-#pragma unroll 1
-      for (uint64_t bits = live.bits; bits != 0; bits &= bits - 1) {
-        const int bit = __ffsll(static_cast<long long>(bits)) - 1;
-        const int64_t before = own.count();
-#pragma unroll 1
-        for (int i = bit << live.shift; i < (bit + 1) << live.shift; ++i) {
-          const int v = threadIdx.x + i * kRowThreads;
-          if (v >= parts.vectors) break;
-          const Vec<T> e = load(v);
-#pragma unroll
-          for (int k = 0; k < kSize; ++k) add(to_acc(e.v[k]));
-          own.join_part();
+    const auto solve = [&](const auto& sum, const auto& after) {
+      for (bool begins = true, goes_on = true; goes_on; begins = false) {
+        const auto s = row_reduce<kRowThreads>(sum(), turn, [](const auto& a, const auto& b) { return join(a, b); });
+        after(s.sum);
+        if (threadIdx.x == 0) {
+          if (begins) search[0] = ThresholdSearch<A>{tau};
+          search[0].step(s);
         }
-        if (own.count() != before) above_bits |= uint64_t(1) << bit;
+        __syncthreads();
+        tau = search[0];
+        goes_on = search[0].goes_on;
       }
-      add(loose);
-      const auto s = row_reduce<kRowThreads>(own.total(), [](const auto& a, const auto& b) { return join(a, b); });
-      if (s.sum >= 1) live.bits = above_bits;  // what is below a lower bound of the threshold
-      if (threadIdx.x == 0) search[0].step(s);
-      __syncthreads();
-      tau = search[0];
-      goes_on = search[0].goes_on;
-    }
+    };
+    solve(
+        [&] {
+          const A above = tau.above(max - m);
+          return above <= 0 ? SupportTotal<double>{0, 0} : SupportTotal<double>{double(above), 1};
+        },
+        [](double) {});
+    uint64_t above_bits = 0;
+    solve(
+        [&] {
+          SupportSum<A> own;
+          const auto add = [&](A z) {
+            const A above = tau.above(z - m);
+            if (!(above <= 0)) own.add(above);
+          };
+          above_bits = 0;
+#pragma unroll 1
+          for (uint64_t bits = live.bits; bits != 0; bits &= bits - 1) {
+            const int bit = __ffsll(static_cast<long long>(bits)) - 1;
+            const int64_t before = own.count();
+#pragma unroll 1
+            for (int i = bit << live.shift; i < (bit + 1) << live.shift; ++i) {
+              const int v = threadIdx.x + i * kRowThreads;
+              if (v >= shape.vectors) break;
+              const Vec<T> e = load(v);
+#pragma unroll
+              for (int k = 0; k < kSize; ++k) add(to_acc(e.v[k]));
+              own.join_part();
+            }
+            if (own.count() != before) above_bits |= uint64_t(1) << bit;
+          }
+          add(loose);
+          return own.total();
+        },
+        [&](double sum) {
+          if (sum >= 1) live.bits = above_bits;  // what is below a lower bound of the threshold
+        });
 
-    const bool aligned_alike = is_aligned_like(x, static_cast<const T*>(y));
+    const bool alike = is_aligned_like<T>(x, y);
     const Vec<T> dead = splat_vec(from_acc<T>(tau.t != tau.t ? tau.t : A(0)));
-    for (int i = 0, v = threadIdx.x; v < parts.vectors; ++i, v += kRowThreads) {
+    for (int i = 0, v = threadIdx.x; v < shape.vectors; ++i, v += kRowThreads) {
       Vec<T> e = dead;
       if (live.has(i)) {
         e = load(v);
 #pragma unroll
         for (int k = 0; k < kSize; ++k) e.v[k] = probability<T>(tau.above(to_acc(e.v[k]) - m));
       }
-      parts.store(y, aligned_alike, v, e);
+      shape.put(y, alike, shape.first(v), e);
     }
     if (loose_at >= 0) y[loose_at] = probability<T>(tau.above(loose - m));
   }
 }
 
-// ---- neighbouring rows whose elements are not: a thread each ------------------------------------------------------
-
-template <class T>
-__global__ void __launch_bounds__(kSmallBlock) sparsemax_fwd_columns_kernel(RowMapParams p) {
-  using A = Acc<T>;
-  const int64_t rows = row_count(p.rows), n = p.rows.n, stride = p.rows.stride_n;
-  for (int64_t row = first_row<1>(); row < rows; row += row_step<1>()) {
-    const T* x = static_cast<const T*>(p.input) + row_offset(p.rows, row);
-    T* y = static_cast<T*>(p.output) + row_offset(p.output_rows, row);
-    A max = -infinity<A>();
-    for (int64_t i = 0; i < n; ++i) max = larger(to_acc(x[i * stride]), max);
-    const A m = reference_point(max);
-    ThresholdSearch<A> tau;
-    while (tau.goes_on) {
-      SupportSum<A> s;
-      for (int64_t i = 0; i < n; ++i) {
-        const A above = tau.above(to_acc(x[i * stride]) - m);
-        if (above <= 0) continue;
-        s.add(above);
-        s.join_part();
-      }
-      tau.step(s.total());
-    }
-    for (int64_t i = 0; i < n; ++i)
-      y[i * p.output_rows.stride_n] = probability<T>(tau.above(to_acc(x[i * stride]) - m));
-  }
-}
-
-template <class T, int kLanes, int kElements>
-void launch_lanes(const RowMapParams& p, cudaStream_t stream) {
-  launch("sparsemax_fwd_lanes_kernel", sparsemax_fwd_lanes_kernel<T, kLanes, kElements>,
-         grid_for(row_count(p.rows), kRowsPerBlock<kLanes>), kSmallBlock, 0, stream, p);
-}
-
-template <class T, int kRowThreads>
-void launch_block(const RowMapParams& p, int kept, cudaStream_t stream) {
-  launch("sparsemax_fwd_kernel", sparsemax_fwd_kernel<T, kRowThreads>, grid_for(row_count(p.rows), 1), kRowThreads,
-         kept * sizeof(Vec<T>), stream, p, kept);
-}
-
 template <class T>
 void launch_fwd(const RowMapParams& p, cudaStream_t stream) {
-  if (row_count(p.rows) == 0) return;
-  const SparsemaxPlan plan = plan_sparsemax(device_limits(), p.rows.n, sizeof(T), sizeof(Vec<T>));
-  if (p.rows.stride_n != 1 || p.output_rows.stride_n != 1 || plan.row_threads == 1)
-    return launch("sparsemax_fwd_columns_kernel", sparsemax_fwd_columns_kernel<T>,
-                  grid_for(row_count(p.rows), kSmallBlock), kSmallBlock, 0, stream, p);
-  if (plan.row_threads == 4) launch_lanes<T, 4, 16>(p, stream);
-  else if (plan.row_threads == 8) launch_lanes<T, 8, 32>(p, stream);
-  else if (plan.elements == 16) launch_lanes<T, 32, 16>(p, stream);
-  else if (plan.elements == 32) launch_lanes<T, 32, 32>(p, stream);
-  else if (plan.row_threads == 128) launch_block<T, 128>(p, plan.kept, stream);
-  else if (plan.row_threads == 512) launch_block<T, 512>(p, plan.kept, stream);
-  else launch_block<T, 1024>(p, plan.kept, stream);
+  const int64_t rows = row_count(p.rows), n = p.rows.n;
+  if (rows == 0) return;
+  with_plan<T, true>(n, p.rows.stride_n == 1 && p.output_rows.stride_n == 1, [&](auto plan) {
+    constexpr int kRowThreads = decltype(plan)::kThreads, kVectors = decltype(plan)::kVectors;
+    constexpr int kThreads = kBlockThreads<kRowThreads>;
+    if constexpr (kVectors > 0 || kRowThreads <= 32) {
+      const auto kernel = sparsemax_fwd_kernel<T, kRowThreads, kVectors>;
+      launch("sparsemax_fwd_kernel", kernel, grid_for(rows, kRowsPerBlock<kRowThreads>, kernel, kThreads, 0), kThreads,
+             0, stream, p);
+    } else {
+      const int kept = kept_vectors(device_limits(), n * sizeof(T) / 16, 1);
+      const auto kernel = sparsemax_fwd_block_kernel<T, kRowThreads>;
+      launch("sparsemax_fwd_block_kernel", kernel, grid_for(rows, 1, kernel, kThreads, kept * sizeof(Vec<T>)), kThreads,
+             kept * sizeof(Vec<T>), stream, p, kept);
+    }
+  });
 }
 
 }  // namespace

@@ -31,7 +31,10 @@ class SupportSum {
     part_ = 0;
     in_part_ = 0;
   }
-  __device__ SupportTotal<double> total() const { return {total_.sum + double(part_), count()}; }
+  template <class S = double>
+  __device__ SupportTotal<S> total() const {
+    return {S(total_.sum + double(part_)), decltype(SupportTotal<S>::count)(count())};
+  }
   __device__ int64_t count() const { return total_.count + in_part_; }
 
  private:
@@ -39,6 +42,10 @@ class SupportSum {
   int in_part_ = 0;
   SupportTotal<double> total_ = {0, 0};
 };
+
+// What the sums of a row's threads are added in: of few elements in A, else in double.
+template <class T, int kRowThreads, int kVectors>
+using SumOf = std::conditional_t<(kVectors > 0 && kRowThreads * kVectors * Vec<T>::kSize <= 1024), Acc<T>, double>;
 
 // A sum of probabilities this close to 1 is one but for the rounding of its parts.
 template <class A>

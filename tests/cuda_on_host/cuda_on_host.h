@@ -48,7 +48,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, TSE_HER
   ::cuda_on_host::warp_exchange(here, mask, &value, sizeof(T), source > (lane | (width - 1)) ? lane : source, &result);
   return result;
 }
-inline void __syncwarp(TSE_HERE) { ::cuda_on_host::warp_barrier(here); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, TSE_HERE) { ::cuda_on_host::warp_barrier(here, mask); }
 inline int __any_sync(unsigned mask, int predicate, TSE_HERE) {
   for (int lanes = 16; lanes > 0; lanes /= 2) predicate |= __shfl_xor_sync(mask, predicate, lanes, 32, here);
   return predicate;
@@ -92,6 +92,14 @@ inline void store16(void* p, uint4 v) {
   *static_cast<uint4*>(p) = v;
 }
 inline float fast_exp2(float x) { return std::exp2(x); }
+inline __half larger_of(__half a, __half b) { return __float2half_rn(std::fmax(__half2float(a), __half2float(b))); }
+inline __nv_bfloat16 larger_of(__nv_bfloat16 a, __nv_bfloat16 b) {
+  return __float2bfloat16_rn(std::fmax(__bfloat162float(a), __bfloat162float(b)));
+}
+template <class Two>
+Two max_of_pairs(Two a, Two b) {
+  return {larger_of(a.x, b.x), larger_of(a.y, b.y)};
+}
 
 inline DeviceLimits device_limits() {
   const auto& o = ::cuda_on_host::options;

@@ -115,7 +115,7 @@ struct Engine {
   long long blocks_run = 0;
   // What ThreadSanitizer takes for the barriers; each block has its own, or it would order blocks.
   struct Words {
-    char barrier[2], warp[2][32];
+    char barrier[2], warp[2][1024];
   };
   Words* words = nullptr;
   char launch_word, end_word;
@@ -347,10 +347,11 @@ void warp_exchange(Location here, unsigned mask, const void* value, size_t bytes
   copy(result, f->result, bytes);
 }
 
-void warp_barrier(Location here) {
+void warp_barrier(Location here, unsigned mask) {
   Fibre* f = engine->running;
-  IF_TSAN(void* word = &engine->words->warp[f->warp_generation++ % 2][f->index.thread.x / 32]; __tsan_release(word);)
-  warp_exchange(here, 0xffffffffu, nullptr, 0, /*source=*/-1, nullptr);
+  IF_TSAN(const unsigned group = f->index.thread.x / 32 * 32 + __builtin_ctz(mask);
+          void* word = &engine->words->warp[f->warp_generation++ % 2][group]; __tsan_release(word);)
+  warp_exchange(here, mask, nullptr, 0, /*source=*/-1, nullptr);
   IF_TSAN(__tsan_acquire(word);)
 }
 

@@ -45,7 +45,7 @@ extern "C" int64_t cuda_on_host_launches();  // of this OS thread, so far
 
 // For kernels.
 void block_barrier(Location here);
-void warp_barrier(Location here);  // of a whole warp
+void warp_barrier(Location here, unsigned mask);
 void warp_exchange(Location here, unsigned mask, const void* value, size_t bytes, int source, void* result);
 void fence();
 unsigned atomic_increment(unsigned* p, unsigned last);  // to 0 from `last`; returns what was there

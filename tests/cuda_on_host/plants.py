@@ -2,28 +2,29 @@
 or under a sanitizer."""
 
 REDUCE = "common/cuda/reduce.cuh"
+ROW = "common/cuda/row.cuh"
 SPARSEMAX_FWD, SPARSEMAX_BWD = "sparsemax/sparsemax_fwd.cu", "sparsemax/sparsemax_bwd.cu"
 STATE = "common/cuda/stream_state.cuh"
 PLANTS = {
     # name: ((file, pattern, replacement), (mode of the program that must find it, words that its report must have))
     "no-barrier-after-write": (
-        (REDUCE, r"^    __syncthreads\(\);\n(    v = partial)", r"\1"),
+        (REDUCE, r"^  __syncthreads\(\);\n(  return of_warp\[)", r"\1"),
         ("tsan", "data race"),
     ),
     "no-barrier-before-reuse": (
-        (REDUCE, r"^    __syncthreads\(\);  // the next.*$", ""),
+        (REDUCE, r"^  turn = kWarps - turn;$", ""),
         ("tsan", "data race"),
     ),
     "barrier-in-one-warp": (
-        (REDUCE, r"^(    v = partial.*)$", r"if (threadIdx.x < 32) __syncthreads();\n\1"),
+        (REDUCE, r"^(  return of_warp\[.*)$", r"if (threadIdx.x < 32) __syncthreads();\n\1"),
         ("plain", "divergent barrier"),
     ),
     "read-past-the-row": (
-        ("common/cuda/vec.cuh", r"if \(tail \+ lane < n\) scalar", "if (tail + lane <= n) scalar"),
+        (ROW, r"return i < n \? i : -1;", "return i <= n ? i : -1;"),
         ("asan", "heap-buffer-overflow"),
     ),
     "unaligned-load": (
-        ("common/cuda/vec.cuh", r"const int64_t head = unaligned_head\(x, n\),", "const int64_t head = 0,"),
+        (ROW, r"head\(kRowThreads == 1 \? 0 : int\(unaligned_head\(x, n\)\)\)", "head(0)"),
         ("plain", "misaligned 16-byte load"),
     ),
     "no-fence-before-the-ticket": (
@@ -39,20 +40,28 @@ PLANTS = {
         ("plain", "ticket|reduced"),
     ),
     "gradient-before-all-have-read-the-target": (
-        ("cross_entropy/cross_entropy_fwd.cu", r"^.*__syncwarp\(\);.*$", ""),
+        ("cross_entropy/cross_entropy_fwd.cu", r"^.*row_barrier<kRowThreads>\(\);.*$", ""),
         ("tsan", "data race"),
     ),
     "one-vector-too-many-is-kept": (
-        ("common/cuda/kept_row.cuh", r"if \(v < kept_vectors_\) kept_", "if (v <= kept_vectors_) kept_"),
+        (ROW, r"if \(v < kept_vectors_\) kept_", "if (v <= kept_vectors_) kept_"),
         ("asan", "heap-buffer-overflow"),
     ),
-    "what-was-not-kept-is-taken-from-shared-memory": (
-        (
-            "common/cuda/kept_row.cuh",
-            r"return v < kept_vectors_ \? kept_",
-            "return v < kept_vectors_ + (kept_vectors_ > 0) ? kept_",
-        ),
-        ("plain", "known gradient"),
+    "the-second-walk-forgets-what-was-not-kept": (
+        (ROW, r"^    walk_vectors<true>\(kept, this->vectors.*$", ""),
+        ("plain", "known gradient|sparsemax gradient"),
+    ),
+    "a-vector-of-the-second-walk-too-many": (
+        (ROW, r"\? \(end - first - 1\) / kRowThreads \+ 1 : 0", "? (end - first - 1) / kRowThreads + 2 : 0"),
+        ("asan", "heap-buffer-overflow"),
+    ),
+    "a-register-row-too-short": (
+        ("common/cuda/plan.h", r"n \* element_bytes / 16 <= plan", "n * element_bytes / 17 <= plan"),
+        ("plain", "gradient|loss|probability"),
+    ),
+    "own-class-above-the-reference": (
+        ("cross_entropy/cross_entropy_fwd.cu", r"^    if \(own\.index >= 0 && z_own > s\.limit\).*$", ""),
+        ("plain", "gradient|loss"),
     ),
     "any-guess-is-right": (
         ("cross_entropy/cross_entropy_bwd.cu", r"== \*p.guess\) return", "== *p.guess || *p.guess == *p.guess) return"),
@@ -79,19 +88,19 @@ PLANTS = {
         ("plain", "gradient|loss"),
     ),
     "shared-memory-too-small": (
-        (SPARSEMAX_FWD, r"kept \* sizeof\(Vec<T>\),", "(kept - 1) * sizeof(Vec<T>),"),
+        (SPARSEMAX_FWD, r"kept \* sizeof\(Vec<T>\), stream", "(kept - 1) * sizeof(Vec<T>), stream"),
         ("asan", "heap-buffer-overflow"),
     ),
-    "no-shared-memory-for-the-supports": (
-        (SPARSEMAX_BWD, r"kept \* kKeptBytes<T>,", "kept * sizeof(Vec<T>),"),
+    "shared-memory-of-one-row-for-several": (
+        (SPARSEMAX_BWD, r"= size_t\(kept\) \* 16 \* kRows;", "= size_t(kept) * 16;"),
         ("asan", "heap-buffer-overflow"),
     ),
     "a-bound-that-kills-the-living": (
-        (SPARSEMAX_FWD, r"add_down\(max, A\(-1\)\)", "add_down(max, A(-0.5))"),
+        (SPARSEMAX_FWD, r"add_down\(first_max, A\(-1\)\)", "add_down(first_max, A(-0.5))"),
         ("plain", r"probability\["),
     ),
     "elements-before-the-vectors-forgotten": (
-        (SPARSEMAX_FWD, r"^      add\(loose\);$", ""),
+        (SPARSEMAX_FWD, r"^          add\(loose\);$", ""),
         ("plain", r"probability\["),
     ),
     "nan-kept-from-the-dead": (
@@ -102,32 +111,36 @@ PLANTS = {
         (SPARSEMAX_FWD, r"v < kept && \(above \|\| live\.shift != 0\)", "v < kept && above"),
         ("plain", r"probability\["),
     ),
-    "rows-of-a-warp-part": (
-        (SPARSEMAX_FWD, r"if \(!any_goes_on\) return;", "if (!goes_on) return;"),
-        ("plain", "deadlock|waits for a lane|stand at"),
+    "a-threshold-of-maxima-is-the-rows": (
+        (
+            SPARSEMAX_FWD,
+            r"if \(!\(above <= 0\)\) own\.add\(above\);\n      if \(ends\)",
+            "if (!(above <= 0) && ends) own.add(above);\n      if (ends)",
+        ),
+        ("plain", r"probability\["),
     ),
     "no-barrier-after-the-step": (
-        (SPARSEMAX_FWD, r"(search\[0\]\.step\(s\);\n)      __syncthreads\(\);", r"\1"),
+        (SPARSEMAX_FWD, r"(search\[0\]\.step\(s\);\n        }\n)        __syncthreads\(\);", r"\1"),
         ("tsan", "data race"),
     ),
-    "gradient-of-a-vector-after-those-kept": (
+    "zeros-of-a-row-that-has-some": (
         (
             SPARSEMAX_BWD,
-            r"gradient\(v < kept \? kept_g\[v\] : .*?, support",
-            "gradient(kept_g[v < kept ? v : 0], support",
+            r"          if \(all_bits_zero\(v\)\) return v;",
+            "          if (all_bits_zero(v) || i == 0) return v;",
         ),
         ("plain", "sparsemax gradient"),
     ),
-    "past-the-loose-elements": (
-        ("sparsemax/row_parts.cuh", r"return i < n \? i : -1;", "return i <= n ? i : -1;"),
-        ("asan", "heap-buffer-overflow"),
-    ),
     "no-barrier-before-the-asked-classes": (
-        ("selective_log_softmax/selective_log_softmax_bwd.cu", r"^    row_barrier<kRowThreads>\(\);$", ""),
+        ("selective_log_softmax/selective_log_softmax_bwd.cu", r"^    row_barrier<kRowThreads>\(\);.*$", ""),
         ("tsan", "data race"),
     ),
     "lanes-missing-from-a-shuffle": (
-        (REDUCE, r"^  v = warp_reduce\(v, op\);$", "  if (threadIdx.x % 32 < 20) v = warp_reduce(v, op);"),
+        (
+            REDUCE,
+            r"^  v = reduce\(v, std::integral_constant<int, kLanes>\(\)\);$",
+            "  if (threadIdx.x % 32 < 20) v = reduce(v, std::integral_constant<int, kLanes>());",
+        ),
         ("plain", "deadlock|waits for a lane|stand at"),
     ),
 }

@@ -46,6 +46,10 @@ __device__ inline float fast_exp2(float x) {
   return y;
 }
 
+// Of each of two elements the larger, or the one that is not NaN.
+__device__ inline __half2 max_of_pairs(__half2 a, __half2 b) { return __hmax2(a, b); }
+__device__ inline __nv_bfloat162 max_of_pairs(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2(a, b); }
+
 inline void check_cuda(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // so that nobody else finds it

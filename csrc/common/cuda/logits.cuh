@@ -1,6 +1,6 @@
 // Softcap, temperature and base of logits, and the reference of their exponents. [CUDA]
 #pragma once
-#include "common/cuda/vec.cuh"
+#include "common/cuda/reduce.cuh"
 #include "common/exp_sum.h"
 
 namespace tse {
@@ -12,8 +12,8 @@ __device__ inline double exp2_of(double x) { return exp2(x); }
 // rounding.
 constexpr int kLargestExponent = 16;
 
-// The m of Σ exp(s - slope · m), held as m / 2: half of a difference of finite logits is finite. A sum begins with the
-// logit of the own class as m, or with none.
+// The m of Σ exp(s - slope · m), held as m / 2: half of a difference of finite logits is finite. A sum begins with
+// none.
 template <class A>
 struct Reference {
   A half = 0;
@@ -52,18 +52,34 @@ struct Logits {
   __device__ double lse(A m, A sum) const { return double(m) * double(slope) + double(log(sum)); }
 };
 
-// Raises the reference of a sum before kCount z are added, where they need it. Number `own` among them, if it is one,
-// is left out of the sum: as -inf.
-template <int kCount, class Sum, class A, class L>
+// Raises the reference of a sum before kCount z are added, where they need it; with kRaised it is above all of them.
+// Number `own` among them, if it is one, is left out of the sum: as -inf.
+template <bool kRaised, int kCount, class Sum, class A, class L>
 __device__ inline void prepare(Sum& s, A (&z)[kCount], int own, const L& logits) {
   A max = z[0];
 #pragma unroll
-  for (int k = 1; k < kCount; ++k) max = fmax(z[k], max);  // passes NaN by
-  if (max > s.limit || unsigned(own) < kCount) {
-    if (max > s.limit) s.raise_reference(max, logits);
+  for (int k = 1; k < kCount && !kRaised; ++k) max = fmax(z[k], max);  // passes NaN by
+  if ((!kRaised && max > s.limit) || unsigned(own) < kCount) {
+    if (!kRaised && max > s.limit) s.raise_reference(max, logits);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) z[k] = k == own ? -infinity<A>() : z[k];
   }
+}
+
+// The sum over the threads of a row, in every one of them. Their references are raised to the largest; then only sums
+// are added, with s.add.
+template <int kRowThreads, class Sum, class L>
+__device__ inline Sum sum_of_threads(const Sum& s, int& turn, const L& logits) {
+  return row_reduce_by<kRowThreads>(s, turn, [&](Sum of_lane, auto lanes) {
+    constexpr int kLanes = decltype(lanes)::value;
+    const auto m = lanes_reduce<kLanes>(of_lane.m(), [](auto a, auto b) { return a > b ? a : b; });
+    if (of_lane.m() < m) of_lane.raise_reference(m, logits);
+    of_lane.sums = lanes_reduce<kLanes>(of_lane.sums, [](auto a, const auto& b) {
+      a.add(b);
+      return a;
+    });
+    return of_lane;
+  });
 }
 
 // -log p of a class that has `term` of the sum, and all others `others`: of a class with most of the sum the digits of

@@ -1,4 +1,4 @@
-// Element types, 16-byte access with unaligned head and tail, and who works on which row. [CUDA]
+// Element types and 16-byte access. [CUDA]
 #pragma once
 #include <type_traits>
 
@@ -51,83 +51,23 @@ __device__ inline void store_vec(T* p, const Vec<T>& v) {
   store16(p, u.raw);
 }
 
-// ---- rows ---------------------------------------------------------------------------------------------------------
-// kRowThreads threads share a row: a whole block, a warp (several rows a block), or one thread where the elements of a
-// row are not neighbours in memory but rows are. 32-thread rows need no barrier, so warps may run out of rows apart.
-
-constexpr int kSmallBlock = 128;  // threads of a block that holds several rows
-
-template <int kRowThreads>
-constexpr int kBlockThreads = kRowThreads > 32 ? kRowThreads : kSmallBlock;
-template <int kRowThreads>
-constexpr int kRowsPerBlock = kBlockThreads<kRowThreads> / kRowThreads;
-// Registers for so many threads of a multiprocessor; arithmetic in double takes twice as many of them.
-template <class T, int kRowThreads>
-constexpr int kBlocksAtLeast = kResidentThreads / (std::is_same_v<T, double> ? 2 : 1) / kBlockThreads<kRowThreads>;
-
-template <int kRowThreads>
-__device__ inline int64_t first_row() {
-  return int64_t(blockIdx.x) * kRowsPerBlock<kRowThreads> + threadIdx.x / kRowThreads;
-}
-template <int kRowThreads>
-__device__ inline int64_t row_step() {
-  return int64_t(gridDim.x) * kRowsPerBlock<kRowThreads>;
-}
-
-// Elements before the first 16-byte boundary at or behind p.
+// The largest element, NaN aside; of 16-bit types two at a time.
 template <class T>
-__device__ inline int64_t unaligned_head(const T* p, int64_t n) {
-  const int64_t head = (16 - reinterpret_cast<uintptr_t>(p) % 16) % 16 / sizeof(T);
-  return head < n ? head : n;
-}
-
-// Walks this thread's part of a row: `vector(i, Vec<T>)` for 16 bytes at element i, `scalar(i, T)` for the elements of
-// head and tail. With one thread per row all elements are scalar, `stride` apart.
-template <int kRowThreads, class T, class Vector, class Scalar>
-__device__ inline void for_each_in_row(const T* x, int64_t n, int64_t stride, const Vector& vector,
-                                       const Scalar& scalar) {
-  if constexpr (kRowThreads == 1) {
-    for (int64_t i = 0; i < n; ++i) scalar(i, x[i * stride]);
+__device__ inline Acc<T> max_of(const Vec<T>& v) {
+  if constexpr (sizeof(T) == 2) {
+    using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+    union {
+      Vec<T> vec;
+      Two pairs[4];
+    } u = {v};
+    const Two max = max_of_pairs(max_of_pairs(u.pairs[0], u.pairs[1]), max_of_pairs(u.pairs[2], u.pairs[3]));
+    return fmax(to_acc(max.x), to_acc(max.y));
   } else {
-    constexpr int kSize = Vec<T>::kSize;
-    const int64_t lane = threadIdx.x % kRowThreads;
-    const int64_t head = unaligned_head(x, n), vectors = (n - head) / kSize, tail = head + vectors * kSize;
-    if (lane < head) scalar(lane, x[lane]);
-    for (int64_t i = lane; i < vectors; i += kRowThreads) vector(head + i * kSize, load_vec(x + head + i * kSize));
-    if (tail + lane < n) scalar(tail + lane, x[tail + lane]);
-  }
-}
-
-// The same walk over x, writing f(i, x[i]) to y[i]; by 16 bytes where both rows are aligned alike.
-template <int kRowThreads, class T, class F>
-__device__ inline void map_row(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t n, const F& f) {
-  const bool aligned_alike = (reinterpret_cast<uintptr_t>(x) ^ reinterpret_cast<uintptr_t>(y)) % 16 == 0;
-  const auto scalar = [&](int64_t i, T v) { y[i * y_stride] = from_acc<T>(f(i, to_acc(v))); };
-  const auto vector = [&](int64_t i, Vec<T> v) {
-    if (!aligned_alike) {
-      for (int k = 0; k < Vec<T>::kSize; ++k) scalar(i + k, v.v[k]);
-      return;
-    }
+    Acc<T> max = v.v[0];
 #pragma unroll
-    for (int k = 0; k < Vec<T>::kSize; ++k) v.v[k] = from_acc<T>(f(i + k, to_acc(v.v[k])));
-    store_vec(y + i, v);
-  };
-  for_each_in_row<kRowThreads>(x, n, x_stride, vector, scalar);
-}
-
-template <int kRowThreads, class T>
-__device__ inline void zero_row(T* y, int64_t stride, int64_t n) {
-  const T zero = from_acc<T>(0);
-  const int64_t lane = threadIdx.x % kRowThreads;
-  if (kRowThreads == 1 || stride != 1) {
-    for (int64_t i = lane; i < n; i += kRowThreads) y[i * stride] = zero;
-    return;
+    for (int k = 1; k < Vec<T>::kSize; ++k) max = fmax(v.v[k], max);
+    return max;
   }
-  const int64_t head = unaligned_head(y, n), vectors = (n - head) / Vec<T>::kSize,
-                tail = head + vectors * Vec<T>::kSize;
-  if (lane < head) y[lane] = zero;
-  for (int64_t v = lane; v < vectors; v += kRowThreads) store16(y + head + v * Vec<T>::kSize, uint4{0, 0, 0, 0});
-  if (tail + lane < n) y[tail + lane] = zero;
 }
 
 // return launcher<T>(…) for the storage type.
