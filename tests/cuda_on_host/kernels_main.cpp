@@ -458,35 +458,35 @@ void check_gradients_in_forward(int64_t n) {
 int main(int argc, char** argv) {
   const bool small = argc > 1 && std::strcmp(argv[1], "small") == 0;
   try {
-    // A warp per row, several rows a block; a block per row; rows wider than shared memory.
+    // A part of a warp per row, a warp, a block; in registers, in shared memory, wider than that; one thread per row.
     if (small) {
-      check_cross_entropy<float>(2, 1030, 1, false, Reduction::kNone);
+      check_cross_entropy<float>(2, 2100, 1, false, Reduction::kNone);
       check_cross_entropy<__nv_bfloat16>(9, 70, 0, false, Reduction::kNone);
       check_cross_entropy<float>(2, 1030, 0, false, Reduction::kMean, {.predictions = true, .smoothing = 0.2, .z = 1});
-      check_gradient_in_forward<float>(3, 1030, 1, false, Reduction::kMean);
+      check_gradient_in_forward<float>(3, 2100, 1, false, Reduction::kMean);
       check_gradient_in_forward<__nv_bfloat16>(9, 70, 0, false, Reduction::kSum);
       check_selective_log_softmax<float>(2, 1030, 3, 1, false, 0);
       check_selective_log_softmax<__nv_bfloat16>(9, 70, 3, 0, false, 0);
-      check_sparsemax<float>(2, 1030, 0, false, 1);
+      check_sparsemax<float>(2, 2100, 0, false, 1);
       check_sparsemax<__half>(9, 70, 1, false, 1);
       check_sparsemax<__nv_bfloat16>(17, 33, 1, false, 1);
       cuda_on_host::options.shared_bytes = 8 * 1024;
-      check_sparsemax<float>(2, 1030, 1, false, 0.001f);
+      check_sparsemax<float>(2, 8250, 1, false, 0.001f);
     } else {
       for (int64_t n : {5, 1030, 8200}) check_gradients_in_forward<float>(n);
       check_gradients_in_forward<double>(33);
       check_gradients_in_forward<__half>(1100);
-      for (int64_t n : {200, 9000}) check_gradients_in_forward<__nv_bfloat16>(n);
+      for (int64_t n : {60, 200, 9000, 17000}) check_gradients_in_forward<__nv_bfloat16>(n);
       check_gradient_in_forward<float>(9000, 5, 0, false, Reduction::kMean, {.weight = true});  // counted beforehand
       check_cross_entropy<float>(2, 1000000, 0, true, Reduction::kNone, {.tied = true});
-      check_all<float>({1, 5, 33, 1000, 1030, 12030, 12300});
+      check_all<float>({1, 5, 33, 300, 1000, 2100, 12030, 12300});
       check_all<double>({7, 1030});
       check_all<__half>({8, 1031});
-      check_all<__nv_bfloat16>({13, 1029, 8200});
-      check_sparsemax_regimes<float>({1, 5, 33, 100, 500, 1000, 1030, 5000});
+      check_all<__nv_bfloat16>({13, 1029, 8200, 17001});
+      check_sparsemax_regimes<float>({1, 5, 33, 100, 500, 1000, 2100, 9000});
       check_sparsemax_regimes<double>({7, 70, 1030});
       check_sparsemax_regimes<__half>({8, 300, 1031});
-      check_sparsemax_regimes<__nv_bfloat16>({13, 65, 1024, 1029, 9000});
+      check_sparsemax_regimes<__nv_bfloat16>({13, 65, 1024, 1029, 9000, 17000});
       check_sparsemax<__nv_bfloat16>(1, 40000, 1, false, 1);
       for (const float scale : {1.f, 1e-3f}) check_sparsemax<float>(1, 270001, 1, false, scale);  // > 64 · 1024 vectors
     }
