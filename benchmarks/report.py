@@ -80,8 +80,9 @@ def markdown(run):
 
 
 def runs():
-    """All runs in results/, the newest first, by the name of their files."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    """All runs in results/, the newest first, by the name of their files. What tools/gpu_sweep.cu writes is none."""
+    files = [path for path in sorted(RESULTS.glob("*.json")) if not path.name.startswith("sweep-")]
+    found = {path.stem: json.loads(path.read_text()) for path in files}
     return dict(sorted(found.items(), key=lambda item: item[1]["environment"]["date"], reverse=True))
 
 

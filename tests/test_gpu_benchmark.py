@@ -36,9 +36,13 @@ def test_the_steps_fit_in_their_time():
     for seconds in (480, 240):
         assert sum(step.seconds for step in gpu.steps("9.0", seconds)) <= seconds
     names = [step.name for step in gpu.steps("9.0", 480)]
-    assert names == ["build", "tests", "memcheck", "racecheck", "benchmark"]
+    sweep = ["sweep build", "sweep", "sweep memcheck", "sweep racecheck"]
+    assert names == ["build", "tests", "memcheck", "racecheck", *sweep, "benchmark"]
     assert gpu.benchmark_step(200).command[-1] == "160"
-    assert "compute-sanitizer" in run("tools.gpu", "--list").stdout
+    listed = run("tools.gpu", "--list").stdout
+    assert "compute-sanitizer" in listed
+    assert "-arch=sm_90" in listed
+    assert "sweep-no-card.json" in listed
 
 
 def test_a_step_that_fails_does_not_stop_the_next(monkeypatch, capsys):

@@ -7,6 +7,7 @@ fails or takes too long the next ones still run; the exit status says whether on
 import argparse
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,8 @@ WATCHED = "not float64 and (bfloat16 or not float16) and not 70001"
 FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_*cuda.py"))
 SANITIZED = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES, "-m", "sanitized", "-k", WATCHED]
 TESTED = "gpu and not full"
+SWEEP = ROOT / "build" / "gpu_sweep"
+NVCC = shutil.which("nvcc") or f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc"
 FAILED, SKIPPED, OK = "failed", "skipped", "ok"
 
 
@@ -31,13 +34,13 @@ class Step:
     command: list
     seconds: float  # then it is stopped
     environment: dict = field(default_factory=dict)
-    needs: str = ""  # a program on PATH; skipped without it
+    needs: str = ""  # a program, by its path or on PATH; skipped without it
     modules: tuple = ()  # of the interpreter; fails without them
 
     def run(self):
         """(outcome, remark)."""
         if self.needs and shutil.which(self.needs) is None:
-            return SKIPPED, f"{self.needs} is not on PATH"
+            return SKIPPED, f"{self.needs} is not there"
         missing = [m for m in self.modules if importlib.util.find_spec(m) is None]
         if missing:
             return FAILED, f"python has no {', '.join(missing)}"
@@ -53,7 +56,19 @@ class Step:
         return (OK, "") if code == 0 else (FAILED, f"exit status {code}")
 
 
-def steps(capability, seconds):
+def sweep_file(card):
+    """Of benchmarks/results/."""
+    return f"sweep-{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}.json"
+
+
+def sweep_build(capability, program=SWEEP):
+    """The command that compiles and links tools/gpu_sweep.cu with the library's kernels."""
+    sources = ["tools/gpu_sweep.cu", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*/*.cu"))]
+    flags = ["-std=c++17", "-O3", f"-arch=sm_{capability.replace('.', '')}", "--threads=0", "-Icsrc"]
+    return [NVCC, *flags, "-include", "tools/gpu_sweep_dtypes.cuh", *sources, "-o", str(program)]
+
+
+def steps(capability, seconds, card="no card"):
     """All steps, which share `seconds`; `capability` as in TORCH_CUDA_ARCH_LIST."""
     share = seconds / 480
     parallel = ["-n", str(min(8, os.cpu_count()))] if importlib.util.find_spec("xdist") else []
@@ -66,15 +81,19 @@ def steps(capability, seconds):
     setup = [PYTHON, "setup.py", "build_ext", "--inplace", "--force"]  # an earlier build may lack the CUDA kernels
     sanitizer = ["compute-sanitizer", "--error-exitcode", "1", "--tool"]
     return [
-        Step("build", setup, 130 * share, build, "", ("setuptools", "ninja")),
-        Step("tests", [*pytest, *parallel, *tests], 120 * share, in_place, "", ("pytest",)),
+        Step("build", setup, 100 * share, build, "", ("setuptools", "ninja")),
+        Step("tests", [*pytest, *parallel, *tests], 100 * share, in_place, "", ("pytest",)),
         Step(
-            "memcheck", [*sanitizer, "memcheck", PYTHON, *SANITIZED], 55 * share, sanitized, sanitizer[0], ("pytest",)
+            "memcheck", [*sanitizer, "memcheck", PYTHON, *SANITIZED], 50 * share, sanitized, sanitizer[0], ("pytest",)
         ),
         Step(
-            "racecheck", [*sanitizer, "racecheck", PYTHON, *SANITIZED], 55 * share, sanitized, sanitizer[0], ("pytest",)
+            "racecheck", [*sanitizer, "racecheck", PYTHON, *SANITIZED], 50 * share, sanitized, sanitizer[0], ("pytest",)
         ),
-        benchmark_step(115 * share),
+        Step("sweep build", sweep_build(capability), 40 * share, {}, NVCC),
+        Step("sweep", [SWEEP, "--json", f"benchmarks/results/{sweep_file(card)}"], 60 * share, {}, str(SWEEP)),
+        Step("sweep memcheck", [*sanitizer, "memcheck", SWEEP, "--tiny"], 20 * share, {}, sanitizer[0]),
+        Step("sweep racecheck", [*sanitizer, "racecheck", SWEEP, "--tiny"], 20 * share, {}, sanitizer[0]),
+        benchmark_step(40 * share),
     ]
 
 
@@ -109,12 +128,15 @@ def main(arguments=None):
     parser.add_argument("--list", action="store_true", help="print the steps and run none; needs no GPU")
     options = parser.parse_args(arguments)
     name, capability = ("no card", "9.0") if options.list else device()
-    chosen = [s for s in steps(capability, options.seconds) if not options.only or s.name in options.only]
+    chosen = [s for s in steps(capability, options.seconds, name) if not options.only or s.name in options.only]
     if options.list:
         for step in chosen:
             print(f"{step.name} (at most {step.seconds:.0f} s): {' '.join(map(str, step.command))}")
         return 0
     print(f"{name}, compute capability {capability}", flush=True)
+    SWEEP.parent.mkdir(exist_ok=True)
+    if any(step.name == "sweep build" for step in chosen):
+        SWEEP.unlink(missing_ok=True)  # where the build fails, an older program must not be taken for this one
     outcomes = []
     end = time.monotonic() + options.seconds
     for step in chosen:
