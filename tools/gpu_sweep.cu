@@ -10,6 +10,7 @@
 #include <iostream>
 
 #include "gpu_sweep_problem.cuh"
+#include "ring.cuh"
 
 namespace sweep {
 namespace {
@@ -21,9 +22,34 @@ struct Variant {
   void (*launch)(const Problem&);
 };
 
+// Cross-entropy by ring.cuh, with clusters where a block's ring is small for a row.
+template <int kCluster, int kConsumers>
+Variant ring_variant() {
+  return {"ring " + std::to_string(kConsumers) + (kCluster == 1 ? "" : " x" + std::to_string(kCluster)),
+          [](const Shape& s) {
+            const int64_t row_bytes = s.n * s.element_bytes();
+            if (s.op != Op::kCrossEntropy || row_bytes < (kCluster == 1 ? 8192 : 65536)) return false;
+            if (s.mode == Mode::kForward) return s.reduce == Reduce::kNone;
+            return s.reduce == Reduce::kMean && ring::fits<kCluster>(row_bytes);
+          },
+          [] {
+            int device = 0, major = 0;
+            SWEEP_CHECK(cudaGetDevice(&device));
+            SWEEP_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+            return major >= 9;
+          },
+          [](const Problem& p) { ring::launch_cross_entropy<kCluster, kConsumers>(p.cross_entropy, p.most_blocks); }};
+}
+
 const std::vector<Variant>& variants() {
   static const std::vector<Variant> all = {
       {"library", [](const Shape&) { return true; }, [] { return true; }, [](const Problem& p) { p.launch_library(); }},
+      ring_variant<1, 256>(),
+      ring_variant<1, 512>(),
+      ring_variant<2, 256>(),
+      ring_variant<2, 512>(),
+      ring_variant<4, 256>(),
+      ring_variant<4, 512>(),
   };
   return all;
 }
