@@ -39,7 +39,8 @@ def peak_text(row):
 def machine(environment):
     e = environment
     if "device" in e:
-        return f"{e['device']}, torch {e['torch']}, CUDA {e['cuda']}, {e['date']}"
+        note = f"; {e['note']}" if "note" in e else ""  # added by hand: what has changed since
+        return f"{e['device']}, torch {e['torch']}, CUDA {e['cuda']}, {e['date']}{note}"
     return (
         f"{e['cpu']}, {e['threads']} threads, {e['isa']}, torch {e['torch']}, {e['allocator']} allocator, {e['date']}"
     )

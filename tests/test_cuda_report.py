@@ -104,7 +104,7 @@ def test_main_loops_keep_up_with_memory(kernels):
 @needs_nvcc
 def test_rows_are_read_and_written_by_16_bytes(kernels):
     for k in kernels:
-        threads = re.search(r"_(?:fwd|bwd)(?:_lanes)?_kernel<[^,]*, (\d+)", k["kernel"])
+        threads = re.search(r"_(?:fwd|bwd)(?:_block)?_kernel<[^,]*, (\d+)", k["kernel"])
         if threads is None or threads[1] == "1":  # one thread a row: a warp reads 32 rows together
             continue
         assert k["ld128"] >= 1, k

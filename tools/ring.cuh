@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "common/cuda/row.cuh"
 #include "common/cuda/stream_state.cuh"
 #include "common/exp_sum.h"
 #include "cross_entropy/cross_entropy.h"
