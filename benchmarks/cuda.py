@@ -6,6 +6,7 @@ import math
 import platform
 import re
 import statistics
+import subprocess
 import time
 
 import torch
@@ -16,7 +17,7 @@ from benchmarks.rows import call, rows_of
 from torch_softmax_ext.testing.memory import peak_memory
 
 SMALL = 1 << 20  # bytes; smaller calls are bound by their launches and timed as a caller sees them
-WARM_UP, REPEATS, SECONDS_PER_PROVIDER = 3, 15, 0.4
+WARM_UP, ROUNDS, REPEATS, SECONDS = 3, 3, 5, 0.13  # REPEATS and SECONDS: at most, of a provider in a round
 LATE = "compile"  # takes seconds a row: measured at the end, for as many rows as there is time
 
 
@@ -55,20 +56,18 @@ class Clock:
     """Times calls on the current device, in seconds."""
 
     def __init__(self):
-        # Written before each call: L2 is cold, and the call's launches are queued while the device is busy.
+        # Read before each call: L2 is cold and has nothing to write back, and the call's launches are queued while the
+        # device is busy.
         self.flush = torch.empty(
             max(2 * torch.cuda.get_device_properties(0).L2_cache_size, 1 << 29) // 4, device="cuda"
         )
 
     def on_device(self, function):
         """Median of single calls, by events."""
-        for _ in range(WARM_UP):
-            function()
-        torch.cuda.synchronize()
         begin, times = time.perf_counter(), []
-        while len(times) < 3 or (len(times) < REPEATS and time.perf_counter() - begin < SECONDS_PER_PROVIDER):
+        while len(times) < 3 or (len(times) < REPEATS and time.perf_counter() - begin < SECONDS):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            self.flush.zero_()
+            self.flush.sum()
             start.record()
             function()
             stop.record()
@@ -77,29 +76,48 @@ class Clock:
         return statistics.median(times)
 
     def of_caller(self, function, calls=50):
-        """Median over rounds of back-to-back calls, launches included."""
-        for _ in range(WARM_UP):
+        """Of back-to-back calls, launches included."""
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(calls):
             function()
-        rounds = []
-        for _ in range(7):
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            for _ in range(calls):
+        torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / calls
+
+    def of_rounds(self, runs, bytes_):
+        """{name: seconds of each round} of {name: function}, which take turns."""
+        for function in runs.values():
+            for _ in range(WARM_UP):
                 function()
-            torch.cuda.synchronize()
-            rounds.append((time.perf_counter() - begin) / calls)
-        return statistics.median(rounds)
+        torch.cuda.synchronize()
+        times = {name: [] for name in runs}
+        for _ in range(ROUNDS):
+            for name, function in runs.items():
+                small = bytes_ < SMALL and name not in ROOFS
+                times[name].append(self.of_caller(function) if small else self.on_device(function))
+        return times
 
-    def __call__(self, function, bytes_):
-        return self.of_caller(function) if bytes_ < SMALL else self.on_device(function)
 
-
-def roofs(clock, x):
-    """copy: of the input; read: half of that; add: two such tensors into a third."""
+def roofs(x):
+    """copy: of the input; add: two such tensors into a third."""
     a = x.reshape(-1).view(torch.int16 if x.element_size() == 2 else torch.int32)
     b = torch.empty_like(a)
-    copy = clock.on_device(lambda: b.copy_(a))
-    return {"read": copy / 2, "copy": copy, "add": clock.on_device(lambda: torch.add(a, b, out=b))}
+    return {"copy": lambda: b.copy_(a), "add": lambda: torch.add(a, b, out=b)}
+
+
+ROOFS = ("copy", "add")
+CLOCKS = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
+
+
+def clocks():
+    """What nvidia-smi says of the card just now; empty where it does not."""
+    query = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        run = subprocess.run(query, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    values = [value.strip() for value in run.stdout.split(",")]
+    return dict(zip(CLOCKS.split(","), values, strict=True)) if values.count("") == 0 and len(values) == 5 else {}
 
 
 class Row:
@@ -108,7 +126,7 @@ class Row:
     def __init__(self, name, spec, shape, mode):
         self.name, self.spec, self.shape, self.mode = name, spec, shape, mode
         self.bytes = math.prod(shape.shape) * shape.dtype.itemsize
-        self.seconds, self.peak, self.errors = {}, {}, {}
+        self.seconds, self.rounds, self.peak, self.errors, self.clocks = {}, {}, {}, {}, {}
 
     def functions(self, late):
         return {n: f for n, f in providers(self.spec, self.shape, "cuda").items() if (n == LATE) == late}
@@ -121,17 +139,21 @@ class Row:
         torch._dynamo.reset()
         x = torch.randn(self.shape.shape, device="cuda", dtype=self.shape.dtype) * self.shape.scale
         args = tuple(a.cuda() for a in (self.shape.args or self.spec.bench_args)(x))
-        if not late:
-            self.seconds |= roofs(clock, x)
+        runs = {} if late else roofs(x)
         for name, function in self.functions(late).items():
             try:
                 logits = x if name in ("ours", "eager", LATE) else x.clone()  # some peers overwrite their input
                 run = call(function, self.mode, logits, args)
-                self.seconds[name] = clock(run, self.bytes)
+                run()
                 self.peak[name] = peak_memory(run, "cuda")
+                runs[name] = run
             except Exception as error:  # a peer failed: the others are still measured
                 self.errors[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
             torch.cuda.empty_cache()
+        self.rounds |= clock.of_rounds(runs, self.bytes)
+        self.clocks = clocks()
+        self.seconds |= {name: statistics.median(self.rounds[name]) for name in runs}
+        self.seconds["read"] = self.seconds["copy"] / 2
 
     def result(self):
         s = self.shape
@@ -147,6 +169,8 @@ class Row:
             "label": s.label,
             "gradient_bytes": self.bytes if "backward" in self.mode else 0,
             "seconds": self.seconds,
+            "rounds": self.rounds,
+            "clocks": self.clocks,
             "peak_bytes": self.peak,
             "errors": self.errors,
         }

@@ -117,3 +117,18 @@ def test_providers_are_those_of_the_device():
     spec = dataclasses.replace(spec, bench_peers=(peer, absent))
     assert list(providers(spec, spec.bench_shapes[0])) == ["ours", "eager", "compile"]
     assert list(providers(spec, spec.bench_shapes[0], "cuda")) == ["ours", "eager", "compile", "peer"]
+
+
+def test_providers_take_turns(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(cuda.Clock, "of_caller", lambda self, function: function() or len(calls))
+    clock = object.__new__(cuda.Clock)
+    times = clock.of_rounds({name: lambda name=name: calls.append(name) for name in ("ours", "eager")}, bytes_=320)
+    assert calls[-6:] == ["ours", "eager"] * 3
+    assert times == {"ours": [7, 9, 11], "eager": [8, 10, 12]}
+
+
+def test_clocks_without_a_card(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert cuda.clocks() == {}

@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
     if (counted) {  // the same in all threads of the row
       own = own_class<T, kRowThreads, kGeneral>(p, row, target, turn);
       const Coefficients<T, kRowThreads> coefficients(p, row);
-      const auto walk = [&](int64_t i, const T* v, auto count) {
+      const auto walk = [&](int64_t i, const T* v, auto count, A max) {
         constexpr int kCount = decltype(count)::value;
         A z[kCount];
 #pragma unroll
@@ -189,15 +189,18 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
             z[k] = logits.cap(z[k]);
           }
         }
+        if constexpr (kGeneral) max = max_of(z);
         const Index at = own.index - Index(i);
-        add<decltype(logits_of_row)::kInRegisters>(s, z, at >= 0 && at < kCount ? int(at) : -1, logits,
-                                                   [&](int k) { return coefficients(i + k); });
+        add(s, z, max, at >= 0 && at < kCount ? int(at) : -1, logits, [&](int k) { return coefficients(i + k); });
       };
-      const auto scalar = [&](int64_t i, T v) { walk(i, &v, std::integral_constant<int, 1>{}); };
+      const auto scalar = [&](int64_t i, T v) { walk(i, &v, std::integral_constant<int, 1>{}, to_acc(v)); };
       const auto vector = [&](int64_t i, const Vec<T>& v) {
         constexpr int kCount = kGeneral && Vec<T>::kSize > 4 ? 4 : Vec<T>::kSize;  // more would not fit into registers
+        // Of a row in registers the reference is the largest logit.
+        const A max = kGeneral || kVectors > 0 ? -infinity<A>() : max_of(v);
 #pragma unroll
-        for (int k = 0; k < Vec<T>::kSize; k += kCount) walk(i + k, v.v + k, std::integral_constant<int, kCount>{});
+        for (int k = 0; k < Vec<T>::kSize; k += kCount)
+          walk(i + k, v.v + k, std::integral_constant<int, kCount>{}, max);
       };
       if constexpr (kVectors > 0) {
         A max = -infinity<A>();

@@ -35,10 +35,10 @@ struct ExpSum : Reference<A> {
   }
 };
 
-// Adds kCount z but for number `own`: one exp2 each; with their coefficients u(k).
-template <bool kRaised, int kCount, class A, bool kLinear, class U>
-__device__ inline void add(ExpSum<A, kLinear>& s, A (&z)[kCount], int own, const Logits<A>& logits, const U& u) {
-  prepare<kRaised>(s, z, kLinear ? -1 : own, logits);
+// Adds kCount z up to `max` but for number `own`: one exp2 each; with their coefficients u(k).
+template <int kCount, class A, bool kLinear, class U>
+__device__ inline void add(ExpSum<A, kLinear>& s, A (&z)[kCount], A max, int own, const Logits<A>& logits, const U& u) {
+  prepare(s, z, max, kLinear ? -1 : own, logits);
   A sum = 0, linear = 0, mass = 0;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {

@@ -45,7 +45,7 @@ __device__ inline void add(EntropySum<A, kEntropy>& s, const T* x, int own, cons
   A z[kCount];
 #pragma unroll
   for (int k = 0; k < kCount; ++k) z[k] = exponent.cap(to_acc(x[k]));
-  prepare<false>(s, z, own, exponent);
+  prepare(s, z, max_of(z), own, exponent);
   A sum = 0, linear = 0;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {

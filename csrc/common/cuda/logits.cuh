@@ -52,15 +52,21 @@ struct Logits {
   __device__ double lse(A m, A sum) const { return double(m) * double(slope) + double(log(sum)); }
 };
 
-// Raises the reference of a sum before kCount z are added, where they need it; with kRaised it is above all of them.
-// Number `own` among them, if it is one, is left out of the sum: as -inf.
-template <bool kRaised, int kCount, class Sum, class A, class L>
-__device__ inline void prepare(Sum& s, A (&z)[kCount], int own, const L& logits) {
+// The largest of few numbers, NaN aside.
+template <int kCount, class A>
+__device__ inline A max_of(const A (&z)[kCount]) {
   A max = z[0];
 #pragma unroll
-  for (int k = 1; k < kCount && !kRaised; ++k) max = fmax(z[k], max);  // passes NaN by
-  if ((!kRaised && max > s.limit) || unsigned(own) < kCount) {
-    if (!kRaised && max > s.limit) s.raise_reference(max, logits);
+  for (int k = 1; k < kCount; ++k) max = fmax(z[k], max);
+  return max;
+}
+
+// Raises the reference of a sum before kCount z up to `max` are added, where they need it. Number `own` among them, if
+// it is one, is left out of the sum: as -inf.
+template <int kCount, class Sum, class A, class L>
+__device__ inline void prepare(Sum& s, A (&z)[kCount], A max, int own, const L& logits) {
+  if (max > s.limit || unsigned(own) < kCount) {
+    if (max > s.limit) s.raise_reference(max, logits);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) z[k] = k == own ? -infinity<A>() : z[k];
   }
