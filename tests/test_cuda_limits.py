@@ -14,7 +14,7 @@ int main(int, char** v) {
   const auto number = [v](int i) { return std::atoll(v[i]); };
   const tse::DeviceLimits limits = {int(number(1)), int(number(2)), number(3), number(4)};
   if (number(5) == 0) {  // the plan of a row
-    const tse::RowPlan plan = tse::plan_row(limits, number(6), number(7), number(8), number(9));
+    const tse::RowPlan plan = tse::plan_row(limits, number(6), number(7), number(8), number(9), number(10));
     std::printf("%d %d %d", plan.threads, plan.vectors, tse::kept_vectors(limits, number(6) * number(7) / 16, 1));
     return 0;
   }
@@ -79,9 +79,9 @@ def test_small_rows_do_not_cost_threads(layout):
 
 @pytest.fixture(scope="module")
 def plan(layout):
-    def run(card, n, element_bytes, contiguous=True, in_registers=True):
+    def run(card, n, element_bytes, contiguous=True, in_registers=True, keeps=True):
         """Threads of a row, vectors in registers of each, vectors that a block may keep in shared memory."""
-        return tuple(layout(card, 0, n, element_bytes, int(contiguous), int(in_registers)))
+        return tuple(layout(card, 0, n, element_bytes, int(contiguous), int(in_registers), int(keeps)))
 
     return run
 
@@ -106,6 +106,7 @@ def test_other_rows_have_a_warp_or_a_block(plan, card, element_bytes):
     assert [f[0] for f in found[:5]] == [32, 32, 128, 128, 512]
     assert found[5][0] == (512 if element_bytes == 8 else 1024)
     assert all(f[1] == 0 for f in found)
+    assert plan(card, 1 << 30, element_bytes, in_registers=False, keeps=False)[:2] == (512, 0)
     if element_bytes == 8:
         assert plan(card, 64, element_bytes)[:2] == (32, 0)
 

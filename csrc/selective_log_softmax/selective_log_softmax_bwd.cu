@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
 template <class T>
 void launch_bwd(const SelectiveLogSoftmaxParams& p, cudaStream_t stream) {
   if (row_count(p.rows) == 0) return;
-  with_plan<T, false>(p.rows.n, p.rows.stride_n == 1 && p.grad_rows.stride_n == 1, [&](auto plan) {
+  with_plan<T, false, false>(p.rows.n, p.rows.stride_n == 1 && p.grad_rows.stride_n == 1, [&](auto plan) {
     constexpr int kRowThreads = decltype(plan)::kThreads, kThreads = kBlockThreads<kRowThreads>;
     const auto kernel = selective_log_softmax_bwd_kernel<T, kRowThreads>;
     launch("selective_log_softmax_bwd_kernel", kernel,

@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
 
 template <class T, bool kEntropy>
 void launch_rows(const SelectiveLogSoftmaxParams& p, cudaStream_t stream) {
-  with_plan<T, false>(p.rows.n, p.rows.stride_n == 1, [&](auto plan) {
+  with_plan<T, false, false>(p.rows.n, p.rows.stride_n == 1, [&](auto plan) {
     constexpr int kRowThreads = decltype(plan)::kThreads, kThreads = kBlockThreads<kRowThreads>;
     const auto kernel = selective_log_softmax_fwd_kernel<T, kRowThreads, kEntropy>;
     launch("selective_log_softmax_fwd_kernel", kernel,

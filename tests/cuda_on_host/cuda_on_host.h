@@ -91,6 +91,7 @@ inline void store16(void* p, uint4 v) {
   if (reinterpret_cast<uintptr_t>(p) % 16 != 0) ::cuda_on_host::fail("misaligned 16-byte store");
   *static_cast<uint4*>(p) = v;
 }
+inline uint4 unseen(uint4 v) { return v; }
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline __half larger_of(__half a, __half b) { return __float2half_rn(std::fmax(__half2float(a), __half2float(b))); }
 inline __nv_bfloat16 larger_of(__nv_bfloat16 a, __nv_bfloat16 b) {

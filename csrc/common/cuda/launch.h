@@ -39,6 +39,12 @@ __device__ inline uint4 load16(const void* p) { return __ldcs(static_cast<const 
 __device__ inline uint4 load16_again(const void* p) { return *static_cast<const uint4*>(p); }
 __device__ inline void store16(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
 
+// v, of which the compiler keeps nothing that it has computed before.
+__device__ inline uint4 unseen(uint4 v) {
+  asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
+  return v;
+}
+
 // 2^x: one instruction, relative error 2^-22; subnormal results are 0.
 __device__ inline float fast_exp2(float x) {
   float y;

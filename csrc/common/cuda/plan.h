@@ -14,16 +14,18 @@ constexpr int64_t kLongestRow = int64_t(1) << 31;  // elements
 constexpr RowPlan kInRegisters[] = {{4, 2}, {8, 4}, {32, 4}, {32, 16}, {128, 16}};
 
 // Rows of one length have one plan on a card, so that their sums have the same bits in every call. `in_registers`:
-// whether the kernel holds short rows there. A row that fills more than half of the shared memory has a block of all
-// threads; in float64, of which a thread's arithmetic takes twice as many registers, half of them.
+// whether the kernel holds short rows there; `keeps`: whether it keeps longer ones in shared memory. One that fills
+// more than half of that has a block of all threads; in float64, of which a thread's arithmetic takes twice as many
+// registers, half of them.
 inline RowPlan plan_row(const DeviceLimits& limits, int64_t n, int64_t element_bytes, bool contiguous,
-                        bool in_registers) {
+                        bool in_registers, bool keeps) {
   if (!contiguous || n > kLongestRow) return {1, 0};
   for (const RowPlan& plan : kInRegisters)
     if (in_registers && element_bytes < 8 && n * element_bytes / 16 <= plan.threads * plan.vectors) return plan;
   if (n <= 1024) return {32, 0};
   if (n <= 8192) return {128, 0};
-  return {element_bytes == 8 || n * element_bytes <= shared_for_rows(limits, 2) ? 512 : 1024, 0};
+  const bool fills_half = keeps && n * element_bytes > shared_for_rows(limits, 2);
+  return {fills_half && element_bytes < 8 ? 1024 : 512, 0};
 }
 
 // Vectors of each row that a block of `rows` keeps in shared memory, `bytes` each.

@@ -15,11 +15,14 @@ template <int kRowThreads>
 constexpr int kBlockThreads = kRowThreads > 32 ? kRowThreads : kSmallBlock;
 template <int kRowThreads>
 constexpr int kRowsPerBlock = kBlockThreads<kRowThreads> / kRowThreads;
-// Registers for so many threads of a multiprocessor: half as many where arithmetic in double or the row itself takes
-// twice as many of them.
+// Registers for so many threads of a multiprocessor; arithmetic in double takes twice as many of them, and a row that
+// is held there some, too.
 template <class T, int kRowThreads, int kVectors = 0>
-constexpr int kBlocksAtLeast =
-    kResidentThreads / (std::is_same_v<T, double> || kVectors > 8 ? 2 : 1) / kBlockThreads<kRowThreads>;
+constexpr int kBlocksAtLeast = kResidentThreads *
+                               (std::is_same_v<T, double> || kVectors > 8 ? 2
+                                : kVectors > 0                            ? 3
+                                                                          : 4) /
+                               4 / kBlockThreads<kRowThreads>;
 
 template <int kRowThreads>
 __device__ inline int64_t first_row() {
@@ -102,7 +105,8 @@ __device__ inline void map_row(const Row& row, T* y, int64_t stride, const F& f)
 
 // ---- a row in registers ---------------------------------------------------------------------------------------------
 
-// All loads are under way before the first element is used.
+// All loads are under way before the first element is used. Vectors stay in four registers: were it for the compiler,
+// it would keep what a walk has made of them for the next walk, in 16 or 32.
 template <int kRowThreads, class T, int kVectors>
 class RegisterRow : public RowShape<kRowThreads, T> {
   using Shape = RowShape<kRowThreads, T>;
@@ -116,7 +120,7 @@ class RegisterRow : public RowShape<kRowThreads, T> {
   __device__ void load() {
 #pragma unroll
     for (int j = 0; j < kVectors; ++j)
-      if (has(j)) v_[j] = load_vec(x_ + this->first(number(j)));
+      if (has(j)) raw_[j] = load16(x_ + this->first(number(j)));
 #pragma unroll
     for (int j = 0; j < kLoose; ++j)
       if (const int64_t i = this->loose(number(j)); i >= 0) loose_[j] = x_[i];
@@ -126,8 +130,13 @@ class RegisterRow : public RowShape<kRowThreads, T> {
   template <class Vector, class Scalar>
   __device__ void read(bool, const Vector& vector, const Scalar& scalar) const {
 #pragma unroll
-    for (int j = 0; j < kVectors; ++j)
-      if (has(j)) vector(this->first(number(j)), v_[j]);
+    for (int j = 0; j < kVectors; ++j) {
+      union {
+        uint4 raw;
+        Vec<T> elements;
+      } u = {unseen(raw_[j])};
+      if (has(j)) vector(this->first(number(j)), u.elements);
+    }
 #pragma unroll
     for (int j = 0; j < kLoose; ++j)
       if (const int64_t i = this->loose(number(j)); i >= 0) scalar(i, loose_[j]);
@@ -153,7 +162,7 @@ class RegisterRow : public RowShape<kRowThreads, T> {
   __device__ bool has(int j) const { return number(j) < this->vectors; }
 
   const T* x_;
-  Vec<T> v_[kVectors];
+  uint4 raw_[kVectors];
   T loose_[kLoose];
 };
 
@@ -236,7 +245,7 @@ class KeptRow : public RowShape<kRowThreads, T> {
   template <class Scalar>
   __device__ void walk_others(const Scalar& scalar) const {
     if constexpr (kRowThreads == 1) {
-      constexpr int kGroup = 8;  // under way together
+      constexpr int kGroup = kLoads;  // under way together
       int64_t i = 0;
       for (; i + kGroup <= this->n; i += kGroup) {
         T group[kGroup];
@@ -283,10 +292,10 @@ struct PlanOf {
   static constexpr int kThreads = kThreads_, kVectors = kVectors_;
 };
 
-// Calls f(PlanOf<threads, vectors>) for the plan of rows of n elements of T.
-template <class T, bool kRegisters, class F>
+// Calls f(PlanOf<threads, vectors>) for the plan of rows of n elements of T. kKeeps: in shared memory.
+template <class T, bool kRegisters, bool kKeeps = true, class F>
 void with_plan(int64_t n, bool contiguous, const F& f) {
-  const RowPlan plan = plan_row(device_limits(), n, sizeof(T), contiguous, kRegisters);
+  const RowPlan plan = plan_row(device_limits(), n, sizeof(T), contiguous, kRegisters, kKeeps);
   const auto is = [&](int threads, int vectors) { return plan.threads == threads && plan.vectors == vectors; };
   if constexpr (kRegisters && !std::is_same_v<T, double>) {
     if (is(4, 2)) return f(PlanOf<4, 2>());
@@ -298,7 +307,7 @@ void with_plan(int64_t n, bool contiguous, const F& f) {
     if (is(32, 0)) return f(PlanOf<32, 0>());
     if (is(128, 0)) return f(PlanOf<128, 0>());
   }
-  if constexpr (!std::is_same_v<T, double>)
+  if constexpr (kKeeps && !std::is_same_v<T, double>)
     if (is(1024, 0)) return f(PlanOf<1024, 0>());
   if (is(512, 0)) return f(PlanOf<512, 0>());
   f(PlanOf<1, 0>());
