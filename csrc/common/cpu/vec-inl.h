@@ -178,8 +178,8 @@ inline void store_one(T* p, float x) {
 
 // ---- arithmetic ---------------------------------------------------------------------------------------------------
 
-// The larger and the smaller of a and b, and b where either is NaN. Comparison and choice would be one instruction, too,
-// but not after the compiler has turned a comparison with a constant around.
+// The larger and the smaller of a and b, and b where either is NaN. Comparison and choice would be one instruction,
+// too, but not after the compiler has turned a comparison with a constant around.
 #if TSE_ISA == 2
 inline VecF vmin(VecF a, VecF b) { return (VecF)_mm512_min_ps((__m512)a, (__m512)b); }
 inline VecD vmin(VecD a, VecD b) { return (VecD)_mm512_min_pd((__m512d)a, (__m512d)b); }
