@@ -2,12 +2,12 @@
 //
 // torch.ops parses arguments by schema, which costs as much as a small operator. For plain tensors a function of this
 // module calls the same operator handle directly; whatever else comes (tensor subclasses, modes) is answered with
-// NotImplemented, and the Python function takes torch.ops.
+// NotImplemented, and the Python function takes torch.ops. What needs torch's Python headers, which take five seconds
+// to compile, is in python.cpp.
 #pragma once
-#include <ATen/PythonTorchFunctionTLS.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
+#include <Python.h>
 
+#include <memory>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -22,12 +22,24 @@ std::vector<PyMethodDef>& python_methods();
 
 namespace impl {
 
+bool is_tensor(PyObject* o);  // of no subclass
+const at::Tensor& tensor_of(PyObject* o);
+PyObject* to_python(at::Tensor t);
+[[noreturn]] void throw_python_error();
+// call(args), with C++ exceptions made Python's; NotImplemented under a mode of torch functions.
+PyObject* guarded(PyObject* (*call)(PyObject* const* args), PyObject* const* args);
+
+struct NoGil {
+  PyThreadState* const state = PyEval_SaveThread();
+  ~NoGil() { PyEval_RestoreThread(state); }
+};
+
 template <class T>
 struct FromPython;
 template <>
 struct FromPython<at::Tensor> {
-  static bool check(PyObject* o) { return THPVariable_CheckExact(o); }
-  static const at::Tensor& convert(PyObject* o) { return THPVariable_Unpack(o); }
+  static bool check(PyObject* o) { return is_tensor(o); }
+  static const at::Tensor& convert(PyObject* o) { return tensor_of(o); }
 };
 template <>
 struct FromPython<int64_t> {
@@ -38,7 +50,7 @@ struct FromPython<int64_t> {
   }
   static int64_t convert(PyObject* o) {
     const int64_t value = PyLong_AsLongLong(o);
-    if (value == -1 && PyErr_Occurred()) throw python_error();
+    if (value == -1 && PyErr_Occurred()) throw_python_error();
     return value;
   }
 };
@@ -63,20 +75,18 @@ struct FromPython<std::string_view> {
   static std::string_view convert(PyObject* o) {
     Py_ssize_t size = 0;
     const char* text = PyUnicode_AsUTF8AndSize(o, &size);
-    if (text == nullptr) throw python_error();
+    if (text == nullptr) throw_python_error();
     return {text, static_cast<size_t>(size)};
   }
 };
 
-inline PyObject* to_python(at::Tensor t) { return THPVariable_Wrap(std::move(t)); }
-
 template <class... T>
 PyObject* to_python(std::tuple<T...> results) {
-  const pybind11::object tuple = pybind11::reinterpret_steal<pybind11::object>(PyTuple_New(sizeof...(T)));
-  if (!tuple) throw python_error();
+  std::unique_ptr<PyObject, decltype(&Py_DecRef)> tuple(PyTuple_New(sizeof...(T)), Py_DecRef);
+  if (tuple == nullptr) throw_python_error();
   Py_ssize_t i = 0;
-  std::apply([&](auto&... r) { (PyTuple_SET_ITEM(tuple.ptr(), i++, to_python(std::move(r))), ...); }, results);
-  return tuple.inc_ref().ptr();
+  std::apply([&](auto&... r) { (PyTuple_SET_ITEM(tuple.get(), i++, to_python(std::move(r))), ...); }, results);
+  return tuple.release();
 }
 
 // Operator<kernel> as a function of positional arguments.
@@ -84,6 +94,11 @@ template <auto kernel, class Signature = typename Operator<kernel>::Signature>
 struct PythonFunction;
 template <auto kernel, class Result, class... Args>
 struct PythonFunction<kernel, Result(Args...)> {
+  static PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
+    if (count != sizeof...(Args)) Py_RETURN_NOTIMPLEMENTED;
+    return guarded([](PyObject* const* args) { return call_operator(args, std::index_sequence_for<Args...>()); }, args);
+  }
+
   template <size_t... I>
   static PyObject* call_operator(PyObject* const* args, std::index_sequence<I...>) {
     if (!(FromPython<Bare<Args>>::check(args[I]) && ...)) Py_RETURN_NOTIMPLEMENTED;
@@ -92,17 +107,10 @@ struct PythonFunction<kernel, Result(Args...)> {
     const auto& op = Operator<kernel>::handle();
     Result result;
     {
-      const pybind11::gil_scoped_release no_gil;
+      const NoGil no_gil;
       result = op.call(std::get<I>(values)...);
     }
     return to_python(std::move(result));
-  }
-
-  static PyObject* call(PyObject*, PyObject* const* args, Py_ssize_t count) {
-    HANDLE_TH_ERRORS
-    if (count != sizeof...(Args) || at::impl::torch_function_mode_enabled()) Py_RETURN_NOTIMPLEMENTED;
-    return call_operator(args, std::index_sequence_for<Args...>());
-    END_HANDLE_TH_ERRORS
   }
 };
 

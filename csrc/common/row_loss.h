@@ -1,8 +1,9 @@
-// The form of the losses of rows, loss(input, target, options): how a call is differentiated. [torch]
+// The form of what reads rows and targets, f(input, target, options): how a call is differentiated. [torch]
 //
-// First derivatives come from the loss's kernels. Where grad_output is one number, the gradient is computed in forward
-// for the grad_output that is guessed (gradient_guess.h), and handed out in backward where the guess was right.
-// A loss is a struct:
+// First derivatives come from the operator's kernels, others from a composition of torch's operators. RowResults is for
+// several results; RowLoss for a loss alone: where grad_output is one number, its gradient is computed in forward for
+// the grad_output that is guessed (gradient_guess.h), and handed out in backward where the guess was right. A loss is a
+// struct:
 //
 //   struct Loss {
 //     using Options;  // a struct of options with `reduction`, saved() and from_saved(saved, weight)
@@ -19,12 +20,26 @@
 //     // Where options are differentiated, which only the composition can.
 //     static bool needs_composition(target, options);
 //   };
+//
+// and several results are another:
+//
+//   struct Results {
+//     using Options;
+//     static constexpr size_t kSaved;  // input, target and what forward saves
+//     static RowForward forward(input, target, options);
+//     // The gradients of input and target where they are `wanted`. grad_outputs that are undefined are 0.
+//     static variable_list backward(grad_outputs, saved, options, std::array<bool, 2> wanted);
+//     static variable_list composed(…);  // as above
+//   };
 #pragma once
 #include <ATen/SavedTensorHooks.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <algorithm>
+#include <array>
 #include <optional>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 
 #include "common/autograd.h"
@@ -36,20 +51,22 @@
 
 namespace tse {
 
-template <class Loss>
-struct RowLoss {
+template <class Options, class = void>
+constexpr bool kHasWeight = false;
+template <class Options>
+constexpr bool kHasWeight<Options, std::void_t<decltype(&Options::weight)>> = true;
+
+// What both share; Op is a Loss or Results.
+template <class Op>
+struct RowForm {
   using AutogradContext = torch::autograd::AutogradContext;
   using variable_list = torch::autograd::variable_list;
-  using Options = typename Loss::Options;
-
-  static GradientGuess& guess_for(std::string_view reduction) {
-    static GradientGuess mean, sum;
-    return reduction == "mean" ? mean : sum;
-  }
+  using Options = typename Op::Options;
 
   // tensors: input, target, statistics, and what else backward needs.
   static void save(AutogradContext* ctx, const Options& options, variable_list tensors) {
-    if (options.weight.has_value()) tensors.push_back(*options.weight);
+    if constexpr (kHasWeight<Options>)
+      if (options.weight.has_value()) tensors.push_back(*options.weight);
     ctx->save_for_backward(std::move(tensors));
     ctx->saved_data["options"] = options.saved();
   }
@@ -64,8 +81,70 @@ struct RowLoss {
     variable_list inputs(2);
     for (size_t i = 0; i < 2; ++i)
       if (ctx->needs_input_grad(i)) inputs[i] = saved[i];
-    const auto outputs = Loss::composed(saved[0], saved[1], options, grad_outputs.size(), saved[2]);
+    const auto outputs = Op::composed(saved[0], saved[1], options, grad_outputs.size(), saved[2]);
     return differentiable_gradients(outputs, grad_outputs, inputs);
+  }
+};
+
+// What a forward makes. Results without a gradient are not the outputs of an autograd function: compiled autograd
+// cannot mark them so.
+struct RowForward {
+  torch::autograd::variable_list differentiable, others;
+  torch::autograd::variable_list saved;  // statistics, and what else backward needs beside input and target
+};
+
+template <class Results>
+struct RowResults : RowForm<Results> {
+  using typename RowForm<Results>::AutogradContext;
+  using typename RowForm<Results>::variable_list;
+  using typename RowForm<Results>::Options;
+
+  struct Function : torch::autograd::Function<Function> {
+    static constexpr bool is_traceable = true;
+
+    static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
+                                 const Options& options, variable_list* others) {
+      RowForward r = Results::forward(input, target, options);
+      *others = std::move(r.others);
+      r.saved.insert(r.saved.begin(), {input, target});
+      RowResults::save(ctx, options, std::move(r.saved));
+      ctx->set_materialize_grads(false);
+      return r.differentiable;
+    }
+
+    static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
+      const auto saved = ctx->get_saved_variables();
+      const Options options = RowResults::saved_options(ctx, saved, Results::kSaved);
+      const auto is_defined = [](const at::Tensor& g) { return g.defined(); };
+      const bool any = std::any_of(grad_outputs.begin(), grad_outputs.end(), is_defined);
+      variable_list gradients;
+      if (any && at::GradMode::is_enabled())  // somebody will differentiate these gradients
+        gradients = RowResults::composed_gradients(ctx, saved, options, grad_outputs);
+      else if (any)
+        gradients =
+            Results::backward(grad_outputs, saved, options, {ctx->needs_input_grad(0), ctx->needs_input_grad(1)});
+      gradients.resize(4);
+      return gradients;
+    }
+  };
+
+  // The differentiable results, then the others.
+  static variable_list apply(const at::Tensor& input, const at::Tensor& target, const Options& options) {
+    variable_list others, results = Function::apply(input, target, options, &others);
+    results.insert(results.end(), others.begin(), others.end());
+    return results;
+  }
+};
+
+template <class Loss>
+struct RowLoss : RowForm<Loss> {
+  using typename RowForm<Loss>::AutogradContext;
+  using typename RowForm<Loss>::variable_list;
+  using typename RowForm<Loss>::Options;
+
+  static GradientGuess& guess_for(std::string_view reduction) {
+    static GradientGuess mean, sum;
+    return reduction == "mean" ? mean : sum;
   }
 
   struct Function : torch::autograd::Function<Function> {
@@ -82,23 +161,23 @@ struct RowLoss {
       if (on_device || guess.has_value()) {
         const at::AutoDispatchBelowADInplaceOrView below_autograd;
         const auto r = Loss::forward_backward(input, target, options, guess);
-        save(ctx, options, {input, target, r.stats});
+        RowLoss::save(ctx, options, {input, target, r.stats});
         if (guess.has_value()) ctx->saved_data["guess"] = *guess;
         if (r.grad_input.defined()) ctx->saved_data["grad_input"] = r.grad_input;
         return r.loss;
       }
       auto [loss, stats] = Loss::Forward::call(input, target, options);
-      save(ctx, options, {input, target, stats});
+      RowLoss::save(ctx, options, {input, target, stats});
       return loss;
     }
 
     static variable_list backward(AutogradContext* ctx, variable_list grad_outputs) {
       const auto saved = ctx->get_saved_variables();
-      const Options options = saved_options(ctx, saved, 3);
+      const Options options = RowLoss::saved_options(ctx, saved, 3);
       const at::Tensor &g = grad_outputs[0], &input = saved[0], &target = saved[1], &stats = saved[2];
       variable_list gradients(3);
       if (at::GradMode::is_enabled()) {  // somebody will differentiate this gradient
-        gradients = composed_gradients(ctx, saved, options, grad_outputs);
+        gradients = RowLoss::composed_gradients(ctx, saved, options, grad_outputs);
         gradients.resize(3);
         return gradients;
       }

@@ -10,6 +10,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <array>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -115,34 +116,20 @@ using Loss = RowLoss<CrossEntropy>;
 
 // ---- with metrics ---------------------------------------------------------------------------------------------------
 
-struct CrossEntropyMetrics : torch::autograd::Function<CrossEntropyMetrics> {
-  static constexpr bool is_traceable = true;
+// Loss, z-loss in it, lse; accuracy, predictions.
+struct CrossEntropyMetrics {
+  using Options = CrossEntropyOptions;
+  static constexpr size_t kSaved = 4;  // input, target, stats, lse
 
-  // Results without a gradient are not the function's outputs: compiled autograd cannot mark them so.
-  struct Others {
-    at::Tensor accuracy, predictions;
-  };
-
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& target,
-                               const Options& options, Others* others) {
+  static RowForward forward(const at::Tensor& input, const at::Tensor& target, const Options& options) {
     const auto [loss, stats, z_loss, lse, accuracy, predictions] =
         Operator<cross_entropy_metrics_forward>::call(input, target, options);
-    *others = {accuracy, predictions};
-    Loss::save(ctx, options, {input, target, stats, lse});
-    ctx->set_materialize_grads(false);
-    return {loss, z_loss, lse};
+    return {{loss, z_loss, lse}, {accuracy, predictions}, {stats, lse}};
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
-    const Options options = Loss::saved_options(ctx, saved, 4);
-    const at::Tensor &input = saved[0], &target = saved[1], &lse = saved[3];
-    if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return {{}, {}, {}, {}};
-    if (at::GradMode::is_enabled()) {
-      variable_list gradients = Loss::composed_gradients(ctx, saved, options, grads);
-      gradients.resize(4);
-      return gradients;
-    }
+  static variable_list backward(const variable_list& grads, const variable_list& saved, const Options& options,
+                                std::array<bool, 2> wanted) {
+    const at::Tensor &input = saved[0], &target = saved[1], &stats = saved[2], &lse = saved[3];
     const at::Tensor g = grads[0].defined()            ? grads[0]
                          : options.reduction == "none" ? at::zeros_like(lse)
                                                        : at::zeros({}, lse.options());
@@ -150,14 +137,16 @@ struct CrossEntropyMetrics : torch::autograd::Function<CrossEntropyMetrics> {
     if (grads[2].defined()) grad_lse = grads[2];
     if (grads[1].defined() && options.z_loss_weight != 0) {
       at::Tensor of_z = lse * grads[1] * (2 * options.z_loss_weight);
-      if (options.reduction == "mean") of_z = of_z / saved[2][1].to(of_z.scalar_type());
+      if (options.reduction == "mean") of_z = of_z / stats[1].to(of_z.scalar_type());
       grad_lse = grad_lse.has_value() ? *grad_lse + of_z : of_z;
     }
-    at::Tensor grad_input, grad_target;
-    if (ctx->needs_input_grad(1)) grad_target = target_gradient(g, input, target, saved[2], options);
-    if (ctx->needs_input_grad(0)) grad_input = call_backward(g, grad_lse, input, target, saved[2], options);
-    return {grad_input, grad_target, {}, {}};
+    variable_list gradients(2);
+    if (wanted[0]) gradients[0] = call_backward(g, grad_lse, input, target, stats, options);
+    if (wanted[1]) gradients[1] = target_gradient(g, input, target, stats, options);
+    return gradients;
   }
+
+  static constexpr auto composed = tse::composed;
 };
 
 // The gradient edge of logits that were overwritten: whoever computes with them afterwards learns it in backward.
@@ -264,9 +253,8 @@ FiveTensors with_metrics_autograd(const at::Tensor& input, const at::Tensor& tar
   }
   const GradientPath path = Loss::path(input, target, options);
   if (path == GradientPath::kFused) {
-    CrossEntropyMetrics::Others others;
-    const variable_list r = CrossEntropyMetrics::apply(input, target, options, &others);
-    return {r[0], r[1], r[2], others.accuracy, others.predictions};
+    const variable_list r = RowResults<CrossEntropyMetrics>::apply(input, target, options);
+    return {r[0], r[1], r[2], r[3], r[4]};
   }
   const auto [loss, stats, z_loss, lse, accuracy, predictions] =
       Operator<cross_entropy_metrics_forward>::call(input.detach(), target.detach(), options);

@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
       };
       if constexpr (kVectors > 0) {
         A max = -infinity<A>();
-        logits_of_row.maxima([&](A of_vector) { max = fmax(of_vector, max); });
+        maxima(logits_of_row, [&](A of_vector) { max = fmax(of_vector, max); });
         max = lanes_reduce<(kRowThreads < 32 ? kRowThreads : 32)>(max, [](A a, A b) { return a > b ? a : b; });
         s.set(max, logits.margin);
       }

@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <array>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -17,12 +18,12 @@
 #include "common/host.h"
 #include "common/operator.h"
 #include "common/python.h"
+#include "common/row_loss.h"
 #include "common/targets.h"
 
 namespace tse {
 namespace {
 
-using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using TwoTensors = std::tuple<at::Tensor, at::Tensor>;
 using ThreeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
@@ -39,6 +40,12 @@ struct Options {
 
   static constexpr const char* kSchema = "float temperature=1.0, float? softcap=None";
   auto fields() const { return std::tie(temperature, softcap); }
+
+  c10::IValue saved() const { return std::make_tuple(temperature, softcap); }
+  static Options from_saved(const c10::IValue& saved, const at::Tensor&) {
+    const auto [temperature, softcap] = saved.to<std::tuple<double, std::optional<double>>>();
+    return {temperature, softcap};
+  }
 };
 
 // ---- the host: checks, allocation, rows of the CPU or the CUDA launcher ---------------------------------------------
@@ -170,41 +177,33 @@ variable_list composed(const at::Tensor& input, const at::Tensor& index, bool en
   return r;
 }
 
-struct SelectiveLogSoftmax : torch::autograd::Function<SelectiveLogSoftmax> {
-  static constexpr bool is_traceable = true;
+template <bool kEntropy>
+struct SelectiveLogSoftmax {
+  using Options = tse::Options;
+  static constexpr size_t kSaved = 3;  // input, index, stats
 
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& index, bool entropy,
-                               const Options& options) {
-    const auto [logp, h, stats] = Operator<tse::forward>::call(input, index, entropy, options);
-    ctx->save_for_backward({input, index, stats});
-    ctx->saved_data["options"] = std::make_tuple(entropy, options.temperature, options.softcap);
-    ctx->set_materialize_grads(false);
-    return entropy ? variable_list{logp, h} : variable_list{logp};
+  static RowForward forward(const at::Tensor& input, const at::Tensor& index, const Options& options) {
+    const auto [logp, h, stats] = Operator<tse::forward>::call(input, index, kEntropy, options);
+    return {kEntropy ? variable_list{logp, h} : variable_list{logp}, {}, {stats}};
   }
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
-    const auto [entropy, temperature, softcap] =
-        ctx->saved_data["options"].to<std::tuple<bool, double, std::optional<double>>>();
-    const Options options{temperature, softcap};
+  static variable_list backward(variable_list grads, const variable_list& saved, const Options& options,
+                                std::array<bool, 2>) {
     grads.resize(2);
-    if (!grads[0].defined() && !grads[1].defined()) return variable_list(4);
-    at::Tensor grad_input;
-    if (at::GradMode::is_enabled()) {  // somebody will differentiate this gradient
-      const variable_list outputs = composed(saved[0], saved[1], entropy, options);
-      grad_input = differentiable_gradients(outputs, grads, {saved[0]})[0];
-    } else {
-      const auto optional = [](const at::Tensor& g) { return g.defined() ? OptionalTensor(g) : std::nullopt; };
-      grad_input =
-          Operator<tse::backward>::call(optional(grads[0]), optional(grads[1]), saved[0], saved[1], saved[2], options);
-    }
-    return {grad_input, {}, {}, {}};
+    const auto optional = [](const at::Tensor& g) { return g.defined() ? OptionalTensor(g) : std::nullopt; };
+    const auto g = optional(grads[0]), g_entropy = optional(grads[1]);
+    return {Operator<tse::backward>::call(g, g_entropy, saved[0], saved[1], saved[2], options)};
+  }
+
+  static variable_list composed(const at::Tensor& input, const at::Tensor& index, const Options& options, size_t,
+                                const at::Tensor&) {
+    return tse::composed(input, index, kEntropy, options);
   }
 };
 
 at::Tensor log_probability_autograd(const at::Tensor& input, const at::Tensor& index, const Options& options) {
   const GradientPath path = gradient_path(input);
-  if (path == GradientPath::kFused) return SelectiveLogSoftmax::apply(input, index, false, options)[0];
+  if (path == GradientPath::kFused) return RowResults<SelectiveLogSoftmax<false>>::apply(input, index, options)[0];
   if (path == GradientPath::kComposed) return composed(input, index, false, options)[0];
   return Operator<log_probability>::call(input, index, options);
 }
@@ -212,8 +211,9 @@ at::Tensor log_probability_autograd(const at::Tensor& input, const at::Tensor& i
 TwoTensors with_entropy_autograd(const at::Tensor& input, const at::Tensor& index, const Options& options) {
   const GradientPath path = gradient_path(input);
   if (path == GradientPath::kNone) return Operator<with_entropy>::call(input, index, options);
-  const variable_list r = path == GradientPath::kFused ? SelectiveLogSoftmax::apply(input, index, true, options)
-                                                       : composed(input, index, true, options);
+  const variable_list r = path == GradientPath::kFused
+                              ? RowResults<SelectiveLogSoftmax<true>>::apply(input, index, options)
+                              : composed(input, index, true, options);
   return {r[0], r[1]};
 }
 

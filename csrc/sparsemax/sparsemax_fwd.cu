@@ -80,11 +80,11 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
     Row<T, kRowThreads, kVectors, 2> row(x, p.rows.n, p.rows.stride_n);
     row.load();
     A max = -infinity<A>();
-    row.maxima([&](A of_vector) { max = larger(of_vector, max); });
+    maxima(row, [&](A of_vector) { max = larger(of_vector, max); });
     const A m = reference_point(row_reduce<kRowThreads>(max, turn, [](A a, A b) { return larger(a, b); }));
     Threshold<A> tau;
     if constexpr (kRowThreads > 1)
-      newton<kRowThreads, S>([&](const auto& add) { row.maxima([&](A of_vector) { add(of_vector - m, true); }); }, tau,
+      newton<kRowThreads, S>([&](const auto& add) { maxima(row, [&](A of_vector) { add(of_vector - m, true); }); }, tau,
                              turn);
     newton<kRowThreads, S>(
         [&](const auto& add) {

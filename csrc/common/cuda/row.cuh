@@ -90,6 +90,12 @@ struct RowShape {
   }
 };
 
+// Calls f(the largest element, NaN aside) of each vector and of head and tail.
+template <class Row, class F>
+__device__ inline void maxima(const Row& row, const F& f) {
+  row.read(true, [&](int64_t, const auto& elements) { f(max_of(elements)); }, [&](int64_t, auto v) { f(to_acc(v)); });
+}
+
 // y[i] = f(i, x[i]) of a row with map_vectors.
 template <class Row, class T, class F>
 __device__ inline void map_row(const Row& row, T* y, int64_t stride, const F& f) {
@@ -142,12 +148,6 @@ class RegisterRow : public RowShape<kRowThreads, T> {
       if (const int64_t i = this->loose(number(j)); i >= 0) scalar(i, loose_[j]);
   }
 
-  // f(the largest element, NaN aside) of each vector and of head and tail.
-  template <class F>
-  __device__ void maxima(const F& f) const {
-    read(true, [&](int64_t, const Vec<T>& elements) { f(max_of(elements)); }, [&](int64_t, T v) { f(to_acc(v)); });
-  }
-
   // y = vector(i, 16 bytes at element i), y[i] = scalar(i, x[i]); y is written by 16 bytes where it is aligned as x is.
   template <class Vector, class Scalar>
   __device__ void map_vectors(T* y, int64_t, const Vector& vector, const Scalar& scalar) const {
@@ -194,12 +194,6 @@ class KeptRow : public RowShape<kRowThreads, T> {
       vector(this->first(v), elements);
     });
     walk_others(scalar);
-  }
-
-  // Walks that are repeated, of rows of which nothing is kept.
-  template <class F>
-  __device__ void maxima(const F& f) const {
-    read(true, [&](int64_t, const Vec<T>& elements) { f(max_of(elements)); }, [&](int64_t, T v) { f(to_acc(v)); });
   }
 
   // The last walk, as RegisterRow's. y may be x.
