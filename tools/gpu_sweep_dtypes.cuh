@@ -6,13 +6,13 @@
 #ifdef __NVCC__
 #pragma nv_diag_suppress 177  // what only the other types call is not used
 #endif
-#undef TSE_LAUNCH_BY_DTYPE
-#define TSE_LAUNCH_BY_DTYPE(p, launcher, ...)      \
-  switch ((p).dtype) {                             \
-    case DType::kFloat32:                          \
-      return launcher<float>(__VA_ARGS__);         \
-    case DType::kBFloat16:                         \
-      return launcher<__nv_bfloat16>(__VA_ARGS__); \
-    default:                                       \
-      break;                                       \
+#undef TSE_BY_DTYPE
+#define TSE_BY_DTYPE(dtype, function, ...)    \
+  switch (dtype) {                            \
+    case DType::kFloat32:                     \
+      return function<float>(__VA_ARGS__);    \
+    case DType::kBFloat16:                    \
+      return function<BFloat16>(__VA_ARGS__); \
+    default:                                  \
+      break;                                  \
   }

@@ -20,16 +20,11 @@
 //     // Where options are differentiated, which only the composition can.
 //     static bool needs_composition(target, options);
 //   };
-//
-// and several results are another:
-//
-//   struct Results {
-//     using Options;
+//   struct Results {  // with Options and composed as above
 //     static constexpr size_t kSaved;  // input, target and what forward saves
 //     static RowForward forward(input, target, options);
 //     // The gradients of input and target where they are `wanted`. grad_outputs that are undefined are 0.
 //     static variable_list backward(grad_outputs, saved, options, std::array<bool, 2> wanted);
-//     static variable_list composed(…);  // as above
 //   };
 #pragma once
 #include <ATen/SavedTensorHooks.h>
@@ -43,7 +38,6 @@
 #include <utility>
 
 #include "common/autograd.h"
-#include "common/composed.h"
 #include "common/gradient_guess.h"
 #include "common/host.h"
 #include "common/operator.h"
@@ -86,11 +80,10 @@ struct RowForm {
   }
 };
 
-// What a forward makes. Results without a gradient are not the outputs of an autograd function: compiled autograd
-// cannot mark them so.
+// `others` are no outputs of the autograd function: compiled autograd cannot mark them as without a gradient. `saved`:
+// statistics, and what else backward needs beside input and target.
 struct RowForward {
-  torch::autograd::variable_list differentiable, others;
-  torch::autograd::variable_list saved;  // statistics, and what else backward needs beside input and target
+  torch::autograd::variable_list differentiable, others, saved;
 };
 
 template <class Results>

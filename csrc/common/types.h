@@ -12,6 +12,19 @@ namespace tse {
 
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
+// return function<T>(…) for the storage type of `dtype`, by the names that CPU rows and CUDA kernels have for it.
+#define TSE_BY_DTYPE(dtype, function, ...)    \
+  switch (dtype) {                            \
+    case DType::kFloat32:                     \
+      return function<float>(__VA_ARGS__);    \
+    case DType::kFloat64:                     \
+      return function<double>(__VA_ARGS__);   \
+    case DType::kFloat16:                     \
+      return function<Half>(__VA_ARGS__);     \
+    case DType::kBFloat16:                    \
+      return function<BFloat16>(__VA_ARGS__); \
+  }
+
 enum class Reduction : int32_t { kNone, kMean, kSum };  // the codes of at::Reduction
 
 // A tensor seen as `outer × n × inner`: one row is the n elements along the operator's dimension, and row r lies at

@@ -19,7 +19,6 @@
 
 #include "common/autograd.h"
 #include "common/check.h"
-#include "common/composed.h"
 #include "common/host.h"
 #include "common/python.h"
 #include "common/row_loss.h"

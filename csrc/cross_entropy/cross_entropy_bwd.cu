@@ -100,10 +100,10 @@ void launch_rescale(const CrossEntropyParams& p, cudaStream_t stream) {
 }  // namespace
 
 void launch_cross_entropy_bwd(const CrossEntropyParams& p, cudaStream_t stream) {
-  TSE_LAUNCH_BY_DTYPE(p, launch_bwd, p, stream)
+  TSE_BY_DTYPE(p.dtype, launch_bwd, p, stream)
 }
 void launch_cross_entropy_rescale(const CrossEntropyParams& p, cudaStream_t stream) {
-  TSE_LAUNCH_BY_DTYPE(p, launch_rescale, p, stream)
+  TSE_BY_DTYPE(p.dtype, launch_rescale, p, stream)
 }
 
 }  // namespace tse

@@ -210,6 +210,6 @@ void walk_type(const CrossEntropyParams& p, int64_t begin, int64_t end) {
 }
 
 void cross_entropy_rows(const CrossEntropyParams& p, int64_t begin, int64_t end) {
-  TSE_EACH_DTYPE(walk_type, p, begin, end)
+  TSE_BY_DTYPE(p.dtype, walk_type, p, begin, end)
 }
 #endif

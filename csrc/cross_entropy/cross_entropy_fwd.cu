@@ -337,7 +337,7 @@ void launch_fwd(const CrossEntropyParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t cross_entropy_scratch(const CrossEntropyParams& p) { TSE_LAUNCH_BY_DTYPE(p, scratch, p) return 0; }
+int64_t cross_entropy_scratch(const CrossEntropyParams& p) { TSE_BY_DTYPE(p.dtype, scratch, p) return 0; }
 
 CrossEntropyState* cross_entropy_state(cudaStream_t stream) {
   static StreamStates<CrossEntropyState, kStates> of_streams([] { return device_address(states); });
@@ -345,7 +345,7 @@ CrossEntropyState* cross_entropy_state(cudaStream_t stream) {
 }
 
 void launch_cross_entropy_fwd(const CrossEntropyParams& p, cudaStream_t stream) {
-  TSE_LAUNCH_BY_DTYPE(p, launch_fwd, p, stream)
+  TSE_BY_DTYPE(p.dtype, launch_fwd, p, stream)
 }
 
 }  // namespace tse

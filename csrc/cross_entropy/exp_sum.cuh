@@ -1,6 +1,5 @@
 // Σ exp over the classes of a row but for the own one: forward's statistics. [CUDA]
 #pragma once
-#include "common/cuda/compensated.cuh"
 #include "common/cuda/logits.cuh"
 
 namespace tse {

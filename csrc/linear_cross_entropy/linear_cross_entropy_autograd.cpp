@@ -17,7 +17,6 @@
 #include <vector>
 
 #include "common/autograd.h"
-#include "common/composed.h"
 #include "common/python.h"
 #include "linear_cross_entropy/linear_cross_entropy_host.h"
 

@@ -14,7 +14,6 @@
 #include <tuple>
 
 #include "common/autograd.h"
-#include "common/composed.h"
 #include "common/host.h"
 #include "common/operator.h"
 #include "common/python.h"

@@ -68,7 +68,7 @@ void launch_bwd(const SelectiveLogSoftmaxParams& p, cudaStream_t stream) {
 }  // namespace
 
 void launch_selective_log_softmax_bwd(const SelectiveLogSoftmaxParams& p, cudaStream_t stream) {
-  TSE_LAUNCH_BY_DTYPE(p, launch_bwd, p, stream)
+  TSE_BY_DTYPE(p.dtype, launch_bwd, p, stream)
 }
 
 }  // namespace tse

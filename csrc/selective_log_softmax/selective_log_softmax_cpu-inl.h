@@ -204,9 +204,9 @@ void bwd(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end) {
 }
 
 void selective_log_softmax_fwd_rows(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end) {
-  TSE_EACH_DTYPE(fwd, p, begin, end)
+  TSE_BY_DTYPE(p.dtype, fwd, p, begin, end)
 }
 void selective_log_softmax_bwd_rows(const SelectiveLogSoftmaxParams& p, int64_t begin, int64_t end) {
-  TSE_EACH_DTYPE(bwd, p, begin, end)
+  TSE_BY_DTYPE(p.dtype, bwd, p, begin, end)
 }
 #endif

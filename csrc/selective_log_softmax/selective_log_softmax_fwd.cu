@@ -3,7 +3,6 @@
 // Each logit is read once: every thread keeps the sums of its part. The own class is the one that index names first; if
 // index names another one that has more than half of the probability, the row is summed once more without that, so that
 // its log-probability has all its digits.
-#include "common/cuda/compensated.cuh"
 #include "common/cuda/row.cuh"
 #include "selective_log_softmax/exponent.cuh"
 
@@ -155,7 +154,7 @@ void launch_fwd(const SelectiveLogSoftmaxParams& p, cudaStream_t stream) {
 }  // namespace
 
 void launch_selective_log_softmax_fwd(const SelectiveLogSoftmaxParams& p, cudaStream_t stream) {
-  TSE_LAUNCH_BY_DTYPE(p, launch_fwd, p, stream)
+  TSE_BY_DTYPE(p.dtype, launch_fwd, p, stream)
 }
 
 }  // namespace tse

@@ -12,11 +12,8 @@ namespace {
 
 template <class T>
 __device__ inline bool all_bits_zero(const Vec<T>& v) {
-  union {
-    Vec<T> vec;
-    uint4 raw;
-  } u = {v};
-  return (u.raw.x | u.raw.y | u.raw.z | u.raw.w) == 0;
+  const uint4 raw = bits_as<uint4>(v);
+  return (raw.x | raw.y | raw.z | raw.w) == 0;
 }
 
 template <class T, int kRowThreads, int kVectors>
@@ -90,6 +87,6 @@ void launch_bwd(const RowMapParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-void launch_sparsemax_bwd(const RowMapParams& p, cudaStream_t stream) { TSE_LAUNCH_BY_DTYPE(p, launch_bwd, p, stream) }
+void launch_sparsemax_bwd(const RowMapParams& p, cudaStream_t stream) { TSE_BY_DTYPE(p.dtype, launch_bwd, p, stream) }
 
 }  // namespace tse

@@ -189,6 +189,10 @@ void bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   });
 }
 
-void sparsemax_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) { TSE_EACH_DTYPE(fwd_rows, p, begin, end) }
-void sparsemax_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) { TSE_EACH_DTYPE(bwd_rows, p, begin, end) }
+void sparsemax_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
+  TSE_BY_DTYPE(p.dtype, fwd_rows, p, begin, end)
+}
+void sparsemax_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
+  TSE_BY_DTYPE(p.dtype, bwd_rows, p, begin, end)
+}
 #endif

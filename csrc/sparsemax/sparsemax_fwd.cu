@@ -20,10 +20,6 @@ __device__ inline float add_down(float a, float b) { return __fadd_rd(a, b); }
 __device__ inline double add_down(double a, double b) { return __dadd_rd(a, b); }
 
 template <class A>
-__device__ inline A larger(A a, A b) {
-  return a > b ? a : b;
-}
-template <class A>
 __device__ inline A reference_point(A max) {
   return max == -infinity<A>() ? A(0) : max;
 }
@@ -80,8 +76,8 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
     Row<T, kRowThreads, kVectors, 2> row(x, p.rows.n, p.rows.stride_n);
     row.load();
     A max = -infinity<A>();
-    maxima(row, [&](A of_vector) { max = larger(of_vector, max); });
-    const A m = reference_point(row_reduce<kRowThreads>(max, turn, [](A a, A b) { return larger(a, b); }));
+    maxima(row, [&](A of_vector) { max = fmax(of_vector, max); });
+    const A m = reference_point(row_reduce<kRowThreads>(max, turn, [](A a, A b) { return fmax(a, b); }));
     Threshold<A> tau;
     if constexpr (kRowThreads > 1)
       newton<kRowThreads, S>([&](const auto& add) { maxima(row, [&](A of_vector) { add(of_vector - m, true); }); }, tau,
@@ -97,10 +93,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
               [&](int64_t, T v) { add(to_acc(v) - m, true); });
         },
         tau, turn);
-    map_row(row, y, p.output_rows.stride_n, [&](int64_t, A v) {
-      const A above = tau.above(v - m);
-      return above <= 0 ? A(0) : above;  // NaN stays
-    });
+    map_row(row, y, p.output_rows.stride_n, [&](int64_t, A v) { return probability<A>(tau.above(v - m)); });
   }
 }
 
@@ -140,7 +133,7 @@ __global__ void __launch_bounds__(kRowThreads, kBlocksAtLeast<T, kRowThreads>)
   const int64_t rows = row_count(p.rows);
   const Vec<T> low = splat_vec(from_acc<T>(-infinity<A>()));
   const auto max_of_row = [&](A max) {
-    return row_reduce<kRowThreads>(max, turn, [](A a, A b) { return larger(a, b); });
+    return row_reduce<kRowThreads>(max, turn, [](A a, A b) { return fmax(a, b); });
   };
   for (int64_t index = blockIdx.x; index < rows; index += gridDim.x) {
     const T* const x = static_cast<const T*>(p.input) + row_offset(p.rows, index);
@@ -157,9 +150,9 @@ __global__ void __launch_bounds__(kRowThreads, kBlocksAtLeast<T, kRowThreads>)
     load_batch(threadIdx.x);
     const int64_t loose_at = shape.loose(int(threadIdx.x));  // there are less than 16
     const A loose = loose_at >= 0 ? to_acc(x[loose_at]) : -infinity<A>();
-    A max = larger(loose, -infinity<A>());
+    A max = fmax(loose, -infinity<A>());
 #pragma unroll
-    for (int j = 0; j < kBatch<T>; ++j) max = larger(max_of(batch[j]), max);
+    for (int j = 0; j < kBatch<T>; ++j) max = fmax(max_of(batch[j]), max);
     const A first_max = max_of_row(max);
     const A bound =
         first_max < infinity<A>() ? add_down(first_max, A(-1)) : first_max - first_max;  // NaN: none is dead
@@ -172,7 +165,7 @@ __global__ void __launch_bounds__(kRowThreads, kBlocksAtLeast<T, kRowThreads>)
         if (v < kept && (above || live.shift != 0)) cache[v] = batch[j];
         if (!above || v >= shape.vectors) continue;
         live.add(i + j);
-        max = larger(max_of(batch[j]), max);
+        max = fmax(max_of(batch[j]), max);
       }
       load_batch(v);
     }
@@ -268,6 +261,6 @@ void launch_fwd(const RowMapParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-void launch_sparsemax_fwd(const RowMapParams& p, cudaStream_t stream) { TSE_LAUNCH_BY_DTYPE(p, launch_fwd, p, stream) }
+void launch_sparsemax_fwd(const RowMapParams& p, cudaStream_t stream) { TSE_BY_DTYPE(p.dtype, launch_fwd, p, stream) }
 
 }  // namespace tse

@@ -19,7 +19,7 @@
 #include <string>
 #include <tuple>
 
-#include "common/cuda/limits.h"
+#include "common/cuda/plan.h"
 #include "executor.h"
 
 #define threadIdx (::cuda_on_host::current->thread)

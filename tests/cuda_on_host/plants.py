@@ -84,7 +84,7 @@ PLANTS = {
         ("plain", "known gradient"),
     ),
     "a-column-in-one-sum": (
-        ("common/cuda/compensated.cuh", r"^    rest \+= v - \(s - sum\);$", ""),
+        ("common/cuda/logits.cuh", r"^    rest \+= v - \(s - sum\);$", ""),
         ("plain", "gradient|loss"),
     ),
     "shared-memory-too-small": (

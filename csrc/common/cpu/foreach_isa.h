@@ -38,19 +38,6 @@
 #define TSE_ISA_X86 0
 #endif
 
-// return function<T>(…) for the storage type of p.dtype.
-#define TSE_EACH_DTYPE(function, ...)         \
-  switch (p.dtype) {                          \
-    case DType::kFloat32:                     \
-      return function<float>(__VA_ARGS__);    \
-    case DType::kFloat64:                     \
-      return function<double>(__VA_ARGS__);   \
-    case DType::kFloat16:                     \
-      return function<Half>(__VA_ARGS__);     \
-    case DType::kBFloat16:                    \
-      return function<BFloat16>(__VA_ARGS__); \
-  }
-
 #define TSE_ISA 0
 namespace tse::isa_default {
 namespace {

@@ -6,7 +6,7 @@
 #else
 #define TSE_VEC_INL_H
 #endif
-#include "common/cpu/half-inl.h"
+#include "common/cpu/vec_types-inl.h"
 
 // ---- memory -------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/cuda/limits.h"
+#include "common/cuda/plan.h"
 
 #ifdef TSE_CUDA_ON_HOST
 #include "cuda_on_host.h"

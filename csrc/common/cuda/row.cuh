@@ -136,13 +136,8 @@ class RegisterRow : public RowShape<kRowThreads, T> {
   template <class Vector, class Scalar>
   __device__ void read(bool, const Vector& vector, const Scalar& scalar) const {
 #pragma unroll
-    for (int j = 0; j < kVectors; ++j) {
-      union {
-        uint4 raw;
-        Vec<T> elements;
-      } u = {unseen(raw_[j])};
-      if (has(j)) vector(this->first(number(j)), u.elements);
-    }
+    for (int j = 0; j < kVectors; ++j)
+      if (has(j)) vector(this->first(number(j)), bits_as<Vec<T>>(unseen(raw_[j])));
 #pragma unroll
     for (int j = 0; j < kLoose; ++j)
       if (const int64_t i = this->loose(number(j)); i >= 0) scalar(i, loose_[j]);
@@ -189,9 +184,9 @@ class KeptRow : public RowShape<kRowThreads, T> {
   template <class Vector, class Scalar>
   __device__ void read(bool again, const Vector& vector, const Scalar& scalar) const {
     const auto load = [&](int v) { return again && v >= kept_vectors_ ? load16_again(at(v)) : load16(at(v)); };
-    walk_vectors<false>(0, this->vectors, load, [&](int v, uint4 raw, const Vec<T>& elements) {
+    walk_vectors<false>(0, this->vectors, load, [&](int v, uint4 raw) {
       if (v < kept_vectors_) kept_[v] = raw;
-      vector(this->first(v), elements);
+      vector(this->first(v), bits_as<Vec<T>>(raw));
     });
     walk_others(scalar);
   }
@@ -200,8 +195,8 @@ class KeptRow : public RowShape<kRowThreads, T> {
   template <class Vector, class Scalar>
   __device__ void map_vectors(T* y, int64_t y_stride, const Vector& vector, const Scalar& scalar) const {
     const bool alike = is_aligned_like<T>(x_, y);
-    const auto put = [&](int v, uint4, const Vec<T>& elements) {
-      this->put(y, alike, this->first(v), vector(this->first(v), elements));
+    const auto put = [&](int v, uint4 raw) {
+      this->put(y, alike, this->first(v), vector(this->first(v), bits_as<Vec<T>>(raw)));
     };
     const int kept = kept_vectors_ < this->vectors ? kept_vectors_ : this->vectors;
     walk_vectors<true>(kept, this->vectors, [&](int v) { return load16(at(v)); }, put);
@@ -215,24 +210,18 @@ class KeptRow : public RowShape<kRowThreads, T> {
   // This thread's vectors of [begin, end). Loads come before the work on what they bring.
   template <bool kBackwards, class Load, class Vector>
   __device__ void walk_vectors(int begin, int end, const Load& load, const Vector& vector) const {
-    union {
-      uint4 raw;
-      Vec<T> elements;
-    } u[kLoads];
+    uint4 raw[kLoads];
     const int first = begin + (Shape::lane() + kRowThreads - begin % kRowThreads) % kRowThreads;
     const int count = first < end ? (end - first - 1) / kRowThreads + 1 : 0;
     const int step = kBackwards ? -kRowThreads : kRowThreads;
     int v = kBackwards ? first + (count - 1) * kRowThreads : first, left = count;
     for (; left >= kLoads; left -= kLoads, v += kLoads * step) {
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j) u[j].raw = load(v + j * step);
+      for (int j = 0; j < kLoads; ++j) raw[j] = load(v + j * step);
 #pragma unroll
-      for (int j = 0; j < kLoads; ++j) vector(v + j * step, u[j].raw, u[j].elements);
+      for (int j = 0; j < kLoads; ++j) vector(v + j * step, raw[j]);
     }
-    for (; left > 0; --left, v += step) {
-      u[0].raw = load(v);
-      vector(v, u[0].raw, u[0].elements);
-    }
+    for (; left > 0; --left, v += step) vector(v, load(v));
   }
 
   // Elements of head and tail; of a row of one thread all.

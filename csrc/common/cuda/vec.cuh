@@ -7,6 +7,9 @@
 
 namespace tse {
 
+using Half = __half;
+using BFloat16 = __nv_bfloat16;
+
 // What the arithmetic for storage type T is done in.
 template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -34,21 +37,21 @@ struct alignas(16) Vec {
   T v[kSize];
 };
 
+template <class To, class From>
+__device__ inline To bits_as(const From& from) {
+  union {
+    From from;
+    To to;
+  } u = {from};
+  return u.to;
+}
 template <class T>
 __device__ inline Vec<T> load_vec(const T* p) {
-  union {
-    uint4 raw;
-    Vec<T> vec;
-  } u = {load16(p)};
-  return u.vec;
+  return bits_as<Vec<T>>(load16(p));
 }
 template <class T>
 __device__ inline void store_vec(T* p, const Vec<T>& v) {
-  union {
-    Vec<T> vec;
-    uint4 raw;
-  } u = {v};
-  store16(p, u.raw);
+  store16(p, bits_as<uint4>(v));
 }
 
 // The largest element, NaN aside; of 16-bit types two at a time.
@@ -56,11 +59,11 @@ template <class T>
 __device__ inline Acc<T> max_of(const Vec<T>& v) {
   if constexpr (sizeof(T) == 2) {
     using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-    union {
-      Vec<T> vec;
-      Two pairs[4];
-    } u = {v};
-    const Two max = max_of_pairs(max_of_pairs(u.pairs[0], u.pairs[1]), max_of_pairs(u.pairs[2], u.pairs[3]));
+    struct Four {
+      Two v[4];
+    };
+    const Four pairs = bits_as<Four>(v);
+    const Two max = max_of_pairs(max_of_pairs(pairs.v[0], pairs.v[1]), max_of_pairs(pairs.v[2], pairs.v[3]));
     return fmax(to_acc(max.x), to_acc(max.y));
   } else {
     Acc<T> max = v.v[0];
@@ -69,18 +72,5 @@ __device__ inline Acc<T> max_of(const Vec<T>& v) {
     return max;
   }
 }
-
-// return launcher<T>(…) for the storage type.
-#define TSE_LAUNCH_BY_DTYPE(p, launcher, ...)      \
-  switch ((p).dtype) {                             \
-    case DType::kFloat32:                          \
-      return launcher<float>(__VA_ARGS__);         \
-    case DType::kFloat64:                          \
-      return launcher<double>(__VA_ARGS__);        \
-    case DType::kFloat16:                          \
-      return launcher<__half>(__VA_ARGS__);        \
-    case DType::kBFloat16:                         \
-      return launcher<__nv_bfloat16>(__VA_ARGS__); \
-  }
 
 }  // namespace tse
