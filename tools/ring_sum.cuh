@@ -13,7 +13,7 @@ using tse::Vec;
 
 constexpr float kLog2e = tse::kLog2e<float>;
 
-// sum = Σ 2^(x log2(e) - m), m an integer but in the beginning.
+// sum = Σ 2^(x log2(e) - m). m is an integer once an element is added.
 struct Sum {
   float m = -1e30f, sum = 0;
 
@@ -107,7 +107,7 @@ __device__ inline uint4 gradient(const Sum& s, float factor, const uint4& raw) {
   return pack<T>(z);
 }
 
-// Over kCount neighbouring lanes, in every one of them, where all groups of so many lanes have the same sums.
+// Over kCount contiguous lanes, in every one of them, where all groups of so many lanes have the same sums.
 template <int kCount>
 __device__ inline Sum warp_sum(Sum s) {
   const float m = warp_max(s.m);

@@ -176,6 +176,7 @@ void walk_rows(const CrossEntropyParams& p, int64_t begin, int64_t end, Team tea
     const RowBatch<T> factors = factors_of(r, kForward && p.forward ? &s : nullptr);
     for_parts(team, n, kBlock, [&](int64_t first, int64_t last) {
       if (!keeps) return r.write_gradient(factors, first, last);
+      // Terms are kept where one thread has the row, which is one part.
       if constexpr (kMayKeep) {
         for (int64_t i = 0; i < n; i += kBlock) {
           // Terms against another reference are rounded otherwise: not the bits that backward alone would compute.

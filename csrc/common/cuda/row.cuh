@@ -111,8 +111,8 @@ __device__ inline void map_row(const Row& row, T* y, int64_t stride, const F& f)
 
 // ---- a row in registers ---------------------------------------------------------------------------------------------
 
-// All loads are under way before the first element is used. Vectors stay in four registers: were it for the compiler,
-// it would keep what a walk has made of them for the next walk, in 16 or 32.
+// All loads are issued before the first element is used. A vector takes four registers: left to itself, the compiler
+// would keep the elements that one walk has unpacked for the next walk, in up to 32.
 template <int kRowThreads, class T, int kVectors>
 class RegisterRow : public RowShape<kRowThreads, T> {
   using Shape = RowShape<kRowThreads, T>;
@@ -228,7 +228,7 @@ class KeptRow : public RowShape<kRowThreads, T> {
   template <class Scalar>
   __device__ void walk_others(const Scalar& scalar) const {
     if constexpr (kRowThreads == 1) {
-      constexpr int kGroup = kLoads;  // under way together
+      constexpr int kGroup = kLoads;  // loads issued together
       int64_t i = 0;
       for (; i + kGroup <= this->n; i += kGroup) {
         T group[kGroup];
