@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from cuda_on_host import build
-from cuda_on_host.plants import PLANTS, SPARSEMAX_FWD
+from cuda_on_host.plants import ENTMAX_FWD, PLANTS
 
 pytestmark = pytest.mark.skipif(
     build.cuda_include() is None, reason="no CUDA headers (toolkit or nvidia-cuda-runtime package)"
@@ -84,10 +84,10 @@ def test_a_planted_bank_conflict_is_found():
     """Consecutive vectors are written and read 32 bytes apart, which is right but slow."""
     apart = "(v < kept / 2 * 2 ? v % (kept / 2) * 2 + v / (kept / 2) : v)"
     pattern, replacement = r"cache\[v\]( = batch[\s\S]*?\? cache)\[v\]", rf"cache[{apart}]\1[{apart}]"
-    found = bank_conflicts((SPARSEMAX_FWD, pattern, replacement))
+    found = bank_conflicts((ENTMAX_FWD, pattern, replacement))
     assert found
     assert set(found.values()) == {2}
-    assert all(line.startswith("sparsemax_fwd.cu:") for line in found)
+    assert all(line.startswith("entmax_fwd.cuh:") for line in found)
 
 
 @full

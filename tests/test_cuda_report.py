@@ -58,6 +58,12 @@ def test_occupancy_of_known_blocks():
     assert found[2]["RTX4090"] == 1536
 
 
+def named_by_operator(kernel):
+    """Its name; with a policy's in place of entmax, whose kernels several operators share."""
+    name, policy = kernel.split("<")[0], re.search(r"(\w+)Policy<", kernel)
+    return name.replace("entmax", policy[1].lower()) if policy else name
+
+
 @pytest.fixture(scope="module")
 def kernels():
     """Cached like the objects of the host executor."""
@@ -72,7 +78,7 @@ def kernels():
 @pytest.mark.full
 @needs_nvcc
 def test_the_report_covers_every_operator(kernels):
-    names = {k["kernel"].split("<")[0] for k in kernels}
+    names = {named_by_operator(k["kernel"]) for k in kernels}
     for operator in (s.name for s in SPECS if s.has_kernels):
         assert {f"{operator}_fwd_kernel", f"{operator}_bwd_kernel"} <= names
     assert len(kernels) > 100
@@ -97,7 +103,7 @@ def test_main_loops_keep_up_with_memory(kernels):
         if "<double" in k["kernel"]:  # serves to check gradients
             continue
         in_registers = re.search(r"_kernel<[^,]*, \d+, [1-9]", k["kernel"])
-        allowed = 1.8 if k["kernel"].endswith("true>") else 0.9 if in_registers else 0.7
+        allowed = 1.8 if k["kernel"].endswith("true>") else 0.95 if in_registers else 0.7
         assert k["budget"] <= allowed, k
 
 
@@ -109,5 +115,5 @@ def test_rows_are_read_and_written_by_16_bytes(kernels):
         if threads is None or threads[1] == "1":  # one thread a row: a warp reads 32 rows together
             continue
         assert k["ld128"] >= 1, k
-        writes = "_bwd_" in k["kernel"] or k["kernel"].startswith(MAPS)
+        writes = "_bwd_" in k["kernel"] or named_by_operator(k["kernel"]).startswith(MAPS)
         assert not writes or k["st128"] >= 1, k

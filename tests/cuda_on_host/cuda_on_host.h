@@ -93,6 +93,10 @@ inline void store16(void* p, uint4 v) {
 }
 inline uint4 unseen(uint4 v) { return v; }
 inline float fast_exp2(float x) { return std::exp2(x); }
+template <class A>
+A fast_sqrt(A x) {
+  return std::sqrt(x);
+}
 inline __half larger_of(__half a, __half b) { return __float2half_rn(std::fmax(__half2float(a), __half2float(b))); }
 inline __nv_bfloat16 larger_of(__nv_bfloat16 a, __nv_bfloat16 b) {
   return __float2bfloat16_rn(std::fmax(__bfloat162float(a), __bfloat162float(b)));

@@ -11,45 +11,13 @@
 #include <stdexcept>
 #include <vector>
 
-#include "common/cuda/vec.cuh"
 #include "cross_entropy/cross_entropy.h"
+#include "kernels_maps.h"
 #include "selective_log_softmax/selective_log_softmax.h"
-#include "sparsemax/sparsemax.h"
 
 using namespace tse;
 
 namespace {
-
-int failures = 0;
-
-void expect(double got, double want, double tolerance, const char* what, int64_t row, int64_t column) {
-  if (std::abs(got - want) <= tolerance || (std::isnan(got) && std::isnan(want)) || got == want) return;
-  std::printf("%s[%ld, %ld]: got %.9g, expected %.9g\n", what, long(row), long(column), got, want);
-  if (++failures == 5) throw std::runtime_error("and so on");
-}
-
-template <class T>
-constexpr DType kDType = std::is_same_v<T, float>    ? DType::kFloat32
-                         : std::is_same_v<T, double> ? DType::kFloat64
-                         : std::is_same_v<T, __half> ? DType::kFloat16
-                                                     : DType::kBFloat16;
-template <class T>
-constexpr double kEps = std::is_same_v<T, double>   ? 1e-12
-                        : std::is_same_v<T, float>  ? 2e-6
-                        : std::is_same_v<T, __half> ? 1e-3
-                                                    : 8e-3;
-
-// rows × n elements in memory of their exact size, with `offset` elements before the first row (misalignment).
-template <class T>
-struct Matrix {
-  Rows rows;
-  std::unique_ptr<T[]> memory;
-  int64_t offset;
-  Matrix(int64_t count, int64_t n, int64_t offset, bool columns)
-      : rows{1, n, count, 0, columns ? count : 1, columns ? 1 : n}, memory(new T[offset + count * n]), offset(offset) {}
-  T* data() { return memory.get() + offset; }
-  T& at(int64_t row, int64_t c) { return data()[row_offset(rows, row) + c * rows.stride_n]; }
-};
 
 struct Options {
   bool weight = false, probabilities = false, predictions = false, tied = false;
@@ -329,93 +297,6 @@ void check_selective_log_softmax(int64_t count, int64_t n, int64_t k, int64_t of
   }
 }
 
-enum class Fill { kNormal, kTied, kOneSupported, kAscending, kNan, kInf, kMasked };
-
-template <class T>
-void check_sparsemax(int64_t count, int64_t n, int64_t offset, bool columns, float scale, Fill fill = Fill::kNormal,
-                     int64_t g_offset = 0) {
-  using A = Acc<T>;
-  std::mt19937 random(unsigned(n * 17 + count));
-  std::normal_distribution<float> normal(0, scale);
-  Matrix<T> x(count, n, offset, columns), y(count, n, offset, columns), g(count, n, g_offset, columns),
-      out(count, n, g_offset, columns);
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t c = 0; c < n; ++c) {
-      float v = normal(random);
-      if (fill == Fill::kTied) v = -3;
-      if (fill == Fill::kOneSupported) v = c == n * 5 / 7 ? 40 : v;
-      if (fill == Fill::kAscending) v = float(c) / 256;  // the bound rises all the way
-      if (fill == Fill::kNan && c == n - 1) v = NAN;
-      if (fill == Fill::kInf && c == n / 2) v = INFINITY;
-      if (fill == Fill::kMasked && (i != 1 || c % 3 != 0)) v = -INFINITY;
-      x.at(i, c) = from_acc<T>(A(v));
-      y.at(i, c) = from_acc<T>(A(-1));
-      g.at(i, c) = from_acc<T>(A(normal(random)));
-    }
-  RowMapParams p{};
-  p.dtype = kDType<T>;
-  p.rows = x.rows;
-  p.input = x.data();
-  p.output_rows = y.rows;
-  p.output = y.data();
-  p.grad_output_rows = g.rows;
-  p.grad_output = g.data();
-  p.grad_input_rows = out.rows;
-  p.grad_input = out.data();
-  launch_sparsemax_fwd(p, nullptr);
-  launch_sparsemax_bwd(p, nullptr);
-  for (int64_t i = 0; i < count; ++i) {
-    std::vector<double> z(n);
-    for (int64_t c = 0; c < n; ++c) z[c] = to_acc(x.at(i, c));
-    std::vector<double> sorted = z;
-    double sum = 0, tau = fill == Fill::kNan || fill == Fill::kInf ? NAN : 0, mean = 0;
-    if (tau == 0) std::sort(sorted.rbegin(), sorted.rend());
-    for (int64_t k = 0; k < n && tau == tau && sorted[0] > -INFINITY; ++k) {
-      sum += sorted[k];
-      if (1 + (k + 1) * sorted[k] > sum) tau = (sum - 1) / double(k + 1);
-    }
-    int64_t support = 0;
-    for (int64_t c = 0; c < n; ++c) {
-      const double want = z[c] - tau <= 0 ? 0 : z[c] - tau;
-      expect(to_acc(y.at(i, c)), want, kEps<T> * (want + 0.2 * scale), "probability", i, c);
-      if (!(to_acc(y.at(i, c)) <= 0)) {
-        mean += double(to_acc(g.at(i, c)));
-        ++support;
-      }
-    }
-    mean = tau == tau ? mean / double(support) : NAN;
-    for (int64_t c = 0; c < n; ++c) {
-      const double want = to_acc(y.at(i, c)) <= 0 ? 0 : double(to_acc(g.at(i, c))) - mean;
-      expect(to_acc(out.at(i, c)), want, kEps<T> * (scale + std::abs(want)), "sparsemax gradient", i, c);
-    }
-  }
-}
-
-// A row in registers of 8 lanes or a warp, in a block's shared memory, and beyond what a card with less has.
-template <class T>
-void check_sparsemax_regimes(const std::vector<int64_t>& widths) {
-  const int64_t shared = cuda_on_host::options.shared_bytes;
-  for (int64_t n : widths) {
-    for (const int64_t bytes : {shared, int64_t(9 * 1024)}) {  // 3 KiB for rows
-      if (n <= 1024 && bytes != shared) continue;
-      cuda_on_host::options.shared_bytes = bytes;
-      for (int64_t offset : {0, 1, 3}) {
-        check_sparsemax<T>(3, n, offset, false, 1);
-        check_sparsemax<T>(2, n, offset, false, 0.001f, Fill::kNormal, 1);  // all are in the support, or many
-      }
-      check_sparsemax<T>(2, n, 1, false, 1, Fill::kTied);
-      check_sparsemax<T>(2, n, 1, false, 1, Fill::kOneSupported);
-      check_sparsemax<T>(2, n, 0, false, 1, Fill::kAscending, 3);
-      check_sparsemax<T>(2, n, 1, false, 1, Fill::kNan);
-      check_sparsemax<T>(2, n, 1, false, 1, Fill::kInf);
-      check_sparsemax<T>(3, n, 1, false, 1, Fill::kMasked);
-      cuda_on_host::options.shared_bytes = shared;
-    }
-    check_sparsemax<T>(3, n, 0, true, 1);
-    check_sparsemax<T>(2, n, 0, true, 1, Fill::kNan);
-  }
-}
-
 template <class T>
 void check_all(const std::vector<int64_t>& widths) {
   for (int64_t n : widths) {
@@ -467,11 +348,13 @@ int main(int argc, char** argv) {
       check_gradient_in_forward<__nv_bfloat16>(9, 70, 0, false, Reduction::kSum);
       check_selective_log_softmax<float>(2, 1030, 3, 1, false, 0);
       check_selective_log_softmax<__nv_bfloat16>(9, 70, 3, 0, false, 0);
-      check_sparsemax<float>(2, 2100, 0, false, 1);
-      check_sparsemax<__half>(9, 70, 1, false, 1);
-      check_sparsemax<__nv_bfloat16>(17, 33, 1, false, 1);
       cuda_on_host::options.shared_bytes = 8 * 1024;
-      check_sparsemax<float>(2, 8250, 1, false, 0.001f);
+      for (const Map& map : {kSparsemax, kEntmax15}) {
+        check_map<float>(map, 2, 2100, 0, false, 1);
+        check_map<__half>(map, 9, 70, 1, false, 1);
+        check_map<__nv_bfloat16>(map, 17, 33, 1, false, 1);
+        check_map<float>(map, 2, 8250, 1, false, 0.001f);
+      }
     } else {
       for (int64_t n : {5, 1030, 8200}) check_gradients_in_forward<float>(n);
       check_gradients_in_forward<double>(33);
@@ -483,12 +366,8 @@ int main(int argc, char** argv) {
       check_all<double>({7, 1030});
       check_all<__half>({8, 1031});
       check_all<__nv_bfloat16>({13, 1029, 8200, 17001});
-      check_sparsemax_regimes<float>({1, 5, 33, 100, 500, 1000, 2100, 9000});
-      check_sparsemax_regimes<double>({7, 70, 1030});
-      check_sparsemax_regimes<__half>({8, 300, 1031});
-      check_sparsemax_regimes<__nv_bfloat16>({13, 65, 1024, 1029, 9000, 17000});
-      check_sparsemax<__nv_bfloat16>(1, 40000, 1, false, 1);
-      for (const float scale : {1.f, 1e-3f}) check_sparsemax<float>(1, 270001, 1, false, scale);  // > 64 · 1024 vectors
+      check_map_everywhere(kSparsemax);
+      check_map_everywhere(kEntmax15);
     }
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());

@@ -3,7 +3,7 @@ or under a sanitizer."""
 
 REDUCE = "common/cuda/reduce.cuh"
 ROW = "common/cuda/row.cuh"
-SPARSEMAX_FWD, SPARSEMAX_BWD = "sparsemax/sparsemax_fwd.cu", "sparsemax/sparsemax_bwd.cu"
+ENTMAX_FWD, ENTMAX_BWD, THRESHOLD = "entmax/entmax_fwd.cuh", "entmax/entmax_bwd.cuh", "entmax/threshold.cuh"
 STATE = "common/cuda/stream_state.cuh"
 PLANTS = {
     # name: ((file, pattern, replacement), (mode of the program that must find it, words that its report must have))
@@ -84,48 +84,60 @@ PLANTS = {
         ("plain", "gradient|loss"),
     ),
     "shared-memory-too-small": (
-        (SPARSEMAX_FWD, r"kept \* sizeof\(Vec<T>\), stream", "(kept - 1) * sizeof(Vec<T>), stream"),
+        (ENTMAX_FWD, r"kept \* sizeof\(Vec<T>\), stream", "(kept - 1) * sizeof(Vec<T>), stream"),
         ("asan", "heap-buffer-overflow"),
     ),
     "shared-memory-of-one-row-for-several": (
-        (SPARSEMAX_BWD, r"= size_t\(kept\) \* 16 \* kRows;", "= size_t(kept) * 16;"),
+        (ENTMAX_BWD, r"= size_t\(kept\) \* 16 \* kRows;", "= size_t(kept) * 16;"),
         ("asan", "heap-buffer-overflow"),
     ),
     "a-bound-that-kills-the-living": (
-        (SPARSEMAX_FWD, r"add_down\(first_max, A\(-1\)\)", "add_down(first_max, A(-0.5))"),
+        (ENTMAX_FWD, r"add_down\(first_max, -1 / policy\.scale\)", "add_down(first_max, A(-0.5))"),
         ("plain", r"probability\["),
     ),
     "elements-before-the-vectors-forgotten": (
-        (SPARSEMAX_FWD, r"^          add\(loose\);$", ""),
+        (ENTMAX_FWD, r"^    add_term\(own, policy, tau\.above\(policy\.z\(loose_value, m\)\)\);$", ""),
         ("plain", r"probability\["),
     ),
     "nan-kept-from-the-dead": (
-        (SPARSEMAX_FWD, r"tau\.t != tau\.t \? tau\.t : A\(0\)", "A(0)"),
+        (ENTMAX_FWD, r"tau\.t != tau\.t \? tau\.t : A\(0\)", "A(0)"),
         ("plain", r"probability\["),
     ),
     "dead-vectors-of-a-living-group-not-kept": (
-        (SPARSEMAX_FWD, r"v < kept && \(above \|\| live\.shift != 0\)", "v < kept && above"),
+        (ENTMAX_FWD, r"v < kept && \(is_alive \|\| live\.shift != 0\)", "v < kept && is_alive"),
         ("plain", r"probability\["),
     ),
     "a-threshold-of-maxima-is-the-rows": (
         (
-            SPARSEMAX_FWD,
-            r"if \(!\(above <= 0\)\) own\.add\(above\);\n      if \(ends\)",
-            "if (!(above <= 0) && ends) own.add(above);\n      if (ends)",
+            ENTMAX_FWD,
+            r"^      add_term\(own, policy, tau\.above\(z\)\);\n      if \(ends\)",
+            "if (ends) add_term(own, policy, tau.above(z));\n      if (ends)",
         ),
         ("plain", r"probability\["),
     ),
     "no-barrier-after-the-step": (
-        (SPARSEMAX_FWD, r"(search\[0\]\.step\(s\);\n        }\n)        __syncthreads\(\);", r"\1"),
+        (ENTMAX_FWD, r"(search\[0\]\.step\(s, policy\.scale\);\n        }\n)        __syncthreads\(\);", r"\1"),
         ("tsan", "data race"),
     ),
     "zeros-of-a-row-that-has-some": (
         (
-            SPARSEMAX_BWD,
+            ENTMAX_BWD,
             r"          if \(all_bits_zero\(v\)\) return v;",
             "          if (all_bits_zero(v) || i == 0) return v;",
         ),
         ("plain", "sparsemax gradient"),
+    ),
+    "a-slope-that-is-too-steep": (
+        (THRESHOLD, r"static A slope\(A above\) { return above; }", "static A slope(A above) { return above * 16; }"),
+        ("plain", r"entmax15 probability\["),
+    ),
+    "a-range-of-sparsemax-for-all": (
+        (ENTMAX_FWD, r"add_down\(first_max, -1 / policy\.scale\)", "add_down(first_max, A(-1))"),
+        ("plain", r"entmax15 probability\["),
+    ),
+    "weights-p": (
+        (THRESHOLD, r"static A weight\(A p\) { return fast_sqrt\(p\); }", "static A weight(A p) { return p; }"),
+        ("plain", r"entmax15 gradient\["),
     ),
     "no-barrier-before-the-asked-classes": (
         ("selective_log_softmax/selective_log_softmax_bwd.cu", r"^    row_barrier<kRowThreads>\(\);.*$", ""),

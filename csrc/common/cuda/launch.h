@@ -52,6 +52,14 @@ __device__ inline float fast_exp2(float x) {
   return y;
 }
 
+// Relative error 2^-23; subnormal x are 0.
+__device__ inline float fast_sqrt(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline double fast_sqrt(double x) { return sqrt(x); }
+
 // Of each of two elements the larger, or the one that is not NaN.
 __device__ inline __half2 max_of_pairs(__half2 a, __half2 b) { return __hmax2(a, b); }
 __device__ inline __nv_bfloat162 max_of_pairs(__nv_bfloat162 a, __nv_bfloat162 b) { return __hmax2(a, b); }

@@ -1,0 +1,43 @@
+// What the checks of kernels_main.cpp share: comparing with a reference, matrices of their exact size.
+#pragma once
+#include <cmath>
+#include <cstdio>
+#include <memory>
+#include <stdexcept>
+
+#include "common/cuda/vec.cuh"
+
+namespace tse {
+
+inline int failures = 0;
+
+inline void expect(double got, double want, double tolerance, const char* what, int64_t row, int64_t column) {
+  if (std::abs(got - want) <= tolerance || (std::isnan(got) && std::isnan(want)) || got == want) return;
+  std::printf("%s[%ld, %ld]: got %.9g, expected %.9g\n", what, long(row), long(column), got, want);
+  if (++failures == 5) throw std::runtime_error("and so on");
+}
+
+template <class T>
+constexpr DType kDType = std::is_same_v<T, float>    ? DType::kFloat32
+                         : std::is_same_v<T, double> ? DType::kFloat64
+                         : std::is_same_v<T, __half> ? DType::kFloat16
+                                                     : DType::kBFloat16;
+template <class T>
+constexpr double kEps = std::is_same_v<T, double>   ? 1e-12
+                        : std::is_same_v<T, float>  ? 2e-6
+                        : std::is_same_v<T, __half> ? 1e-3
+                                                    : 8e-3;
+
+// rows × n elements in memory of their exact size, with `offset` elements before the first row (misalignment).
+template <class T>
+struct Matrix {
+  Rows rows;
+  std::unique_ptr<T[]> memory;
+  int64_t offset;
+  Matrix(int64_t count, int64_t n, int64_t offset, bool columns)
+      : rows{1, n, count, 0, columns ? count : 1, columns ? 1 : n}, memory(new T[offset + count * n]), offset(offset) {}
+  T* data() { return memory.get() + offset; }
+  T& at(int64_t row, int64_t c) { return data()[row_offset(rows, row) + c * rows.stride_n]; }
+};
+
+}  // namespace tse
