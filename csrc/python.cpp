@@ -2,6 +2,7 @@
 #include "common/python.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -18,6 +19,8 @@ bool is_tensor(PyObject* o) { return THPVariable_CheckExact(o); }
 const at::Tensor& tensor_of(PyObject* o) { return THPVariable_Unpack(o); }
 PyObject* to_python(at::Tensor t) { return THPVariable_Wrap(std::move(t)); }
 void throw_python_error() { throw python_error(); }
+bool is_dtype(PyObject* o) { return THPDtype_Check(o); }
+at::ScalarType dtype_of(PyObject* o) { return reinterpret_cast<THPDtype*>(o)->scalar_type; }
 
 PyObject* guarded(PyObject* (*call)(PyObject* const* args), PyObject* const* args) {
   HANDLE_TH_ERRORS

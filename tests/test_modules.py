@@ -18,9 +18,11 @@ modules = pytest.mark.parametrize("spec", [s for s in SPECS if s.module], ids=la
 def test_constructor_takes_the_options_of_the_function(spec):
     of_function = inspect.signature(spec.op).parameters
     of_module = inspect.signature(spec.module).parameters
-    tensors = {"input", "target", "linear_weight", "linear_bias"}
-    assert set(of_module) == set(of_function) - tensors
+    tensors = {"input", "target", "linear_weight", "linear_bias", "mask"}
+    assert set(of_module) - {"learnable"} == set(of_function) - tensors
     for name, parameter in of_module.items():
+        if name == "learnable":
+            continue
         assert (parameter.default, parameter.annotation) == (of_function[name].default, of_function[name].annotation)
         assert name == "weight" or parameter.kind == of_function[name].kind
     with pytest.raises(TypeError, match="wrong"):

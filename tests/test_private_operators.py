@@ -79,7 +79,7 @@ def calls(device):
         "sparsemax",
         "grad_output output",
         [torch.ones(6, 5, device=device), torch.randn(6, 5, device=device).softmax(1)],
-        lambda *t: ops._sparsemax_backward(*t, 1),
+        lambda *t: ops._sparsemax_backward(*t, 1, None, None, 1.0, None),
     )
     yield Call(
         "linear",

@@ -1,5 +1,6 @@
 """House rules: what may include what, and that every operator has all of its parts."""
 
+import inspect
 import pkgutil
 import re
 import subprocess
@@ -109,9 +110,8 @@ def test_documentation_of_the_operator(spec):
     assert spec.module is None or spec.module.__name__ in tse.__all__
     for word in (r".. math::", "Args:", "Returns:", "Raises:", "shape"):
         assert word in spec.op.__doc__, word
-    schema = next(s for s in schemas() if s.name == f"{NAMESPACE}::{spec.name}")
-    for argument in schema.arguments:
-        assert f"{argument.name}:" in spec.op.__doc__, f"{argument.name} is not documented"
+    for argument in inspect.signature(spec.op).parameters:
+        assert f"{argument}:" in spec.op.__doc__, f"{argument} is not documented"
 
 
 def test_long_files_say_why():

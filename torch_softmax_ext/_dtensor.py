@@ -215,22 +215,30 @@ def _register():
 
     # ---- row maps ---------------------------------------------------------------------------------------------------
 
-    def row_map(name, tensors, dim):
+    def row_map(name, tensors, broadcast, dim):
+        """tensors: of the result's shape; broadcast: those that broadcast to it, or None."""
         rank = len(tensors[0].shape)
         for tensor in tensors:
             refuse_sharded(name, "input", tensor, dim % max(1, rank), what="the result that sums to 1")
-        dims = [d for d in range(rank) if d != dim % rank]
-        return list(with_rows(dims, 1, tensors, lambda d: ([Shard(d)], [Shard(d)] * len(tensors))))
+
+        def placed(d):
+            of_broadcast = []
+            for t in broadcast:
+                own = -1 if t is None else d - rank + len(t.shape)
+                of_broadcast.append(Shard(own) if own >= 0 and t.shape[own] != 1 else Replicate())
+            return [Shard(d)], [Shard(d)] * len(tensors) + of_broadcast
+
+        return list(with_rows([d for d in range(rank) if d != dim % rank], 1, [*tensors, *broadcast], placed))
 
     for name in ROW_MAPS:
 
         @rule(getattr(_ops, name).default)
-        def _(input, dim=-1, *, name=name, **options):
-            return row_map(name, [input], dim)
+        def _(input, dim=-1, row_temperature=None, mask=None, temperature=1.0, dtype=None, *alpha, name=name):
+            return row_map(name, [input], [row_temperature, mask, *alpha[1:]], dim)
 
         @rule(getattr(_ops, f"_{name}_backward").default)
-        def _(grad_output, output, dim, *options, name=name):
-            return row_map(name, [output, output], dim)
+        def _(grad_output, output, dim, row_temperature, mask, temperature, dtype, *alpha, name=name):
+            return row_map(name, [output, output], [row_temperature, mask, *alpha[1:]], dim)
 
 
 def register() -> None:

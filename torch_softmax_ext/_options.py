@@ -24,7 +24,13 @@ def _is_int(value) -> bool:
     return hasattr(value, "__index__")
 
 
-_IS = {Tensor: torch.overrides.is_tensor_like, int: _is_int, float: _is_float, NoneType: lambda value: value is None}
+_IS = {
+    Tensor: torch.overrides.is_tensor_like,
+    int: _is_int,
+    float: _is_float,
+    torch.dtype: lambda value: isinstance(value, torch.dtype),
+    NoneType: lambda value: value is None,
+}
 
 
 def _kinds(parameter: inspect.Parameter) -> tuple[type, ...]:
@@ -33,9 +39,9 @@ def _kinds(parameter: inspect.Parameter) -> tuple[type, ...]:
 
 
 def options_of(function) -> dict[str, object]:
-    """The parameters that are not tensors, with their defaults."""
+    """The parameters that need not be tensors, with their defaults."""
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if Tensor not in _kinds(p)}
+    return {p.name: p.default for p in parameters if not set(_kinds(p)) <= {Tensor, NoneType}}
 
 
 def _checked(op: str, parameter: inspect.Parameter, value):
@@ -48,7 +54,7 @@ def _checked(op: str, parameter: inspect.Parameter, value):
     if not any(_IS[k](value) for k in kinds):
         expected = " or ".join("None" if k is NoneType else k.__name__ for k in kinds)
         raise TypeError(f"{op}: {name}: expected {expected}, got {type(value).__name__}")
-    if value is None or Tensor in kinds:
+    if value is None or torch.dtype in kinds or (Tensor in kinds and torch.overrides.is_tensor_like(value)):
         return value
     if float in kinds:
         return float(value)

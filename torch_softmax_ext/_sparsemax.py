@@ -1,33 +1,38 @@
 """Sparsemax: function and module."""
 
+import torch
 from torch import Tensor
 
-from torch_softmax_ext._row_map import RowMapModule, row_map
+from torch_softmax_ext._row_map import RowMapModule, documented, row_map
 
 
-def sparsemax(input: Tensor, dim: int = -1) -> Tensor:
+@documented
+def sparsemax(
+    input: Tensor,
+    dim: int = -1,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     r"""Sparsemax: the Euclidean projection of each row onto the probability simplex. Most results are exact zeros.
 
-    .. math:: p_i = \max(x_i - \tau, 0), \quad \tau \text{ such that } \sum_i p_i = 1
+    .. math:: p_i = \max(s_i - \tau, 0), \quad \tau \text{ such that } \sum_i p_i = 1,
+        \quad s = x / \text{temperature} + \text{mask}
 
-    A replacement for :func:`torch.softmax`, with the same arguments. The threshold :math:`\tau` is exact and is found
-    without sorting. Martins & Astudillo, "From Softmax to Sparsemax" (ICML 2016).
+    A replacement for :func:`torch.softmax`. The threshold :math:`\tau` is exact and is found without sorting. Martins
+    & Astudillo, "From Softmax to Sparsemax" (ICML 2016).
 
     Args:
-        input: logits of any shape and strides; float32, float64, float16 or bfloat16. Half types are computed in
-            float32.
-        dim: the dimension along which the result sums to 1.
+        {arguments}
 
     Returns:
-        Probabilities of ``input``'s shape and dtype. A logit of ``-inf`` gets 0. A row of ``-inf`` alone gives zeros
-        and a zero gradient. A NaN or ``+inf`` makes its own row NaN.
+        {probabilities}
 
     Raises:
-        IndexError: ``dim`` is out of range.
-        NotImplementedError: ``input`` is not floating point.
-        TypeError: an argument has another type.
+        {errors}
     """
-    return _sparsemax(input, dim)
+    return _sparsemax(input, dim, temperature, mask, dtype)
 
 
 _sparsemax = row_map(sparsemax)

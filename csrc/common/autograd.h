@@ -21,13 +21,18 @@ enum class GradientPath {
   kComposed,  // torch.func transforms and forward-mode AD, which a C++ Function cannot be part of
 };
 
-inline GradientPath gradient_path(const at::Tensor& input) {
-  const bool needs_grad = c10::GradMode::is_enabled() && input.requires_grad();
-  const bool is_dual = input._fw_grad(/*level=*/0).defined();
-  if (!needs_grad && !is_dual) return GradientPath::kNone;
+inline bool needs_grad(const at::Tensor& t) { return t.requires_grad(); }
+inline bool needs_grad(const OptionalTensor& t) { return t.has_value() && t->requires_grad(); }
+inline bool is_dual(const at::Tensor& t) { return t._fw_grad(/*level=*/0).defined(); }
+inline bool is_dual(const OptionalTensor& t) { return t.has_value() && is_dual(*t); }
+
+template <class... Tensors>
+GradientPath gradient_path(const Tensors&... inputs) {
+  const bool any_grad = c10::GradMode::is_enabled() && (needs_grad(inputs) || ...), any_dual = (is_dual(inputs) || ...);
+  if (!any_grad && !any_dual) return GradientPath::kNone;
   const bool in_functorch =
       c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
-  return is_dual || in_functorch ? GradientPath::kComposed : GradientPath::kFused;
+  return any_dual || in_functorch ? GradientPath::kComposed : GradientPath::kFused;
 }
 
 inline bool is_plain_cuda(const at::Tensor& t) { return use_cuda(t) && is_plain(t); }

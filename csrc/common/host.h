@@ -17,8 +17,8 @@
 
 namespace tse {
 
-inline DType dtype_of(const at::Tensor& t) {
-  switch (t.scalar_type()) {
+inline DType dtype_of(at::ScalarType type) {
+  switch (type) {
     case at::kFloat:
       return DType::kFloat32;
     case at::kDouble:
@@ -28,9 +28,10 @@ inline DType dtype_of(const at::Tensor& t) {
     case at::kBFloat16:
       return DType::kBFloat16;
     default:
-      TORCH_INTERNAL_ASSERT(false, "unchecked dtype ", t.scalar_type());
+      TORCH_INTERNAL_ASSERT(false, "unchecked dtype ", type);
   }
 }
+inline DType dtype_of(const at::Tensor& t) { return dtype_of(t.scalar_type()); }
 
 // Arithmetic and statistics are in float32 for half types.
 inline at::ScalarType accumulate_type(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }

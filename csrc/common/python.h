@@ -26,6 +26,8 @@ bool is_tensor(PyObject* o);  // of no subclass
 const at::Tensor& tensor_of(PyObject* o);
 PyObject* to_python(at::Tensor t);
 [[noreturn]] void throw_python_error();
+bool is_dtype(PyObject* o);
+at::ScalarType dtype_of(PyObject* o);
 // call(args), with C++ exceptions made Python's; NotImplemented under a mode of torch functions.
 PyObject* guarded(PyObject* (*call)(PyObject* const* args), PyObject* const* args);
 
@@ -59,6 +61,11 @@ struct FromPython<double> {
   // Ints, too, where they are exact, and classes derived from float, as NumPy's float64.
   static bool check(PyObject* o) { return PyFloat_Check(o) || FromPython<int64_t>::check(o); }
   static double convert(PyObject* o) { return PyFloat_Check(o) ? PyFloat_AS_DOUBLE(o) : PyLong_AsDouble(o); }
+};
+template <>
+struct FromPython<at::ScalarType> {
+  static bool check(PyObject* o) { return is_dtype(o); }
+  static at::ScalarType convert(PyObject* o) { return dtype_of(o); }
 };
 template <class T>
 struct FromPython<std::optional<T>> {

@@ -6,7 +6,7 @@
 // struct:
 //
 //   struct Loss {
-//     using Options;  // a struct of options with `reduction`, saved() and from_saved(saved, weight)
+//     using Options;  // a struct of options with `reduction`, saved() and from_saved(saved, tensor)
 //     // The kernels of the loss and of its forward, which returns loss and statistics, as operators.
 //     using Op, Forward = Operator<…>;
 //     // Loss, statistics and gradient in one go, for a guess; nullopt: the device's.
@@ -45,10 +45,11 @@
 
 namespace tse {
 
+// Options with a tensor among them, which is saved beside the others, have it in tensor().
 template <class Options, class = void>
-constexpr bool kHasWeight = false;
+constexpr bool kHasTensor = false;
 template <class Options>
-constexpr bool kHasWeight<Options, std::void_t<decltype(&Options::weight)>> = true;
+constexpr bool kHasTensor<Options, std::void_t<decltype(&Options::tensor)>> = true;
 
 // What both share; Op is a Loss or Results.
 template <class Op>
@@ -59,8 +60,8 @@ struct RowForm {
 
   // tensors: input, target, statistics, and what else backward needs.
   static void save(AutogradContext* ctx, const Options& options, variable_list tensors) {
-    if constexpr (kHasWeight<Options>)
-      if (options.weight.has_value()) tensors.push_back(*options.weight);
+    if constexpr (kHasTensor<Options>)
+      if (options.tensor().has_value()) tensors.push_back(*options.tensor());
     ctx->save_for_backward(std::move(tensors));
     ctx->saved_data["options"] = options.saved();
   }

@@ -3,6 +3,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
+#include <c10/core/SymIntArrayRef.h>
+#include <c10/util/DimVector.h>
 
 #include <algorithm>
 #include <atomic>
@@ -15,6 +17,17 @@
 
 namespace tse {
 
+// The dimension of the classes: 0 for (C), else 1.
+inline int64_t class_dim(const at::Tensor& input) { return input.dim() == 1 ? 0 : 1; }
+
+// The shape of what there is one of for each row.
+inline c10::SymDimVector row_sizes(const at::Tensor& input, const at::Tensor& target) {
+  if (input.dim() == 1) return {};  // of a target of shape (1), too
+  c10::SymDimVector sizes(target.sym_sizes().begin(), target.sym_sizes().end());
+  if (target.is_floating_point()) sizes.erase(sizes.begin() + class_dim(input));
+  return sizes;
+}
+
 // The dtype of a target that is not class probabilities.
 inline void check_index_dtype(const char* op, const at::Tensor& target) {
   const auto type = target.scalar_type();
@@ -25,6 +38,36 @@ inline void check_index_dtype(const char* op, const at::Tensor& target) {
 // Class indices as the kernels read them: int32 or int64.
 inline at::Tensor class_indices(const at::Tensor& target) {
   return target.scalar_type() == at::kByte ? target.to(at::kInt) : target;
+}
+
+inline void check_logits(const char* op, const at::Tensor& input, const at::Tensor& target) {
+  check_floating(op, "input", input);
+  check_same_device(op, "target", target, input);
+  TSE_CHECK(input.dim() > 0, op, "input", "expected (C), (N, C) or (N, C, d1, …, dk), got a scalar");
+}
+
+// Raises what torch.nn.functional.cross_entropy would of a target for these logits. Reads no memory; sizes may be
+// symbolic.
+inline void check_targets(const char* op, const at::Tensor& input, const at::Tensor& target) {
+  const auto x = input.sym_sizes(), t = target.sym_sizes();
+  if (target.is_floating_point()) {
+    check_floating(op, "target", target);
+    TSE_CHECK(same_sizes(t, x), op, "target",
+              "expected int64, int32 or uint8 class indices, or class probabilities of input's shape ", x, ", got ",
+              target.scalar_type(), " of shape ", t);
+    return;
+  }
+  check_index_dtype(op, target);
+  if (x.size() == 1) {
+    TSE_CHECK_VALUE(t.empty() || same_sizes(t, {c10::SymInt(1)}), op, "target",
+                    "expected one class index, shape () or (1), for input of shape (C), got shape ", t);
+    return;
+  }
+  const bool fits = t.size() + 1 == x.size();
+  TSE_CHECK_VALUE(!fits || same_sizes(x.slice(0, 1), t.slice(0, 1)), op, "target", "expected batch size ", x[0],
+                  " as input of shape ", x, ", got shape ", t);
+  TSE_CHECK(fits && same_sizes(x.slice(2), t.slice(1)), op, "target",
+            "expected the shape of input without its class dimension, input ", x, ", got ", t);
 }
 
 // Logits and class probabilities of two dtypes are computed in the wider one, as torch does.

@@ -58,4 +58,21 @@ TSE_HOST_DEVICE inline int64_t row_offset(const Rows& rows, int64_t r) {
 
 TSE_HOST_DEVICE inline int64_t row_count(const Rows& rows) { return rows.outer * rows.inner; }
 
+// Where row r finds what is its own in a tensor that is broadcast over the rows: the rows as a grid of few dimensions,
+// with a stride of 0 along those that are broadcast.
+constexpr int kMaxRowDims = 6;
+struct RowIndex {
+  int dims = 0;
+  int64_t size[kMaxRowDims] = {}, stride[kMaxRowDims] = {};
+
+  TSE_HOST_DEVICE int64_t offset(int64_t r) const {
+    int64_t sum = 0;
+    for (int d = dims - 1; d > 0; --d) {
+      sum += r % size[d] * stride[d];
+      r /= size[d];
+    }
+    return dims == 0 ? 0 : sum + r * stride[0];
+  }
+};
+
 }  // namespace tse

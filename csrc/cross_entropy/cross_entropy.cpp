@@ -144,14 +144,6 @@ bool needs_contiguous_classes(const at::Tensor& input, const at::Tensor& target,
   return use_cuda(input) && (metrics_or_their_gradient || options.softcap.has_value() || has_mass(target, options));
 }
 
-// The shape of what there is one of for each row.
-c10::SymDimVector row_sizes(const at::Tensor& input, const at::Tensor& target) {
-  if (input.dim() == 1) return {};  // of a target of shape (1), too
-  c10::SymDimVector sizes(target.sym_sizes().begin(), target.sym_sizes().end());
-  if (target.is_floating_point()) sizes.erase(sizes.begin() + class_dim(input));
-  return sizes;
-}
-
 // The results of forward, to be filled in. Sizes may be symbolic.
 CrossEntropyResult allocated(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options,
                              bool metrics) {

@@ -71,30 +71,9 @@ bool wants_weight_gradient(const char* op, const at::Tensor& target, const Optio
 }
 
 void check_cross_entropy(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {
-  check_floating(kOp, "input", input);
-  check_same_device(kOp, "target", target, input);
-  const auto x = input.sym_sizes(), t = target.sym_sizes();
-  TSE_CHECK(!x.empty(), kOp, "input", "expected (C), (N, C) or (N, C, d1, …, dk), got a scalar");
-  const bool probabilities = target.is_floating_point();
-  check_options(kOp, input, x[x.size() == 1 ? 0 : 1], options, probabilities);
-  if (probabilities) {
-    check_floating(kOp, "target", target);
-    TSE_CHECK(same_sizes(t, x), kOp, "target",
-              "expected int64, int32 or uint8 class indices, or class probabilities of input's shape ", x, ", got ",
-              target.scalar_type(), " of shape ", t);
-    return;
-  }
-  check_index_dtype(kOp, target);
-  if (x.size() == 1) {
-    TSE_CHECK_VALUE(t.empty() || same_sizes(t, {c10::SymInt(1)}), kOp, "target",
-                    "expected one class index, shape () or (1), for input of shape (C), got shape ", t);
-    return;
-  }
-  const bool fits = t.size() + 1 == x.size();
-  TSE_CHECK_VALUE(!fits || same_sizes(x.slice(0, 1), t.slice(0, 1)), kOp, "target", "expected batch size ", x[0],
-                  " as input of shape ", x, ", got shape ", t);
-  TSE_CHECK(fits && same_sizes(x.slice(2), t.slice(1)), kOp, "target",
-            "expected the shape of input without its class dimension, input ", x, ", got ", t);
+  check_logits(kOp, input, target);
+  check_options(kOp, input, input.sym_size(class_dim(input)), options, target.is_floating_point());
+  check_targets(kOp, input, target);
 }
 
 void check_writable(const at::Tensor& input, const at::Tensor& target, const CrossEntropyOptions& options) {

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "common/operator.h"
+#include "common/targets.h"
 
 namespace tse {
 
@@ -30,13 +31,11 @@ struct CrossEntropyOptions {
     return std::tie(weight, ignore_index, reduction, label_smoothing, z_loss_weight, softcap, temperature);
   }
 
-  // What autograd keeps for backward, beside weight.
+  // What autograd keeps for backward: a tensor, and numbers.
+  const OptionalTensor& tensor() const { return weight; }
   c10::IValue saved() const;
   static CrossEntropyOptions from_saved(const c10::IValue& saved, const at::Tensor& weight);
 };
-
-// The dimension of the classes: 0 for (C), else 1.
-inline int64_t class_dim(const at::Tensor& input) { return input.dim() == 1 ? 0 : 1; }
 
 // Raises in the name of operator `op`. torch takes integer weights with class probabilities alone.
 void check_options(const char* op, const at::Tensor& input, const c10::SymInt& classes,

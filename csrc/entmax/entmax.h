@@ -1,8 +1,17 @@
-// Entmax: the kernels. [plain]
+// Entmax: the kernels of entmax15 and of entmax with any alpha. [plain]
 #pragma once
 #include "common/row_params.h"
 
 namespace tse {
+
+// CPU: rows [begin, end). entmax_fwd_rows and entmax_bwd_rows take any alpha; the last two, too, but where it is one
+// number with a map of its own they run the rows of that: softmax, entmax15 or sparsemax.
+void entmax15_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end);
+void entmax15_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end);
+void entmax_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end);
+void entmax_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end);
+void fwd_rows_of_alpha(const RowMapParams& p, int64_t begin, int64_t end);
+void bwd_rows_of_alpha(const RowMapParams& p, int64_t begin, int64_t end);
 
 // CUDA: all rows, on `stream`, no synchronisation.
 TSE_CUDA void launch_entmax15_fwd(const RowMapParams& p, cudaStream_t stream);

@@ -1,10 +1,8 @@
-// Softmax: the operator. [torch]
+// Softmax and log-softmax: the operators. [torch]
 #include "softmax/softmax.h"
 
-#include <ATen/TensorOperators.h>
+#include <ATen/ops/log_softmax.h>
 #include <ATen/ops/softmax.h>
-
-#include <limits>
 
 #include "common/row_map.h"
 
@@ -12,25 +10,39 @@ namespace tse {
 namespace {
 
 struct Softmax {
+  using Options = RowMapOptions;
   static constexpr const char* kName = "softmax";
+  static constexpr double kMasked = 0;
   static constexpr RowMapKernels kForward = {softmax_fwd_rows, nullptr};
   static constexpr RowMapKernels kBackward = {softmax_bwd_rows, nullptr};
 
-  static at::Tensor composed(const at::Tensor& input, int64_t dim) {
-    const at::Tensor x = input.to(accumulate_type(input.scalar_type()));
-    const at::Tensor masked = (x == -std::numeric_limits<double>::infinity()).all(dim, /*keepdim=*/true);
-    return at::softmax(x.masked_fill(masked, 0), dim).masked_fill(masked, 0).to(input.scalar_type());
-  }
+  static at::Tensor composed(const at::Tensor& logits, const Options& o) { return at::softmax(logits, o.dim); }
 
-  static at::Tensor composed_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim) {
-    const auto type = accumulate_type(output.scalar_type());
-    const at::Tensor p = output.to(type), g = grad_output.to(type);
-    return (p * (g - (p * g).sum(dim, /*keepdim=*/true))).to(output.scalar_type());
+  static at::Tensor composed_backward(const at::Tensor& grad_output, const at::Tensor& output, const Options& o) {
+    return projected(grad_output, output, o.dim);
+  }
+};
+
+struct LogSoftmax {
+  using Options = RowMapOptions;
+  static constexpr const char* kName = "log_softmax";
+  static constexpr double kMasked = -std::numeric_limits<double>::infinity();
+  static constexpr RowMapKernels kForward = {log_softmax_fwd_rows, nullptr};
+  static constexpr RowMapKernels kBackward = {log_softmax_bwd_rows, nullptr};
+
+  static at::Tensor composed(const at::Tensor& logits, const Options& o) { return at::log_softmax(logits, o.dim); }
+
+  static at::Tensor composed_backward(const at::Tensor& grad_output, const at::Tensor& output, const Options& o) {
+    const at::Tensor g = grad_output.masked_fill(output == kMasked, 0);
+    return g - output.exp() * g.sum(o.dim, /*keepdim=*/true);
   }
 };
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) { define_row_map<Softmax>(m); }
+TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
+  define_row_map<Softmax>(m);
+  define_row_map<LogSoftmax>(m);
+}
 
 }  // namespace tse

@@ -1,7 +1,7 @@
-// Softmax rows on the CPU. [per ISA]
+// Softmax and log-softmax rows on the CPU. [per ISA]
 //
-// p = exp(x - m) / Σ exp(x - m), and backward p · (g - Σ p g). A row is read once from memory and once more from cache;
-// exponentials are never stored but in the result. A row of -inf alone gives zeros.
+// p = exp(x - m) / Σ exp(x - m), and log p = (x - m) - log Σ exp(x - m). A row is read once from memory and once more
+// from cache; the exponentials of a row of moderate length are kept there. A row of -inf alone gives zeros, and -inf.
 #if defined(TSE_SOFTMAX_CPU_INL_H) == defined(TSE_ISA_TOGGLE)
 #ifdef TSE_SOFTMAX_CPU_INL_H
 #undef TSE_SOFTMAX_CPU_INL_H
@@ -11,29 +11,79 @@
 #include "common/cpu/exp_sum-inl.h"
 #include "common/cpu/row_map-inl.h"
 
+// The terms of a row of a half type, kept for the second walk. Longer rows, and those of wider types, are limited by
+// caches and memory, which these would go through, too.
+constexpr int64_t kMostKept = 16384;
+template <class T>
+inline bool keeps_terms(int64_t n) {
+  return sizeof(T) == 2 && n <= kMostKept;
+}
+template <class A>
+struct KeptTerms {
+  const std::unique_ptr<A[]> terms;
+  const std::unique_ptr<double[]> references;  // of blocks
+  explicit KeptTerms(int64_t n) : terms(new A[n + 2 * kFloats]), references(new double[n / kBlock + 1]) {}
+};
+
 template <class T, class Team>
-inline void softmax_row(Team team, const T* x, T* y, int64_t n, const Logits<T, false>& logits) {
-  const Acc<T> reference = row_reference(x, n, -1, logits);
+inline void softmax_row(Team team, const T* x, T* y, int64_t n, const Logits<T, false>& logits,
+                        const KeptTerms<Acc<T>>& kept) {
+  using A = Acc<T>;
+  using V = Vec<T>;
+  const bool keeps = keeps_terms<T>(n);
+  const A reference = row_reference(x, n, -1, logits);
   const BlockSum s = row_sums(team, n, logits, [&](int64_t begin, int64_t end) {
-    return block_exp_sum(x + begin, end - begin, -1, reference, logits);
+    if (!keeps) return block_exp_sum(x + begin, end - begin, -1, reference, logits);
+    const BlockSum of_block =
+        block_exp_sum<true>(x + begin, end - begin, -1, reference, logits, kept.terms.get() + begin);
+    kept.references[begin / kBlock] = of_block.m;
+    return of_block;
   });
-  const Vec<T> m = splat<Vec<T>>(s.sum == 0 ? Acc<T>(0) : Acc<T>(s.m));
-  const Vec<T> scale = splat<Vec<T>>(s.sum == 0 ? Acc<T>(0) : Acc<T>(1 / s.sum));
+  const double scale = s.sum == 0 ? 0 : 1 / s.sum, slope = double(logits.scale[0]);
   for_parts(team, n, kBlock, [&](int64_t begin, int64_t end) {
-    map_row(y + begin, end - begin, [&](Vec<T> v) { return logits.term(v, m) * scale; }, x + begin);
+    for (int64_t i = begin; i < end; i += kBlock) {
+      const int64_t count = std::min(kBlock, end - i);
+      if (keeps) {
+        const double m = kept.references[i / kBlock];
+        const V factor = splat<V>(A(m == s.m ? scale : scale * std::exp2((m - s.m) * slope)));
+        map_row(y + i, count, [&](V term) { return term * factor; }, Kept<A>{kept.terms.get() + i});
+      } else {
+        const V m = splat<V>(A(s.sum == 0 ? 0 : s.m)), factor = splat<V>(A(scale));
+        map_row(y + i, count, [&](V v) { return logits.term(v, m) * factor; }, x + i);
+      }
+    }
   });
 }
 
 template <class T, class Team>
-inline void softmax_bwd_row(Team team, T* out, const T* p, const T* g, int64_t n) {
-  const Vec<T> mean = splat<Vec<T>>(Acc<T>(sum_row(team, n, [&](Vec<T> a, Vec<T> b) { return a * b; }, p, g)));
+inline void log_softmax_row(Team team, const T* x, T* y, int64_t n, const Logits<T, false>& logits) {
+  using A = Acc<T>;
+  using V = Vec<T>;
+  const A reference = row_reference(x, n, -1, logits);
+  const BlockSum s = row_sums(team, n, logits, [&](int64_t begin, int64_t end) {
+    return block_exp_sum(x + begin, end - begin, -1, reference, logits);
+  });
+  const V m = splat<V>(A(s.sum == 0 ? 0 : s.m)), log_sum = splat<V>(A(s.sum == 0 ? 0 : std::log(s.sum)));
   for_parts(team, n, kBlock, [&](int64_t begin, int64_t end) {
-    map_row(out + begin, end - begin, [&](Vec<T> a, Vec<T> b) { return a * (b - mean); }, p + begin, g + begin);
+    map_row(y + begin, end - begin, [&](V v) { return (v - m) - log_sum; }, x + begin);
+  });
+}
+
+// Log-softmax: g - exp(y) Σ g, and 0 where y is -inf.
+template <class T, class Team>
+inline void log_softmax_bwd_row(Team team, T* out, const T* y, const T* g, int64_t n, const Logits<T, false>& logits) {
+  using V = Vec<T>;
+  const V low = splat<V>(-std::numeric_limits<Acc<T>>::infinity());
+  const auto counted = [&](V yv, V gv) { return yv == low ? V{} : gv; };
+  const V sum = splat<V>(Acc<T>(sum_row(team, n, counted, y, g)));
+  for_parts(team, n, kBlock, [&](int64_t begin, int64_t end) {
+    const auto value = [&](V yv, V gv) { return counted(yv, gv) - logits.term(yv, V{}) * sum; };
+    map_row(out + begin, end - begin, value, y + begin, g + begin);
   });
 }
 
 // Rows of up to kMostInLanes elements, one in each lane.
-template <class T>
+template <bool kLog, class T>
 inline void softmax_lanes(const RowMapParams& p, int64_t begin, int64_t end) {
   using V = Vec<T>;
   const int64_t n = p.rows.n;
@@ -47,35 +97,62 @@ inline void softmax_lanes(const RowMapParams& p, int64_t begin, int64_t end) {
     for (int64_t c = 0; c < n; ++c) max = vmax(z[c], max);  // NaN aside
     const V m = chosen(max > low, max);
     for (int64_t c = 0; c < n; ++c) {
-      z[c] = logits.term(z[c], m);
-      sum += z[c];
+      const V term = logits.term(z[c], m);
+      z[c] = kLog ? z[c] - m : term;
+      sum += term;
     }
-    const V scale = chosen(sum != V{}, splat<V>(1) / sum);
-    for (int64_t c = 0; c < n; ++c) z[c] *= scale;
+    V scale;
+    if constexpr (kLog) scale = log2(sum) * kLn2<Acc<T>>;
+    else scale = splat<V>(1) / sum;
+    scale = chosen(sum != V{}, scale);
+    for (int64_t c = 0; c < n; ++c) z[c] = kLog ? z[c] - scale : z[c] * scale;
     store_lanes(static_cast<T*>(p.output) + at.in(p.output_rows), p.output_rows, n, count, z);
   });
 }
 
 template <class T>
-void fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
-  if (p.rows.n <= kMostInLanes) return softmax_lanes<T>(p, begin, end);
+void softmax_fwd(const RowMapParams& p, int64_t begin, int64_t end) {
+  const int64_t n = p.rows.n;
+  if (n <= kMostInLanes) return softmax_lanes<false, T>(p, begin, end);
+  const Logits<T, false> logits(LogitTransform{});
+  const KeptTerms<Acc<T>> kept(keeps_terms<T>(n) ? n : 0);
+  for_forward_rows<T>(p, begin, end, [&](auto team, int64_t first, int64_t last, const auto& y, const auto& x) {
+    for (int64_t i = first; i < last; ++i) softmax_row(team, x(i), y(i), n, logits, kept);
+  });
+}
+template <class T>
+void log_softmax_fwd(const RowMapParams& p, int64_t begin, int64_t end) {
+  if (p.rows.n <= kMostInLanes) return softmax_lanes<true, T>(p, begin, end);
   const Logits<T, false> logits(LogitTransform{});
   for_forward_rows<T>(p, begin, end, [&](auto team, int64_t first, int64_t last, const auto& y, const auto& x) {
-    for (int64_t i = first; i < last; ++i) softmax_row(team, x(i), y(i), p.rows.n, logits);
+    for (int64_t i = first; i < last; ++i) log_softmax_row(team, x(i), y(i), p.rows.n, logits);
   });
 }
 
 template <class T>
-void bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
-  for_each_backward_row<T>(p, begin, end, [&](auto team, T* out, const T* output, const T* g) {
-    softmax_bwd_row(team, out, output, g, p.output_rows.n);
+void softmax_bwd(const RowMapParams& p, int64_t begin, int64_t end) {
+  for_each_backward_row<T>(p, begin, end, [&](auto team, int64_t, T* out, const T* output, const T* g) {
+    weighted_bwd_row(team, out, output, g, p.output_rows.n, [&](Vec<T> v) { return v; });
+  });
+}
+template <class T>
+void log_softmax_bwd(const RowMapParams& p, int64_t begin, int64_t end) {
+  const Logits<T, false> logits(LogitTransform{});
+  for_each_backward_row<T>(p, begin, end, [&](auto team, int64_t, T* out, const T* output, const T* g) {
+    log_softmax_bwd_row(team, out, output, g, p.output_rows.n, logits);
   });
 }
 
 void softmax_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
-  TSE_BY_DTYPE(p.dtype, fwd_rows, p, begin, end)
+  TSE_BY_DTYPE(p.dtype, softmax_fwd, p, begin, end)
 }
 void softmax_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
-  TSE_BY_DTYPE(p.dtype, bwd_rows, p, begin, end)
+  TSE_BY_DTYPE(p.dtype, softmax_bwd, p, begin, end)
+}
+void log_softmax_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
+  TSE_BY_DTYPE(p.dtype, log_softmax_fwd, p, begin, end)
+}
+void log_softmax_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
+  TSE_BY_DTYPE(p.dtype, log_softmax_bwd, p, begin, end)
 }
 #endif

@@ -5,3 +5,5 @@
 
 TSE_ROWS(softmax_fwd_rows, RowMapParams)
 TSE_ROWS(softmax_bwd_rows, RowMapParams)
+TSE_ROWS(log_softmax_fwd_rows, RowMapParams)
+TSE_ROWS(log_softmax_bwd_rows, RowMapParams)

@@ -21,20 +21,21 @@ struct Support {
 };
 
 struct Sparsemax {
+  using Options = RowMapOptions;
   static constexpr const char* kName = "sparsemax";
+  static constexpr double kMasked = 0;
   static constexpr RowMapKernels kForward = {sparsemax_fwd_rows, launch_sparsemax_fwd};
   static constexpr RowMapKernels kBackward = {sparsemax_bwd_rows, launch_sparsemax_bwd};
 
-  static at::Tensor composed(const at::Tensor& input, int64_t dim) {
-    const Support support(Operator<RowMap<Sparsemax>::forward>::call(input, dim), dim);
-    const at::Tensor x = input.to(accumulate_type(input.scalar_type()));
-    const at::Tensor tau = (support.sum(x, dim) - 1) / support.size;
-    return at::where(support.mask, x - tau, 0).to(input.scalar_type());
+  static at::Tensor composed(const at::Tensor& logits, const Options& o) {
+    const Support support(Operator<RowMap<Sparsemax>::forward>::call(logits, o), o.dim);
+    const at::Tensor tau = (support.sum(logits, o.dim) - 1) / support.size;
+    return at::where(support.mask, logits - tau, 0);
   }
 
-  static at::Tensor composed_backward(const at::Tensor& grad_output, const at::Tensor& output, int64_t dim) {
-    const Support support(output.detach(), dim);
-    return at::where(support.mask, grad_output - support.sum(grad_output, dim) / support.size, 0);
+  static at::Tensor composed_backward(const at::Tensor& grad_output, const at::Tensor& output, const Options& o) {
+    const Support support(output.detach(), o.dim);
+    return at::where(support.mask, grad_output - support.sum(grad_output, o.dim) / support.size, 0);
   }
 };
 

@@ -184,7 +184,7 @@ template <class T>
 void bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.output_rows.n;
   Candidates<Acc<T>> candidates(n > kSumBlock ? n : 0);
-  for_each_backward_row<T>(p, begin, end, [&](auto team, T* out, const T* output, const T* g) {
+  for_each_backward_row<T>(p, begin, end, [&](auto team, int64_t, T* out, const T* output, const T* g) {
     sparsemax_bwd_row(team, out, output, g, n, candidates);
   });
 }

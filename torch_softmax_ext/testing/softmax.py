@@ -1,20 +1,18 @@
 """Specification of softmax."""
 
+import functools
+
 import torch
 
 import torch_softmax_ext as tse
-from torch_softmax_ext.testing.row_maps import row_map_errors, row_map_samples
+from torch_softmax_ext.testing.row_maps import reference, row_map_errors, row_map_samples
 from torch_softmax_ext.testing.spec import BenchShape, OpSpec, Random, Sample
 
 _INF = float("inf")
+_reference = reference(torch.softmax)
 
 
-def _reference(input, dim=-1):
-    masked = (input == -_INF).all(dim, keepdim=True) if input.numel() > 0 else torch.zeros_like(input, dtype=bool)
-    return torch.where(masked, 0, torch.where(masked, 0, input).softmax(dim))
-
-
-def _samples(device, dtype):
+def softmax_samples(device, dtype):
     yield from row_map_samples(device, dtype)
     logits = Random(device, dtype, seed=1).normal
     yield Sample("most-in-lanes", logits(3, 256))
@@ -31,20 +29,44 @@ def _samples(device, dtype):
     yield Sample("largest-differences", peaks)
 
 
+@functools.cache
+def _causal(n):
+    return torch.ones(n, n).tril().bool()
+
+
+def shapes(ours, torchs):
+    """Of softmax or log_softmax, beside torch's function."""
+
+    def masked(x):
+        return torchs(x.masked_fill(~_causal(x.shape[-1]), -_INF), -1)
+
+    functions = (lambda x: ours(x, mask=_causal(x.shape[-1])), masked)
+    return (*_SHAPES, BenchShape((8, 8, 512, 512), label="causal mask", functions=functions))
+
+
+_SHAPES = (
+    BenchShape((8, 10)),
+    BenchShape((4096, 64)),
+    BenchShape((4096, 64), torch.bfloat16),
+    BenchShape((4096, 512)),
+    BenchShape((1024, 4096), torch.bfloat16),
+    BenchShape((256, 32000)),
+    BenchShape((256, 32000), torch.bfloat16),
+    BenchShape((16, 131072)),
+    BenchShape((512, 4096), label="dim 0", options={"dim": 0}),
+    BenchShape((8, 64, 64, 64), label="dim 1", options={"dim": 1}),
+)
+
+
 SPEC = OpSpec(
     name="softmax",
     op=tse.softmax,
     module=tse.Softmax,
     reference=_reference,
     torch_op=_reference,
-    samples=_samples,
+    samples=softmax_samples,
     errors=tuple(row_map_errors(tse.softmax)),
-    bench_shapes=(
-        BenchShape((4096, 64)),
-        BenchShape((1024, 1024)),
-        BenchShape((256, 32000), torch.bfloat16),
-        BenchShape((16, 512, 128), label="dim 1", options={"dim": 1}),
-    ),
+    bench_shapes=shapes(tse.softmax, torch.softmax),
     bench_args=lambda x: (),
     bench_modes={"forward": "copy", "backward": "add"},
     bench_eager=lambda options: lambda x, dim=-1: torch.softmax(x, dim),

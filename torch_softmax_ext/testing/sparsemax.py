@@ -3,19 +3,15 @@
 import torch
 
 import torch_softmax_ext as tse
-from torch_softmax_ext.testing.row_maps import row_map_errors, row_map_samples
+from torch_softmax_ext.testing.row_maps import prepared, reference, row_map_errors, row_map_samples
 from torch_softmax_ext.testing.spec import BenchShape, OpSpec, Peer, Random, Sample
 
 _INF = float("inf")
 
 
-def _reference(input, dim=-1):
-    """By sorting, as in the paper. A row of -inf alone gives zeros."""
-    if input.numel() == 0:
-        return input.clone()
-    z = input.unsqueeze(0) if input.dim() == 0 else input
-    masked = (z == -_INF).all(dim, keepdim=True)
-    z = torch.where(masked, torch.zeros_like(z), z)
+def _core(z, dim):
+    """By sorting, as in the paper."""
+    z = z.unsqueeze(0) if (is_scalar := z.dim() == 0) else z
     bad = z.isnan().any(dim, keepdim=True) | (z == _INF).any(dim, keepdim=True)
     z = z - z.amax(dim, keepdim=True).detach()  # only keeps the sums in range
     ordered = z.sort(dim=dim, descending=True).values
@@ -24,17 +20,21 @@ def _reference(input, dim=-1):
     sums = ordered.cumsum(dim)
     support = (1 + k * ordered > sums).sum(dim, keepdim=True)
     tau = (sums.gather(dim, (support - 1).clamp_min(0)) - 1) / support
-    p = torch.where(~masked & (z > tau), z - tau, torch.zeros_like(z))
-    return torch.where(bad, float("nan"), p).reshape(input.shape)
+    p = torch.where(bad, float("nan"), torch.where(z > tau, z - tau, torch.zeros_like(z)))
+    return p.squeeze(0) if is_scalar else p
 
 
-def _differentiable(input, dim=-1):
+_reference = reference(_core)
+
+
+def _differentiable(input, dim=-1, *, temperature=1.0, mask=None, dtype=None):
     """False in rows with an element exactly on the edge of the support, as often with half-precision logits."""
-    if input.numel() == 0:
-        return torch.ones_like(input, dtype=torch.bool)
-    p = _reference(input, dim)
-    tau = (input - p).where(p > 0, _INF).amin(dim, keepdim=True)
-    return ((input - tau).abs() > 1e-6).all(dim, keepdim=True).expand_as(input)
+    s = prepared(input, dim, temperature, mask)
+    if s.numel() == 0:
+        return torch.ones_like(s, dtype=torch.bool)
+    p = _reference(s, dim)
+    tau = (s - p).where(p > 0, _INF).amin(dim, keepdim=True)
+    return ((s - tau).abs() > 1e-6).all(dim, keepdim=True).expand_as(s)
 
 
 def _samples(device, dtype):

@@ -138,20 +138,24 @@ struct Tile {
 
   // Room for so many rows at once that they use whole lines of the tensor, too, but for no more than `most`, nor than
   // fit beside the other tiles. Rows lie an odd number of lines apart: not all in one set of the cache.
-  Tile(int64_t n, int64_t most, int64_t tiles) : stride(((n + kInLine - 1) / kInLine | 1) * kInLine) {
-    const int64_t fit = kTileBytes / tiles / (stride * int64_t(sizeof(T)));
-    rows =
+  Tile(int64_t n, int64_t most, int64_t tiles)
+      : stride(stride_of(n)), rows(rows_of(n, most, tiles)), memory(new Line[rows * stride / kInLine]) {}
+  static int64_t stride_of(int64_t n) { return ((n + kInLine - 1) / kInLine | 1) * kInLine; }
+  static int64_t rows_of(int64_t n, int64_t most, int64_t tiles) {
+    const int64_t stride = stride_of(n), fit = kTileBytes / tiles / (stride * int64_t(sizeof(T)));
+    const int64_t rows =
         std::min(std::max(kInLine, kTileElements / stride / kInLine * kInLine), (most + kLanes - 1) / kLanes * kLanes);
-    if (rows > fit) rows = fit < kLanes ? std::max<int64_t>(fit, 1) : fit / kLanes * kLanes;
-    memory.reset(new Line[rows * stride / kInLine]);
+    if (rows <= fit) return rows;
+    return fit < kLanes ? std::max<int64_t>(fit, 1) : fit / kLanes * kLanes;
   }
   T* first() const { return reinterpret_cast<T*>(memory.get()); }
 };
 
 // `count` rows of n elements from one layout to another, a square of a vector's lanes at a time. In a whole square
-// whose vectors lie along the rows in one layout and across them in the other, they are transposed in registers.
-template <class T>
-inline void copy_rows(const T* x, const Rows& from, T* y, const Rows& to, int64_t n, int64_t count) {
+// whose vectors lie along the rows in one layout and across them in the other, they are transposed in registers. Both
+// types have the same arithmetic.
+template <class T, class Y>
+inline void copy_rows(const T* x, const Rows& from, Y* y, const Rows& to, int64_t n, int64_t count) {
   constexpr int kLanes = Accumulate<T>::kLanes;
   const bool gathers = from.stride_inner == 1 && to.stride_n == 1,
              scatters = from.stride_n == 1 && to.stride_inner == 1;
@@ -159,7 +163,7 @@ inline void copy_rows(const T* x, const Rows& from, T* y, const Rows& to, int64_
   for (int64_t c = 0; c < n; c += kLanes) {
     for (int64_t i = 0; i < count; i += kLanes) {
       const T* in = x + c * from.stride_n + i * from.stride_inner;
-      T* out = y + c * to.stride_n + i * to.stride_inner;
+      Y* out = y + c * to.stride_n + i * to.stride_inner;
       const int64_t height = std::min<int64_t>(kLanes, n - c), width = std::min<int64_t>(kLanes, count - i);
       if ((gathers || scatters) && height == kLanes && width == kLanes) {
         Vec<T> square[kLanes];
@@ -177,12 +181,13 @@ inline void copy_rows(const T* x, const Rows& from, T* y, const Rows& to, int64_
   }
 }
 
-// Row i of a tensor.
+// Row i of a tensor, or of a tile that begins with row `begin`.
 template <class T>
 struct RowAt {
   T* first;
   Rows rows;
-  T* operator()(int64_t i) const { return first + row_offset(rows, i); }
+  int64_t begin = 0;
+  T* operator()(int64_t i) const { return first + row_offset(rows, i - begin); }
 };
 
 // Calls f(first, last, y, x…) for rows [begin, end), a part at a time, in which y(i) and x(i)… are contiguous for
@@ -200,10 +205,10 @@ inline void for_each_row(int64_t begin, int64_t end, const F& f, const RowAt<T>&
     int k = 0;
     const auto gathered = [&](const auto& x, const Tile<T>& tile) {
       copy_rows(x(row), x.rows, tile.first(), of_tile, n, count);
-      return RowAt<const T>{tile.first(), of_tile};
+      return RowAt<const T>{tile.first(), of_tile, row};
     };
     const std::array<RowAt<const T>, sizeof...(X)> rows = {gathered(x, from[k++])...};
-    std::apply([&](const auto&... in) { f(0, count, RowAt<T>{to.first(), of_tile}, in...); }, rows);
+    std::apply([&](const auto&... in) { f(row, row + count, RowAt<T>{to.first(), of_tile, row}, in...); }, rows);
     copy_rows<T>(to.first(), of_tile, y(row), y.rows, n, count);
   }
 }

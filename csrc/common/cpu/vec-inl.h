@@ -197,6 +197,20 @@ inline VecF vmax(VecF a, VecF b) { return a > b ? a : b; }
 inline VecD vmax(VecD a, VecD b) { return a > b ? a : b; }
 #endif
 
+#if TSE_ISA == 2
+inline VecF vsqrt(VecF v) { return (VecF)_mm512_sqrt_ps((__m512)v); }
+inline VecD vsqrt(VecD v) { return (VecD)_mm512_sqrt_pd((__m512d)v); }
+#elif TSE_ISA == 1
+inline VecF vsqrt(VecF v) { return (VecF)_mm256_sqrt_ps((__m256)v); }
+inline VecD vsqrt(VecD v) { return (VecD)_mm256_sqrt_pd((__m256d)v); }
+#else
+template <class V>
+inline V vsqrt(V v) {
+  for (size_t i = 0; i < sizeof(V) / sizeof(v[0]); ++i) v[i] = std::sqrt(v[i]);
+  return v;
+}
+#endif
+
 // x · y - m with one rounding (two without FMA).
 #if TSE_ISA == 0
 template <class V>

@@ -1,0 +1,314 @@
+// The losses of sparsemax, entmax15 and entmax: the operators. [torch]
+#include "entmax_loss/entmax_loss.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/expm1.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/log.h>
+#include <ATen/ops/where.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "common/python.h"
+#include "common/row_loss.h"
+#include "common/row_map_options.h"
+#include "common/targets.h"
+#include "entmax/entmax.h"
+#include "entmax/entmax_host.h"
+
+namespace tse {
+namespace {
+
+using torch::autograd::variable_list;
+using TwoTensors = std::tuple<at::Tensor, at::Tensor>;
+
+// The arguments of the schemas after the tensors. alpha: of sparsemax_loss and entmax15_loss their own.
+struct LossOptions {
+  int64_t ignore_index;
+  std::string_view reduction;
+  double alpha;
+  OptionalTensor row_alpha;
+
+  c10::IValue saved() const {
+    return std::make_tuple(ignore_index, static_cast<int64_t>(parse_reduction("entmax_loss", reduction)), alpha);
+  }
+  static std::tuple<int64_t, std::string_view, double> numbers(const c10::IValue& saved) {
+    constexpr std::string_view kReductions[] = {"none", "mean", "sum"};  // by their codes
+    const auto [ignore_index, code, alpha] = saved.to<std::tuple<int64_t, int64_t, double>>();
+    return {ignore_index, kReductions[code], alpha};
+  }
+  const OptionalTensor& tensor() const { return row_alpha; }
+  // Above 2 rows are computed in double, as the map does.
+  bool is_double() const { return row_alpha.has_value() ? row_alpha->max().item<double>() > 2 : alpha > 2; }
+};
+
+template <int halves>
+struct FixedAlpha : LossOptions {
+  static constexpr const char* kName = halves == 4 ? "sparsemax_loss" : "entmax15_loss";
+  static constexpr const char* kSchema = "int ignore_index=-100, str reduction=\"mean\"";
+  FixedAlpha(int64_t ignore_index, std::string_view reduction)
+      : LossOptions{ignore_index, reduction, halves / 2.0, std::nullopt} {}
+  auto fields() const { return std::tie(ignore_index, reduction); }
+  static FixedAlpha from_saved(const c10::IValue& saved, const at::Tensor&) {
+    const auto [ignore_index, reduction, alpha] = numbers(saved);
+    return {ignore_index, reduction};
+  }
+};
+struct AnyAlpha : LossOptions {
+  static constexpr const char* kName = "entmax_loss";
+  static constexpr const char* kSchema =
+      "int ignore_index=-100, str reduction=\"mean\", float alpha=1.5, Tensor? row_alpha=None";
+  AnyAlpha(int64_t ignore_index, std::string_view reduction, double alpha, const OptionalTensor& row_alpha)
+      : LossOptions{ignore_index, reduction, alpha, row_alpha} {}
+  auto fields() const { return std::tie(ignore_index, reduction, alpha, row_alpha); }
+  static AnyAlpha from_saved(const c10::IValue& saved, const at::Tensor& row_alpha) {
+    const auto [ignore_index, reduction, alpha] = numbers(saved);
+    return {ignore_index, reduction, alpha, row_alpha.defined() ? OptionalTensor(row_alpha) : std::nullopt};
+  }
+};
+
+// ---- the composition ------------------------------------------------------------------------------------------------
+
+// w = (1 - p^c) / c; Σ p w / alpha is Tsallis' entropy of order alpha.
+at::Tensor surprise(const at::Tensor& p, const at::Tensor& alpha) {
+  const at::Tensor outside = p <= 0, log_p = at::log(p.masked_fill(outside, 1)), t = (alpha - 1) * log_p;
+  const at::Tensor is_small = t.abs() < 1e-2, small = at::where(is_small, t, 0), large = at::where(is_small, 1, t);
+  const at::Tensor series = 1 + small * (0.5 + small * (1.0 / 6 + small * (1.0 / 24 + small / 120)));
+  return (-log_p * at::where(is_small, series, at::expm1(large) / large)).masked_fill(outside, 0);
+}
+
+// What the composition and the gradients have in common: logits, targets and probabilities in the type of the loss.
+struct Composed {
+  int64_t dim;
+  bool has_classes;
+  at::Tensor ignored, x, p, y, alpha;  // y: class indices with a dimension of size 1, or distributions
+
+  Composed(const at::Tensor& input, const at::Tensor& target, const LossOptions& o)
+      : dim(class_dim(input)), has_classes(!target.is_floating_point()) {
+    const auto type = accumulate_type(input.scalar_type());
+    x = input.to(type);
+    alpha = o.row_alpha.has_value() ? o.row_alpha->to(x.device(), type) : at::full({}, o.alpha, x.options());
+    if (has_classes) {
+      const at::Tensor t = (input.dim() == 1 ? target.reshape({}) : target).to(at::kLong).unsqueeze(dim);
+      ignored = t == o.ignore_index;
+      y = t.masked_fill(ignored, 0);
+      x = x.masked_fill(ignored, 0);
+    } else {
+      y = target.to(type);
+    }
+    p = entmax_map(x, dim, o.alpha, o.row_alpha);
+  }
+  at::Tensor sum(const at::Tensor& t) const { return t.sum(dim, /*keepdim=*/true); }
+  // Logits relative to the largest, whose derivative only counts where the sum of a target is not a constant.
+  at::Tensor logits() const { return x - (has_classes ? x.detach() : x).amax(dim, /*keepdim=*/true); }
+  at::Tensor logits_where(const at::Tensor& t) const { return logits().masked_fill(t == 0, 0); }  // 0 where t is
+  // s of w = s + d: w of the largest probability.
+  at::Tensor shift() const { return surprise(p.amax(dim, /*keepdim=*/true), alpha); }
+};
+
+at::Tensor reduced(const at::Tensor& rows, const at::Tensor& ignored, int64_t dim, std::string_view reduction) {
+  const at::Tensor loss = (ignored.defined() ? rows.masked_fill(ignored, 0) : rows).squeeze(dim);
+  if (reduction == "none") return loss;
+  if (reduction == "sum") return loss.sum();
+  return ignored.defined() ? loss.sum() / ignored.logical_not().sum() : loss.mean();
+}
+
+at::Tensor composed_loss(const at::Tensor& input, const at::Tensor& target, const LossOptions& o) {
+  const Composed c(input, target, o);
+  const at::Tensor of_p = c.sum(c.p * c.logits_where(c.p)) + c.sum(c.p * surprise(c.p, c.alpha)) / c.alpha;
+  at::Tensor of_y;
+  if (c.has_classes) {
+    of_y = c.logits().gather(c.dim, c.y);
+  } else {
+    of_y =
+        c.sum(c.y * c.logits_where(c.y)) + c.sum(c.y * surprise(c.y, c.alpha)) / c.alpha - c.shift() * (c.sum(c.y) - 1);
+  }
+  const at::Tensor rows = of_p - of_y;
+  return reduced(rows + (rows.clamp_min(0) - rows).detach(), c.ignored, c.dim, o.reduction);  // rounding is not a loss
+}
+
+// grad_output for each row, with a dimension of the classes.
+at::Tensor row_grads(const at::Tensor& grad_output, const at::Tensor& target, const Composed& c, const LossOptions& o) {
+  if (o.reduction == "none") return grad_output.unsqueeze(c.dim);
+  if (o.reduction == "sum") return grad_output;
+  const auto rows = target.sym_numel() / (c.has_classes ? c10::SymInt(1) : c.x.sym_size(c.dim));
+  return c.has_classes ? grad_output / c.ignored.logical_not().sum() : grad_output / rows;
+}
+
+// The gradients of logits and of distributions, before grad_output.
+at::Tensor difference(const Composed& c) {
+  if (!c.has_classes) return c.p - c.y;
+  const at::Tensor minus_one = at::full({}, -1, c.p.options()).expand_symint(c.y.sym_sizes());
+  return c.p.scatter_add(c.dim, c.y, minus_one).masked_fill(c.ignored, 0);
+}
+at::Tensor target_difference(const Composed& c) {
+  const at::Tensor d = c.x.amax(c.dim, /*keepdim=*/true) - c.x;
+  const at::Tensor of_y = at::where(c.y > 0, surprise(c.y, c.alpha), at::full({}, 1, c.y.options()) / (c.alpha - 1));
+  return c.shift() + d - of_y + 1 / c.alpha;
+}
+
+// ---- the host -------------------------------------------------------------------------------------------------------
+
+void check(const char* op, const at::Tensor& input, const at::Tensor& target, const LossOptions& o) {
+  check_logits(op, input, target);
+  parse_reduction(op, o.reduction);
+  TSE_CHECK(!target.is_floating_point() || o.ignore_index < 0, op, "ignore_index",
+            "expected none (a negative number) with a distribution as target, got ", o.ignore_index);
+  TSE_CHECK_VALUE(o.alpha > 0 && std::isfinite(o.alpha), op, "alpha", "expected a positive number, got ", o.alpha);
+  check_row_numbers(op, "alpha", o.row_alpha, input, class_dim(input));
+  check_targets(op, input, target);
+}
+
+// The rows of a call on the CPU, in layouts that they take.
+struct LossRows {
+  RowTensor x, y, grad;
+  at::Tensor target, grad_input;
+  NumbersOfRows alpha;
+  EntmaxLossParams p{};
+
+  LossRows(const char* op, const at::Tensor& input, const at::Tensor& target_, const LossOptions& o, bool has_gradient)
+      : x(as_rows(input, class_dim(input))), alpha(o.alpha, o.row_alpha, input, class_dim(input)) {
+    const int64_t dim = class_dim(input);
+    p.map.dtype = input.scalar_type() == at::kDouble || o.is_double() ? DType::kFloat64 : DType::kFloat32;
+    p.map.rows = x.rows;
+    p.map.input = x.tensor.const_data_ptr();
+    p.map.alpha = alpha.numbers;
+    p.dtype = dtype_of(input);
+    p.probabilities = fwd_rows_of_alpha;
+    p.ignore_index = o.ignore_index;
+    double counted = double(row_count(x.rows));
+    if (target_.is_floating_point()) {
+      y = as_rows(target_.to(input.scalar_type()), dim);
+      p.distribution = y.tensor.const_data_ptr();
+      p.distribution_rows = y.rows;
+    } else {
+      target = class_indices(target_).contiguous();
+      p.target = target.const_data_ptr();
+      p.target_is_int32 = target.scalar_type() == at::kInt;
+      counted = count_classes(op, "target", target, input.size(dim), o.ignore_index);
+    }
+    p.divisor = o.reduction == "mean" ? counted : 1;
+    if (!has_gradient) return;
+    grad_input = with_huge_pages(at::empty_like(input));
+    grad = as_rows(grad_input, dim);
+    p.map.grad_input_rows = grad.rows;
+    p.map.grad_input = grad.tensor.mutable_data_ptr();
+  }
+  bool is_double() const { return p.map.dtype == DType::kFloat64; }
+
+  void run() {
+    if (p.map.rows.n > 0) parallel_rows(p, p.map.rows, p.map.rows.stride_n == 1, entmax_loss_rows);
+    if (grad_input.defined() && !grad.tensor.is_same(grad_input)) grad_input.copy_(grad.tensor);
+  }
+};
+
+// The form of a loss (row_loss.h); Options: FixedAlpha or AnyAlpha.
+template <class Options_>
+struct EntmaxLoss {
+  using Options = Options_;
+
+  struct Result {
+    at::Tensor loss, stats, grad_input;
+  };
+  static Result forward_backward(const at::Tensor& input, const at::Tensor& target, const Options& o,
+                                 std::optional<double> guess) {
+    check(Options::kName, input, target, o);
+    const c10::OptionalDeviceGuard guard(input.device());
+    const auto type = input.options().dtype(accumulate_type(input.scalar_type()));
+    const bool reduces = o.reduction != "none";
+    const auto sizes = row_sizes(input, target);
+    const at::Tensor stats = at::empty({0}, type);  // backward computes again what it needs
+    if (input.is_meta()) return {reduces ? at::empty({}, type) : at::empty_symint(sizes, type), stats, {}};
+    if (use_cuda(input)) return {composed_loss(input, target, o), stats, {}};
+    LossRows rows(Options::kName, input, target, o, guess.has_value());
+    const at::Tensor row_loss = at::empty_symint(sizes, type.dtype(rows.is_double() ? at::kDouble : at::kFloat));
+    if (input.numel() == 0) row_loss.zero_();
+    rows.p.row_loss = row_loss.mutable_data_ptr();
+    const double g = guess.value_or(0);
+    const float g32 = float(g);
+    rows.p.grad_output = rows.is_double() ? static_cast<const void*>(&g) : &g32;
+    rows.run();
+    if (!reduces) return {row_loss.to(type.dtype()), stats, {}};
+    const double sum = rows.is_double() ? sum_of_rows(row_loss.const_data_ptr<double>(), row_loss.numel())
+                                        : sum_of_rows(row_loss.const_data_ptr<float>(), row_loss.numel());
+    return {at::full({}, sum / rows.p.divisor, type), stats, rows.grad_input};
+  }
+  static TwoTensors forward(const at::Tensor& input, const at::Tensor& target, const Options& o) {
+    const Result r = forward_backward(input, target, o, std::nullopt);
+    return {r.loss, r.stats};
+  }
+  static at::Tensor loss(const at::Tensor& input, const at::Tensor& target, const Options& o) {
+    return forward_backward(input, target, o, std::nullopt).loss;
+  }
+
+  static at::Tensor gradient(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
+                             const Options& o) {
+    check(Options::kName, input, target, o);
+    const auto sizes = row_sizes(input, target);
+    check_handed(Options::kName, "grad_output", grad_output, input, accumulate_type(input.scalar_type()),
+                 o.reduction == "none" ? c10::SymIntArrayRef(sizes) : c10::SymIntArrayRef());
+    if (input.is_meta()) return at::empty_like(input);
+    const c10::OptionalDeviceGuard guard(input.device());
+    if (use_cuda(input)) {
+      const Composed c(input, target, o);
+      return (difference(c) * row_grads(grad_output, target, c, o)).to(input.scalar_type());
+    }
+    LossRows rows(Options::kName, input, target, o, /*has_gradient=*/true);
+    const at::Tensor g = grad_output.to(rows.is_double() ? at::kDouble : at::kFloat).contiguous();
+    rows.p.grad_output = g.const_data_ptr();
+    rows.p.grad_output_stride = o.reduction == "none" ? 1 : 0;
+    rows.run();
+    return rows.grad_input;
+  }
+
+  using Op = Operator<loss>;
+  using Forward = Operator<forward>;
+
+  static at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
+                             const at::Tensor&, const Options& o, const at::Tensor&) {
+    return Operator<gradient>::call(grad_output, input, target, o);
+  }
+  static at::Tensor target_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
+                                    const at::Tensor&, const Options& o) {
+    const Composed c(input, target, o);
+    return (target_difference(c) * row_grads(grad_output, target, c, o)).to(target.scalar_type());
+  }
+  static variable_list composed(const at::Tensor& input, const at::Tensor& target, const Options& o, size_t,
+                                const at::Tensor&) {
+    check(Options::kName, input, target, o);
+    return {composed_loss(input, target, o)};
+  }
+  static bool needs_composition(const at::Tensor&, const Options& o) {
+    return o.row_alpha.has_value() && gradient_path(*o.row_alpha) != GradientPath::kNone;
+  }
+};
+
+template <class Options>
+void define_loss(torch::Library& m) {
+  using Loss = EntmaxLoss<Options>;
+  static const std::string name = Options::kName, forward = "_" + name + "_forward",
+                           backward = "_" + name + "_backward";
+  const std::string options = Options::kSchema, required = without_defaults(options);
+  define_public<Loss::loss, RowLoss<Loss>::autograd>(m, name.c_str(),
+                                                     "(Tensor input, Tensor target, " + options + ") -> Tensor");
+  define<Loss::forward>(m, forward.c_str(),
+                        "(Tensor input, Tensor target, " + required + ") -> (Tensor loss, Tensor stats)");
+  define<Loss::gradient>(m, backward.c_str(),
+                         "(Tensor grad_output, Tensor input, Tensor target, " + required + ") -> Tensor");
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(torch_softmax_ext, m) {
+  define_loss<FixedAlpha<4>>(m);
+  define_loss<FixedAlpha<3>>(m);
+  define_loss<AnyAlpha>(m);
+}
+
+}  // namespace tse

@@ -1,0 +1,30 @@
+// Losses of sparsemax and entmax: what the host entry hands to the rows on the CPU. [plain]
+//
+// L = Ω*(x) + Ω(y) - <x, y> (Blondel, Martins & Niculae 2020), whose gradient is p - y. With c = alpha - 1, d = max x -
+// x and w = s + d, where p = (1 - c w)^(1/c): of a class y, L = w_y - (c / alpha) Σ p w; of a distribution, L = Σ y (w
+// - (1 - y^c) / (c alpha)) - (c / alpha) Σ p w. For alpha = 1 it is cross-entropy.
+#pragma once
+#include "common/row_params.h"
+
+namespace tse {
+
+struct EntmaxLossParams {
+  RowMapParams map;  // rows, input and alpha; the grad_input, if one is wanted; dtype: of the arithmetic
+  void (*probabilities)(const RowMapParams& p, int64_t begin, int64_t end);  // the map
+  DType dtype;  // of input, distribution and grad_input
+  const void* target;  // (rows)  class indices, contiguous; nullptr: distributions
+  bool target_is_int32;
+  const void* distribution;  // (rows, n)
+  Rows distribution_rows;
+  int64_t ignore_index;
+  void* row_loss;  // (rows)  in the type of the arithmetic; nullptr: not asked for
+  const void* grad_output;  // (rows) or (); in the same type
+  int64_t grad_output_stride;
+  double divisor;  // of grad_output
+  ShareRow* share_row;
+};
+
+// Rows [begin, end), whose targets were checked: losses and gradients, from one reading of the logits.
+void entmax_loss_rows(const EntmaxLossParams& p, int64_t begin, int64_t end);
+
+}  // namespace tse

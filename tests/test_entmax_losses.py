@@ -1,0 +1,125 @@
+"""The losses of sparsemax and entmax: limits, gradients of alpha and of distributions, and what other libraries got
+wrong. What all operators share is in test_all_ops.py."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import reductions
+
+import torch_softmax_ext as tse
+from torch_softmax_ext.testing.entmax_losses import reference
+
+close = torch.testing.assert_close
+LOSSES = {"sparsemax_loss": (tse.sparsemax_loss, 2.0), "entmax15_loss": (tse.entmax15_loss, 1.5)}
+losses = pytest.mark.parametrize(("loss", "alpha"), LOSSES.values(), ids=LOSSES)
+
+
+def batch(device, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(6, 9, generator=generator, dtype=torch.float64).to(device, dtype)
+    return x.requires_grad_(), torch.tensor([0, 3, -100, 8, 2, 2], device=device)
+
+
+@losses
+@reductions
+def test_entmax_loss_of_their_alpha_is_the_same(device, loss, alpha, reduction):
+    x, t = batch(device)
+    a, b = loss(x, t, reduction=reduction), tse.entmax_loss(x, t, alpha, reduction=reduction)
+    close(a, b)
+    close(torch.autograd.grad(a.sum(), x), torch.autograd.grad(b.sum(), x))
+
+
+@reductions
+def test_alpha_1_is_cross_entropy(device, reduction):
+    x, t = batch(device)
+    a, b = tse.entmax_loss(x, t, 1.0, reduction=reduction), F.cross_entropy(x, t, reduction=reduction)
+    close(a, b)
+    close(torch.autograd.grad(a.sum(), x), torch.autograd.grad(b.sum(), x))
+
+
+@losses
+def test_the_gradient_is_the_probabilities_less_the_target(device, loss, alpha):
+    x, t = batch(device)
+    (g,) = torch.autograd.grad(loss(x, t, reduction="sum"), x)
+    p = tse.entmax(x.detach(), alpha)
+    counted = (t >= 0)[:, None]
+    close(g, (p - F.one_hot(t.clamp_min(0), 9)).where(counted, torch.zeros_like(p)))
+
+
+@losses
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [10, 5000])
+def test_zero_at_the_margin_and_never_negative(device, loss, alpha, dtype, n):
+    """gokceneraslan/SparseMax.torch #2: negative losses."""
+    margin = 1 / (alpha - 1)
+    x = (torch.randn(64, n, device=device) / 8).clamp(-0.5, 0.5).to(dtype)
+    t = torch.arange(64, device=device) % n
+    rows = torch.arange(64, device=device)
+    others = x.scatter(1, t[:, None], -float("inf")).amax(1)
+    for above, is_zero in ((margin + 0.25, True), (margin, None), (margin - 0.03125, None), (margin - 0.25, False)):
+        x[rows, t] = (others.double() + above).to(dtype)
+        z = x.detach().requires_grad_()
+        y = loss(z, t, reduction="none")
+        assert (y >= 0).all()
+        if is_zero is True:
+            assert torch.equal(y, torch.zeros_like(y))
+            assert torch.equal(torch.autograd.grad(y.sum(), z)[0], torch.zeros_like(z))
+        if is_zero is False:
+            assert (y > 0).all()
+
+
+@pytest.mark.parametrize("alpha", [0.6, 1.0, 1.2, 1.5, 1.9])
+@reductions
+def test_gradient_of_alpha(device, alpha, reduction):
+    x, t = batch(device)
+    a = torch.full((6, 1), alpha, device=device, dtype=torch.float64, requires_grad=True)
+    y = tse.entmax_loss(x, t, a, reduction=reduction)
+    close(y, tse.entmax_loss(x, t, alpha, reduction=reduction))
+    got = torch.autograd.grad(y.sum(), (x, a))
+    close(got[0], torch.autograd.grad(tse.entmax_loss(x, t, alpha, reduction=reduction).sum(), x)[0])
+    h = 1e-5
+    with torch.no_grad():
+        up, down = (tse.entmax_loss(x, t, a + s * h, reduction=reduction).sum() for s in (1, -1))
+    close(got[1].sum(), (up - down) / (2 * h), rtol=1e-5, atol=1e-7)
+    assert got[1][2] == 0  # ignored
+
+
+@pytest.mark.not_on_host
+@pytest.mark.parametrize("alpha", [1.0, 1.3, 1.5, 2.0])
+def test_gradients_of_distributions(device, alpha):
+    x, _ = batch(device)
+    y = torch.rand(6, 9, device=device, dtype=torch.float64).softmax(1).requires_grad_()
+    for reduction in ("none", "mean", "sum"):
+
+        def ours(x, y, reduction=reduction):
+            return tse.entmax_loss(x, y, alpha, reduction=reduction)
+
+        close(ours(x, y), reference(x, y, alpha, reduction=reduction))
+        assert torch.autograd.gradcheck(ours, (x, y))
+        assert torch.autograd.gradgradcheck(ours, (x, y), atol=1e-4)
+
+
+@pytest.mark.not_on_host
+def test_vmap_over_alphas_and_targets(device):
+    x, t = batch(device)
+    alphas = torch.tensor([1.2, 1.5, 1.8], device=device, dtype=torch.float64)
+    for reduction in ("none", "mean", "sum"):
+
+        def loss(a, reduction=reduction):
+            return tse.entmax_loss(x.detach(), t, a, reduction=reduction)
+
+        close(torch.func.vmap(loss)(alphas), torch.stack([loss(a) for a in alphas]))
+    rows = torch.func.vmap(lambda x, t, a: tse.entmax_loss(x, t, a))(x.detach()[:3], t[:3], alphas)
+    close(
+        rows.nan_to_num(), torch.stack([tse.entmax_loss(x.detach()[i], t[i], alphas[i]) for i in range(3)]).nan_to_num()
+    )
+
+
+@losses
+def test_gradients_of_other_grad_outputs_after_a_guess(device, loss, alpha):
+    """Forward writes the gradient for the grad_output that came last; another one must not get it."""
+    x, t = batch(device, torch.float32)
+    (want,) = torch.autograd.grad(tse.entmax_loss(x.double(), t, alpha), x)
+    for scale in (1.0, 1.0, 1.0, 3.0, 3.0, 3.0, -2.0, 1.0):
+        (got,) = torch.autograd.grad(loss(x, t) * scale, x)
+        close(got, want * scale)

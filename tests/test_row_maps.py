@@ -1,0 +1,353 @@
+"""Row maps with tensors beside the logits: temperatures, masks and alphas; their gradients; what other libraries got
+wrong with them. What all operators share is in test_all_ops.py."""
+
+import functools
+
+import pytest
+import torch
+from conftest import CUDA_ON_HOST, for_cpu
+
+import torch_softmax_ext as tse
+from torch_softmax_ext.testing import SPECS
+from torch_softmax_ext.testing.entmax import SPEC as ENTMAX
+
+close = torch.testing.assert_close
+INF = float("inf")
+MAPS = [s for s in SPECS if s.name in ("softmax", "log_softmax", "sparsemax", "entmax15", "entmax")]
+maps = pytest.mark.parametrize("spec", MAPS, ids=lambda s: s.name)
+probabilities = pytest.mark.parametrize("spec", [s for s in MAPS if s.name != "log_softmax"], ids=lambda s: s.name)
+SOFTMAX = next(s for s in MAPS if s.name == "softmax")
+
+
+def inputs(device, dtype=torch.float64):
+    """Logits, a temperature for each of three heads, an additive mask of keys."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+
+    return normal(2, 3, 4, 6), normal(3, 1, 1).detach().exp().requires_grad_(), normal(2, 1, 1, 6)
+
+
+def call(function):
+    return lambda x, t, m: function(x, temperature=t, mask=m)
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+@maps
+def test_gradients_of_temperature_and_mask(spec, device):
+    tensors = inputs(device)
+    got, want = call(spec.op)(*tensors), call(spec.reference)(*tensors)
+    close(got, want)
+    g = torch.randn_like(got)
+    close(torch.autograd.grad(got, tensors, g), torch.autograd.grad(want, tensors, g))
+
+
+@maps
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_temperature_and_mask_in_other_dtypes(spec, device, dtype):
+    """With an offset, which must not cost the temperature's gradient its digits."""
+    x, t, m = (tensor.detach().to(dtype) for tensor in inputs(device))
+    tensors = [tensor.requires_grad_() for tensor in (x + (1000 if dtype == torch.float32 else 0), t, m)]
+    got = call(spec.op)(*tensors)
+    g = torch.randn_like(got)
+    wide = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    want = call(spec.reference)(*wide)
+    tolerance = {torch.float32: 2e-4, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
+    for a, b in zip(torch.autograd.grad(got, tensors, g), torch.autograd.grad(want, wide, g.double()), strict=True):
+        assert a.dtype == dtype
+        assert (a.double() - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.not_on_host
+@maps
+def test_gradcheck_of_temperature_and_mask(spec, device):
+    x, t, m = inputs(device)
+    x, m = (tensor.detach()[:1, :, :2].requires_grad_() for tensor in (x, m))
+    for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
+        assert check(call(spec.op), (x, t, m), check_batched_grad=True)
+
+
+ALPHAS = [0.5, 0.9999, 1.0, 1.00001, 1.2, 1.5, 1.9, 2.0, 2.5]
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_gradient_of_alpha(device, alpha):
+    x = torch.randn(4, 9, device=device, dtype=torch.float64)
+    a = torch.full((4, 1), alpha, device=device, dtype=torch.float64, requires_grad=True)
+    y = tse.entmax(x, a)
+    close(y, tse.entmax(x, alpha), rtol=1e-9, atol=1e-9)
+    g = torch.randn_like(y)
+    (got,) = torch.autograd.grad(y, a, g)
+    h = 1e-5
+    with torch.no_grad():
+        want = ((tse.entmax(x, a + h) - tse.entmax(x, a - h)) * g).sum(1, keepdim=True) / (2 * h)
+    close(got, want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradient_of_alpha_in_other_dtypes(device, dtype):
+    x = (torch.randn(5, 700, device=device) * 2).to(dtype)
+    a = torch.tensor([0.7, 1.0, 1.01, 1.5, 1.8], device=device)[:, None].requires_grad_()
+    y = tse.entmax(x, a)
+    g = torch.randn_like(y)
+    wide = a.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(tse.entmax(x.double(), wide), wide, g.double())
+    (got,) = torch.autograd.grad(y, a, g)
+    assert (got.double() - want).abs().max() <= (1e-4 if dtype == torch.float32 else 0.05) * want.abs().max()
+
+
+@pytest.mark.not_on_host
+@pytest.mark.parametrize("alpha", [0.7, 1.0, 1.3, 1.5])
+def test_gradcheck_of_alpha(device, alpha):
+    x = torch.randn(2, 5, device=device, dtype=torch.float64, requires_grad=True)
+    a = torch.full((2, 1), alpha, device=device, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(tse.entmax, (x, a))
+    assert torch.autograd.gradgradcheck(tse.entmax, (x, a), atol=1e-4)
+    assert torch.autograd.gradcheck(tse.entmax, (x, a), check_forward_ad=True, check_backward_ad=False)
+
+
+def test_only_what_requires_grad_gets_a_gradient(device):
+    x, t, m = inputs(device)
+    for leaf in (x, t, m):
+        tensors = [tensor if tensor is leaf else tensor.detach() for tensor in (x, t, m)]
+        (got,) = torch.autograd.grad(call(tse.softmax)(*tensors).square().sum(), leaf)
+        close(got, torch.autograd.grad(call(SOFTMAX.reference)(x, t, m).square().sum(), leaf)[0])
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+
+@maps
+@pytest.mark.parametrize("n", [40, 700])
+def test_what_is_masked_does_not_matter(spec, device, n):
+    x = torch.randn(3, n, device=device)
+    kept = torch.rand(3, n, device=device) < 0.5
+    kept[2] = False
+    want = spec.op(x, mask=kept)
+    for junk in (float("nan"), INF, -INF, 3e38):
+        z = x.masked_fill(~kept, junk).requires_grad_()
+        y = spec.op(z, mask=kept)
+        close(y, want, rtol=0, atol=0)
+        (g,) = torch.autograd.grad(y, z, torch.ones_like(y))
+        assert torch.equal(g[~kept], torch.zeros_like(g[~kept]))
+    empty = want[2]
+    assert torch.equal(empty, torch.full_like(empty, -INF if spec.name == "log_softmax" else 0))
+
+
+@probabilities
+def test_a_mask_in_every_broadcast_shape(spec, device):
+    x = torch.randn(2, 3, 4, 5, device=device)
+    for shape in [(5,), (1, 1), (4, 1), (4, 5), (3, 1, 1), (2, 1, 1, 5), (1, 3, 4, 1), (2, 1, 4, 5), (2, 3, 4, 5), ()]:
+        kept = torch.rand(shape, device=device) < 0.6
+        added = torch.randn(shape, device=device)
+        for dim in (-1, 0, 2):
+            close(spec.op(x, dim=dim, mask=kept), spec.reference(x, dim=dim, mask=kept))
+            close(spec.op(x, dim=dim, mask=added), spec.reference(x, dim=dim, mask=added))
+
+
+@maps
+def test_an_added_mask_of_minus_inf_is_a_boolean_mask(spec, device):
+    x = torch.randn(4, 50, device=device, requires_grad=True)
+    kept = torch.rand(4, 50, device=device) < 0.5
+    added = torch.zeros(4, 50, device=device).masked_fill(~kept, -INF).requires_grad_()
+    a, b = spec.op(x, mask=kept), spec.op(x, mask=added)
+    close(a, b)
+    g = torch.rand(4, 50, device=device).masked_fill(~kept, 0)
+    close(torch.autograd.grad(a, x, g)[0], torch.autograd.grad(b, (x, added), g)[0])
+
+
+# ---- transforms and graphs ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.not_on_host
+@maps
+def test_vmap_over_any_of_the_tensors(spec, device):
+    x, t, m = (tensor.detach() for tensor in inputs(device))
+    batched = {0: torch.stack([x, x * 2]), 1: torch.stack([t, t + 1]), 2: torch.stack([m, -m])}
+    for which in ((0,), (1,), (2,), (0, 2), (1, 2), (0, 1, 2)):
+        args = [batched[i] if i in which else (x, t, m)[i] for i in range(3)]
+        in_dims = tuple(0 if i in which else None for i in range(3))
+        want = torch.stack([call(spec.op)(*(a[k] if i in which else a for i, a in enumerate(args))) for k in range(2)])
+        close(torch.func.vmap(call(spec.op), in_dims)(*args), want)
+
+
+@pytest.mark.not_on_host
+def test_vmap_over_alphas(device):
+    x, alphas = torch.randn(3, 4, 6, device=device), torch.tensor([1.2, 1.5, 1.8], device=device)
+    want = torch.stack([tse.entmax(x[i], alphas[i]) for i in range(3)])
+    close(torch.func.vmap(tse.entmax)(x, alphas), want)
+    close(torch.func.vmap(lambda a: tse.entmax(x[0], a))(alphas)[0], want[0])
+
+
+@pytest.mark.not_on_host
+@maps
+def test_compiles_with_tensors(spec, device):
+    x, t, m = inputs(device, torch.float32)
+    compiled = torch.compile(call(spec.op), fullgraph=True, backend="aot_eager")
+    got, want = compiled(x, t, m), call(spec.op)(x, t, m)
+    close(got, want)
+    g = torch.randn_like(want)
+    close(torch.autograd.grad(got, (x, t, m), g), torch.autograd.grad(want, (x, t, m), g))
+
+
+@pytest.mark.not_on_host
+@maps
+def test_opcheck_with_tensors(spec, device):
+    pytest.importorskip("expecttest", reason="torch's opcheck needs expecttest")
+    x, t, m = inputs(device, torch.float32)
+    options = {"row_temperature": t, "mask": m, "dtype": torch.float64}
+    if spec.name == "entmax":
+        options["row_alpha"] = torch.full((3, 1, 1), 1.4, device=device, requires_grad=True)
+    torch.library.opcheck(spec.overload, (x,), options)
+
+
+@pytest.mark.not_on_host
+def test_func_transforms_over_tensors(device):
+    x, t, m = (tensor.detach() for tensor in inputs(device))
+    for spec in MAPS:
+        for argnums in (0, 1, 2):
+            ours, reference = (
+                torch.func.grad(lambda *a, f=f: call(f)(*a).square().sum(), argnums) for f in (spec.op, spec.reference)
+            )
+            close(ours(x, t, m), reference(x, t, m))
+    a = torch.full((3, 1, 1), 1.3, device=device, dtype=torch.float64)
+    _, got = torch.func.jvp(lambda a: tse.entmax(x, a), (a,), (torch.ones_like(a),))
+    _, want = torch.func.jvp(lambda a: ENTMAX.reference(x, alpha=a), (a,), (torch.ones_like(a),))
+    close(got, want)
+
+
+# ---- modules --------------------------------------------------------------------------------------------------------
+
+
+def test_a_learnable_alpha_stays_in_its_range(device):
+    """deep-spin/entmax #39: a plain parameter left the range of alpha in training."""
+    start = torch.tensor([1.2, 1.5, 1.9])[:, None, None]
+    module = tse.Entmax(start, learnable=True).to(device)
+    close(module.alpha.detach().cpu(), start)
+    x = torch.randn(2, 3, 4, 6, device=device)
+    close(module(x), tse.entmax(x, start.to(device)))
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e4)
+    for _ in range(5):
+        module(x, mask=x > -1).square().sum().backward()
+        optimizer.step()
+        assert ((module.alpha >= 1) & (module.alpha <= 2)).all()
+    assert not torch.equal(module.alpha.detach().cpu(), start)
+    assert [n for n, _ in module.named_parameters()] == ["alpha_logit"]
+    with pytest.raises(
+        ValueError, match=r"Entmax: alpha: expected values between 1 and 2 where it is learnable, got 2\.5"
+    ):
+        tse.Entmax(2.5, learnable=True)
+
+
+def test_modules_take_a_mask(device):
+    x, kept = torch.randn(3, 5, device=device), torch.rand(3, 5, device=device) < 0.5
+    for module, function in ((tse.Softmax, tse.softmax), (tse.LogSoftmax, tse.log_softmax), (tse.Entmax, tse.entmax)):
+        assert torch.equal(module(dim=0, temperature=2.0)(x, kept), function(x, dim=0, temperature=2.0, mask=kept))
+
+
+# ---- bugs of other libraries ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.00001, 1.5, 2.0, 4.0, 10.0])
+def test_any_alpha_sums_to_one_with_a_gradient(device, alpha):
+    """deep-spin/entmax #16, #20, #23, #24, #36, #39: NaN or garbage for large alphas, for 1, and below."""
+    x = (torch.randn(6, 40, device=device) * 3).requires_grad_()
+    y = tse.entmax(x, alpha)
+    close(y.sum(1), torch.ones(6, device=device))
+    (g,) = torch.autograd.grad(y.square().sum(), x)
+    assert g.isfinite().all()
+    if alpha < 10 or not CUDA_ON_HOST and device.type == "cpu":  # torch's operators lose it by cancellation
+        assert (g.sum(1).abs() <= 1e-5 * g.abs().sum(1).clamp_min(1)).all()
+    close(tse.entmax(x, torch.tensor(alpha, device=device)), y, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@probabilities
+def test_half_types_sum_to_one(spec, device, dtype):
+    """deep-spin/entmax #30: NaN in float16, and sums of 0.976 in bfloat16."""
+    y = spec.op((torch.randn(8, 3000, device=device) / 2).to(dtype))
+    assert y.isfinite().all()
+    assert ((y.double().sum(1) - 1).abs() < 2 * torch.finfo(dtype).eps).all()
+
+
+@probabilities
+def test_rows_and_entries_of_minus_inf(spec, device):
+    """deep-spin/entmax #9, #17, #19: NaN or a crash with -inf."""
+    x = torch.randn(4, 12, device=device)
+    x[:, ::3] = -INF
+    x[2] = -INF
+    x.requires_grad_()
+    y = spec.op(x)
+    close(y.sum(1), torch.tensor([1.0, 1.0, 0.0, 1.0], device=device))
+    (g,) = torch.autograd.grad(y.square().sum(), x)
+    assert torch.equal(g[:, ::3], torch.zeros_like(g[:, ::3]))
+    assert g.isfinite().all()
+
+
+@probabilities
+@pytest.mark.parametrize("n", [5, 300, 5000])
+def test_offsets_of_1e8(spec, device, n):
+    """tensorflow/addons #2314: NaN for logits of 1e8."""
+    x = torch.full((2, n), -1e8, device=device)
+    x[:, 3] = 1e8
+    x[:, 4] = 1e8
+    want = torch.zeros(2, n, device=device)
+    want[:, 3:5] = 0.5
+    close(spec.op(x), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@probabilities
+def test_every_length_and_alignment(spec, device, dtype):
+    """pytorch #143644: a softmax of 5 x 517 float64 summed to 0.7 where vectors met the end of memory."""
+    for n in (1, 2, 3, 5, 31, 63, 64, 65, 255, 256, 257, 258, 300, 511, 517, 1025, 2049):
+        if CUDA_ON_HOST and n > 300:
+            continue
+        memory = torch.randn(5 * n + 3, dtype=dtype, device=device)
+        for begin in range(3):
+            x = memory[begin : begin + 5 * n].view(5, n)
+            y = spec.op(x)
+            close(y.sum(1), torch.ones(5, dtype=dtype, device=device))
+            close(y, spec.reference(x.double()).to(dtype), rtol=1e-5, atol=1e-6)
+
+
+def test_small_probabilities_keep_their_digits(device):
+    """pytorch #55056: softmax of float64 [37.43, 0] gave exactly 1 and 0."""
+    x = torch.tensor([37.43, 0.0], device=device, dtype=torch.float64)
+    p = tse.softmax(x)
+    close(p[1].item(), torch.tensor(-37.43, dtype=torch.float64).exp().item(), rtol=1e-13, atol=0)
+    close(tse.log_softmax(x)[1].item(), -37.43 - 5.5e-17, rtol=1e-15, atol=0)
+
+
+@for_cpu
+@pytest.mark.parametrize("gap", [5.0, 37.43, 80.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_next_to_a_probability_of_one(dtype, gap):
+    """pytorch #195678: the gradient of float64 [37.43, 0] was lost by cancellation."""
+    x = torch.tensor([gap, 0.0], dtype=dtype, requires_grad=True)
+    (g,) = torch.autograd.grad(tse.softmax(x)[0], x)
+    want = torch.tensor(-gap, dtype=torch.float64).exp() / (1 + torch.tensor(-gap, dtype=torch.float64).exp()) ** 2
+    close(g.double(), torch.stack([want, -want]), rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=0)
+
+
+@functools.cache
+def _causal(n):
+    return torch.ones(n, n).tril().bool()
+
+
+def test_double_backward_through_masked_attention(device):
+    """deep-spin/entmax: double backward of entmax15 and of the bisection was NaN or wrong."""
+    q, k = (torch.randn(2, 7, 3, device=device, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    for spec in MAPS:
+        if spec.name == "log_softmax":  # its masked results are infinite
+            continue
+
+        def second(f):
+            p = f(q @ k.mT, mask=_causal(7).to(device))
+            (g,) = torch.autograd.grad((p @ k).square().sum(), q, create_graph=True)
+            return torch.autograd.grad(g.square().sum(), (q, k))
+
+        close(second(spec.op), second(spec.reference))

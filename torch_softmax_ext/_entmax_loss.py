@@ -1,0 +1,190 @@
+"""Losses of sparsemax and entmax: functions, modules, and the rule of torch.func.vmap."""
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling, is_dynamo_compiling
+
+from torch_softmax_ext import _C
+from torch_softmax_ext._options import FunctionModule, checked
+
+# What the docstrings have in common.
+_ARGUMENTS = """input: logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, …, dk)``; float32, float64, float16 or
+            bfloat16; any strides. Half types are computed in float32.
+        target: class indices of shape ``()``, ``(N)`` or ``(N, d1, …, dk)``; int64, int32 or uint8; each in ``[0, C)``
+            or ``ignore_index``. Or distributions over the classes, which sum to 1: floating point, of ``input``'s
+            shape, differentiable."""
+_OPTIONS = """ignore_index: a row with this target has loss 0 and gradient 0 and is not counted. Not with distributions.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``. The mean divides by the number of counted targets and is NaN if
+            there is none."""
+_RESULT = """The loss in float32 (float64 for float64 logits): a scalar, or for ``"none"`` one number per row, in the
+        shape of class indices. Never negative, and 0 where the target's probability is 1."""
+_ERRORS = """IndexError: a target is neither a class nor ``ignore_index``.
+        ValueError: batch sizes differ, or ``reduction`` is unknown.
+        RuntimeError: other shapes do not fit; ``target`` has an unsupported dtype; tensors are on different devices;
+            ``ignore_index`` is not negative with distributions.
+        NotImplementedError: ``input`` is not floating point.
+        TypeError: an argument has another type."""
+
+
+def _loss(function):
+    """The body of a public loss, with what the docstrings have in common put into its own; registers the rule of
+    torch.func.vmap."""
+    texts = {"{arguments}": _ARGUMENTS, "{options}": _OPTIONS, "{result}": _RESULT, "{errors}": _ERRORS}
+    for name, text in texts.items():
+        function.__doc__ = function.__doc__.replace(name, text)
+    op = getattr(torch.ops.torch_softmax_ext, function.__name__).default
+    short_way = getattr(_C, function.__name__)  # plain tensors only, else NotImplemented
+
+    def arguments(input, target, ignore_index, reduction, *alpha):
+        """In the order of the schema, which has a number and a tensor for alpha."""
+        of_alpha = [(1.5, a) if isinstance(a, Tensor) else (a, None) for a in alpha]
+        return (input, target, ignore_index, reduction, *(of_alpha[0] if alpha else ()))
+
+    def call(input, target, ignore_index, reduction, *alpha):
+        if not is_dynamo_compiling():
+            result = short_way(*arguments(input, target, ignore_index, reduction, *alpha))
+            if result is not NotImplemented:
+                return result
+        if not is_compiling():
+            input, target, *alpha, ignore_index, reduction = checked(
+                function, (input, target, *alpha, ignore_index, reduction)
+            )
+        return op(*arguments(input, target, ignore_index, reduction, *alpha))
+
+    @torch.library.register_vmap(op)
+    def vmap(info, in_dims, input, target, ignore_index=-100, reduction="mean", *alpha):
+        """One call for the whole batch: its elements become rows, whose losses are then reduced element by element."""
+        size = info.batch_size
+        in_dims = (*in_dims, *[None] * (6 - len(in_dims)))  # those of defaults are missing
+
+        def batched(t, dim):
+            return t.movedim(dim, 0) if dim is not None else t.expand(size, *t.shape)
+
+        x, t = batched(input, in_dims[0]), batched(target, in_dims[1])
+        indices = not t.is_floating_point()
+        if t.dtype == torch.uint8:  # which cannot hold ignore_index
+            t = t.int()
+        number, row_alpha = alpha if len(alpha) == 2 else (*alpha, None) if alpha else (None, None)
+        if row_alpha is not None:
+            a = row_alpha if in_dims[5] is None else row_alpha.movedim(in_dims[5], 0)
+            missing = x.dim() - a.dim() - (in_dims[5] is None)
+            a = a.reshape(*a.shape[: in_dims[5] is not None], *[1] * missing, *a.shape[in_dims[5] is not None :])
+            class_dim = 1 if x.dim() == 2 else 2
+            row_alpha = a.expand([1 if d == class_dim else n for d, n in enumerate(x.shape)])
+        shape = t.shape if indices else x.select(min(2, x.dim() - 1), 0).shape
+        if x.dim() == 2:  # elements of shape (C), whose targets have shape () or (1)
+            x, t, shape = x.unsqueeze(1), t.reshape(size, 1) if indices else t.unsqueeze(1), (size,)
+            row_alpha = None if row_alpha is None else row_alpha.unsqueeze(1)
+        row_alpha = None if row_alpha is None else row_alpha.flatten(0, 1)
+        x, t = x.flatten(0, 1), t.flatten(0, 1)
+        loss = op(x, t, ignore_index, "none", *(() if number is None else (number, row_alpha)))
+        if reduction == "none":
+            return loss.reshape(shape), 0
+        sums = loss.reshape(size, -1).sum(1)
+        if reduction == "sum":
+            return sums, 0
+        counted = t != ignore_index if indices else torch.ones_like(loss, dtype=torch.bool)
+        return sums / counted.reshape(size, -1).sum(1), 0
+
+    return call
+
+
+def sparsemax_loss(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+    r"""The loss of :func:`~torch_softmax_ext.sparsemax`, whose gradient is its probabilities less the target's. It is
+    exactly 0 where the target's logit is larger than all others by 1.
+
+    .. math:: \ell_i = \frac{1}{2} \sum_{c \in S} (x_{ic}^2 - \tau_i^2) + \frac{1}{2} - x_{iy_i}
+
+    with the support :math:`S` of the probabilities and their threshold :math:`\tau_i`; as a Fenchel-Young loss,
+    :math:`\Omega^*(x) + \Omega(y) - \langle x, y \rangle` with :math:`\Omega(p) = (\|p\|^2 - 1) / 2`. Martins &
+    Astudillo, "From Softmax to Sparsemax" (ICML 2016); Blondel, Martins & Niculae, "Learning with Fenchel-Young Losses"
+    (JMLR 2020).
+
+    Args:
+        {arguments}
+        {options}
+
+    Returns:
+        {result}
+
+    Raises:
+        {errors}
+    """
+    return _sparsemax_loss(input, target, ignore_index, reduction)
+
+
+def entmax15_loss(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+    r"""The loss of :func:`~torch_softmax_ext.entmax15`, whose gradient is its probabilities less the target's. It is
+    exactly 0 where the target's logit is larger than all others by 2.
+
+    .. math:: \ell_i = \langle p - y, x \rangle + H(p) - H(y), \quad
+        H(p) = \frac{4}{3} \Big(1 - \sum_c p_c^{3/2}\Big)
+
+    Peters, Niculae & Martins, "Sparse Sequence-to-Sequence Models" (ACL 2019); Blondel, Martins & Niculae, "Learning
+    with Fenchel-Young Losses" (JMLR 2020).
+
+    Args:
+        {arguments}
+        {options}
+
+    Returns:
+        {result}
+
+    Raises:
+        {errors}
+    """
+    return _entmax15_loss(input, target, ignore_index, reduction)
+
+
+def entmax_loss(
+    input: Tensor,
+    target: Tensor,
+    alpha: float | Tensor = 1.5,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""The loss of :func:`~torch_softmax_ext.entmax`, whose gradient is its probabilities less the target's. With
+    alpha 1 and class indices it is cross-entropy; above 1 it is exactly 0 from a margin of :math:`1 / (\alpha - 1)` on.
+
+    .. math:: \ell_i = \langle p - y, x \rangle + H(p) - H(y), \quad
+        H(p) = \frac{1 - \sum_c p_c^\alpha}{\alpha (\alpha - 1)}
+
+    Blondel, Martins & Niculae, "Learning with Fenchel-Young Losses" (JMLR 2020).
+
+    Args:
+        {arguments}
+        alpha: a positive number, or one for each row: a tensor that broadcasts to ``input`` and has size 1 in the
+            dimension of the classes, with gradient, which comes from torch's own operators; its values are not checked.
+        {options}
+
+    Returns:
+        {result}
+
+    Raises:
+        {errors}
+        ValueError: ``alpha`` is a number that is not positive.
+    """
+    return _entmax_loss(input, target, ignore_index, reduction, alpha)
+
+
+_sparsemax_loss = _loss(sparsemax_loss)
+_entmax15_loss = _loss(entmax15_loss)
+_entmax_loss = _loss(entmax_loss)
+
+
+class _Loss(FunctionModule):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return self._function(input, target, **self._arguments())
+
+
+class SparsemaxLoss(_Loss, function=sparsemax_loss):
+    """:func:`sparsemax_loss` as a module, like :class:`torch.nn.CrossEntropyLoss`."""
+
+
+class Entmax15Loss(_Loss, function=entmax15_loss):
+    """:func:`entmax15_loss` as a module, like :class:`torch.nn.CrossEntropyLoss`."""
+
+
+class EntmaxLoss(_Loss, function=entmax_loss):
+    """:func:`entmax_loss` as a module, like :class:`torch.nn.CrossEntropyLoss`."""
