@@ -109,7 +109,7 @@ inline void entmax_row(Team team, const T* x, T* y, int64_t n, const Policy& pol
   using A = Acc<T>;
   using V = Vec<T>;
   const double c = double(policy.c[0]), origin = double(policy.origin[0]);
-  const double one = 1 + origin, of_equal = base_of_equal(policy.c, policy.origin, n)[0];
+  const double one = 1 + origin, of_equal = double(policy.of_equal[0]);
   maxima_of_parts(team, x, n, s.maxima.get());
   const int64_t maxima = (n + kPart - 1) / kPart * Accumulate<T>::kLanes;
   const A largest = block_max(s.maxima.get(), maxima),
@@ -163,7 +163,7 @@ template <class T, class Policy>
   max = max > low ? max : V{};
   for (int64_t i = 0; i < n; ++i) z[i] = policy.c * (max - z[i]);
   const V one = splat<V>(1) + policy.origin;
-  Search<V> search(one, one, base_of_equal(policy.c, policy.origin, n));
+  Search<V> search(one, one, policy.of_equal);
   V f, scale = splat<V>(1);
   const auto sum = [&] {
     V sums[4] = {}, slopes[4] = {};
@@ -186,41 +186,59 @@ template <class T, class Policy>
   for (int64_t i = 0; i < n; ++i) z[i] = policy.terms((search.hi - z[i]) + search.lo).p * scale;
 }
 
+// The policies of a call: one for all rows, or one for each.
+template <class T, class Policy>
+struct Policies {
+  const RowMapParams& p;
+  const int64_t n;
+  const Policy same{splat<Vec<T>>(Acc<T>(p.alpha.same)), n};
+  bool is_same() const { return p.alpha.each == nullptr; }
+
+  Policy of_row(int64_t i) const {
+    return is_same() ? same : Policy(splat<Vec<T>>(Acc<T>(p.alpha(p.first_row + i))), n);
+  }
+  Policy of_lanes(int64_t i, int64_t count) const {
+    if (is_same()) return same;
+    Vec<T> alpha;
+    for (int k = 0; k < Accumulate<T>::kLanes; ++k)
+      alpha[k] = Acc<T>(p.alpha(p.first_row + i + std::min<int64_t>(k, count - 1)));
+    return Policy(alpha, n);
+  }
+};
+
 template <class T, class Policy>
 inline void entmax_lanes(const RowMapParams& p, int64_t begin, int64_t end) {
-  constexpr int kLanes = Accumulate<T>::kLanes;
   const int64_t n = p.rows.n;
+  const Policies<T, Policy> policies{p, n};
   const bool one_run = has_one_stride(p.rows) && has_one_stride(p.output_rows);
-  Vec<T> z[kMostInLanes], alpha;
-  for_each_lanes<kLanes>(p.rows, one_run, begin, end, [&](int64_t row, int64_t count, Position at) {
+  Vec<T> z[kMostInLanes];
+  for_each_lanes<Accumulate<T>::kLanes>(p.rows, one_run, begin, end, [&](int64_t row, int64_t count, Position at) {
     load_lanes(static_cast<const T*>(p.input) + at.in(p.rows), p.rows, n, count, z);
-    for (int i = 0; i < kLanes; ++i) alpha[i] = Acc<T>(p.alpha(p.first_row + row + std::min<int64_t>(i, count - 1)));
-    entmax_of_lanes<T>(z, n, Policy(alpha));
+    entmax_of_lanes<T>(z, n, policies.of_lanes(row, count));
     store_lanes(static_cast<T*>(p.output) + at.in(p.output_rows), p.output_rows, n, count, z);
   });
 }
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
-template <class T>
-inline Vec<T> alpha_of(const RowMapParams& p, int64_t row) {
-  return splat<Vec<T>>(Acc<T>(p.alpha(p.first_row + row)));
-}
-
 template <class T, class Policy>
 void fwd_rows_by(const RowMapParams& p, int64_t begin, int64_t end) {
-  if (p.rows.n <= kMostInLanes) return entmax_lanes<T, Policy>(p, begin, end);
-  const EntmaxScratch<Acc<T>> scratch(p.rows.n);
+  const int64_t n = p.rows.n;
+  if (n <= kMostInLanes) return entmax_lanes<T, Policy>(p, begin, end);
+  const Policies<T, Policy> policies{p, n};
+  const EntmaxScratch<Acc<T>> scratch(n);
   for_forward_rows<T>(p, begin, end, [&](auto team, int64_t first, int64_t last, const auto& y, const auto& x) {
-    for (int64_t i = first; i < last; ++i) entmax_row(team, x(i), y(i), p.rows.n, Policy(alpha_of<T>(p, i)), scratch);
+    for (int64_t i = first; i < last; ++i) entmax_row(team, x(i), y(i), n, policies.of_row(i), scratch);
   });
 }
 
 template <class T, class Policy>
 void bwd_rows_by(const RowMapParams& p, int64_t begin, int64_t end) {
+  const int64_t n = p.output_rows.n;
+  const Policies<T, Policy> policies{p, n};
   for_each_backward_row<T>(p, begin, end, [&](auto team, int64_t i, T* out, const T* output, const T* g) {
-    const Policy policy(alpha_of<T>(p, i));
-    weighted_bwd_row(team, out, output, g, p.output_rows.n, [&](Vec<T> v) { return policy.weight(v); });
+    const Policy policy = policies.of_row(i);
+    weighted_bwd_row(team, out, output, g, n, [&](Vec<T> v) { return policy.weight(v); });
   });
 }
 

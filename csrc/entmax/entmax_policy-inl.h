@@ -21,13 +21,25 @@ struct Terms {
   V p, slope;
 };
 
+// Where v is when n elements are equal: origin + n^-c. The threshold is between t = 1 and this.
+template <class V>
+inline V base_of_equal(V c, V origin, int64_t n) {
+  V result = c;
+  for (size_t i = 0; i < sizeof(V) / sizeof(c[0]); ++i) {
+    const double power = -double(c[i]) * std::log(double(n));
+    if (i > 0 && c[i] == c[i - 1]) result[i] = result[i - 1];
+    else result[i] = decltype(result[0] + 0)(origin[i] != 0 ? std::expm1(power) : std::exp(power));
+  }
+  return result;
+}
+
 // alpha = 1.5, where p = u².
 template <class T>
 struct Entmax15 {
   using V = Vec<T>;
   static constexpr bool kIsCostly = false;  // to compute where p is 0
-  V c = splat<V>(0.5), origin = {};
-  explicit Entmax15(V) {}
+  V c = splat<V>(0.5), origin = {}, of_equal;
+  Entmax15(V, int64_t n) : of_equal(base_of_equal(c, origin, n)) {}
 
   Terms<V> terms(V v) const {
     const V u = vmax(V{}, v);  // NaN stays
@@ -47,16 +59,17 @@ struct AnyAlpha {
   using V = Vec<T>;
   using Mask = decltype(V{} > V{});
   static constexpr bool kIsCostly = true;
-  V c, inverse, origin;
+  V c, inverse, origin, of_equal;
   Mask near_one;
 
-  explicit AnyAlpha(V alpha) {
+  AnyAlpha(V alpha, int64_t n) {
     c = alpha - A(1);
     const V size = vmax(c, -c), least = splat<V>(A(0x1p-40));
     c = size < least ? least : c;
     inverse = A(1) / c;
     near_one = c < A(0.25);
     origin = near_one ? splat<V>(-1) : V{};
+    of_equal = base_of_equal(c, origin, n);
   }
 
   V log2_p(V v) const {

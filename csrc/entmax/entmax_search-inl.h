@@ -48,15 +48,4 @@ struct Search {
     goes_on = moves & (away > tolerance);
   }
 };
-
-// Between t = 1 and this is the threshold of n elements: n^-c, u of n equal ones, less 1 where v is.
-template <class V>
-inline V base_of_equal(V c, V origin, int64_t n) {
-  V result = c;
-  for (size_t i = 0; i < sizeof(V) / sizeof(c[0]); ++i) {
-    const double power = -double(c[i]) * std::log(double(n));
-    result[i] = decltype(result[0] + 0)(origin[i] != 0 ? std::expm1(power) : std::exp(power));
-  }
-  return result;
-}
 #endif
