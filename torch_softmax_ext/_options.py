@@ -81,7 +81,7 @@ class FunctionModule(nn.Module):
     """Base of modules that call a public function: ``class M(FunctionModule, function=f)``.
 
     The constructor takes the function's options, and its class weights ``weight``, if it has them. Each becomes an
-    attribute that may be changed later.
+    attribute that may be changed later, a tensor a buffer.
     """
 
     if TYPE_CHECKING:
@@ -103,10 +103,11 @@ class FunctionModule(nn.Module):
             arguments = signature.bind(self, *args, **kwargs)
             arguments.apply_defaults()
             for name in self._names:
-                if name == "weight":
-                    self.register_buffer(name, arguments.arguments[name])
+                value = arguments.arguments[name]
+                if name == "weight" or torch.is_tensor(value):
+                    self.register_buffer(name, value)
                 else:
-                    setattr(self, name, arguments.arguments[name])
+                    setattr(self, name, value)
 
         __init__.__signature__ = signature
         cls.__init__ = __init__

@@ -10,6 +10,8 @@
 //     using Options = RowMapOptions;  // or EntmaxOptions
 //     static constexpr const char* kName;
 //     static constexpr RowMapKernels kForward, kBackward;
+//     static constexpr bool kWidensHalf;  // the CPU's kernels are for float32 and float64 alone
+//     static constexpr double kMasked;  // what a row of -inf alone becomes
 //     // The map of prepared logits, differentiable any number of times; for torch.func and forward-mode AD.
 //     static at::Tensor composed(const at::Tensor& logits, const Options& o);
 //     // The gradient, differentiable any number of times in what is handed to it; for double backward.
@@ -50,12 +52,15 @@ struct RowMap {
     return y.masked_fill(masked, Map::kMasked).to(o.dtype.value_or(input.scalar_type()));
   }
 
+  // Whether the CPU's kernels, which have no half types, see these as float32.
+  static bool is_widened(const at::Tensor& t) { return Map::kWidensHalf && t.element_size() == 2 && !use_cuda(t); }
+
   static at::Tensor forward(const at::Tensor& input, const Options& options) {
     const Options o = checked(Map::kName, input, options);
     const auto type = o.dtype.value_or(input.scalar_type());
     const c10::OptionalDeviceGuard guard(input.device());
     if (use_cuda(input) && Map::kForward.cuda == nullptr) return composed(input, o);
-    const bool is_prepared = o.prepares() || type != input.scalar_type();
+    const bool is_prepared = o.prepares() || type != input.scalar_type() || is_widened(input);
     if (use_cuda(input) && is_prepared) return forward(prepared_logits(input, o), without_preparation(o)).to(type);
     const at::Tensor output = with_huge_pages(at::empty_like(input, input.options().dtype(type)));
     if (input.is_meta() || input.numel() == 0) return output;
@@ -102,7 +107,8 @@ struct RowMap {
     check_handed(Map::kName, "grad_output", grad_output, output, output.scalar_type(), output.sym_sizes());
     const auto type = o.dtype.value_or(output.scalar_type());
     const c10::OptionalDeviceGuard guard(output.device());
-    const bool is_prepared = o.prepares() || type != output.scalar_type(), is_composed = Map::kBackward.cuda == nullptr;
+    const bool is_prepared = o.prepares() || type != output.scalar_type() || is_widened(output);
+    const bool is_composed = Map::kBackward.cuda == nullptr;
     if (use_cuda(output) && (is_composed || is_prepared)) {
       const auto wider = arithmetic_type(output.scalar_type(), type);
       const at::Tensor g = grad_output.to(wider), y = output.to(wider);

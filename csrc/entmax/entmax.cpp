@@ -94,6 +94,7 @@ struct Entmax15 : Compositions<Entmax15> {
   using Options = RowMapOptions;
   static constexpr const char* kName = "entmax15";
   static constexpr double kMasked = 0;
+  static constexpr bool kWidensHalf = false;
   static constexpr RowMapKernels kForward = {entmax15_fwd_rows, launch_entmax15_fwd};
   static constexpr RowMapKernels kBackward = {entmax15_bwd_rows, launch_entmax15_bwd};
 };
@@ -102,6 +103,7 @@ struct Entmax : Compositions<Entmax> {
   using Options = EntmaxOptions;
   static constexpr const char* kName = "entmax";
   static constexpr double kMasked = 0;
+  static constexpr bool kWidensHalf = true;
   static constexpr RowMapKernels kForward = {fwd_rows_of_alpha, nullptr};
   static constexpr RowMapKernels kBackward = {bwd_rows_of_alpha, nullptr};
 

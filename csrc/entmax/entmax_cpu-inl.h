@@ -250,25 +250,20 @@ template <class T>
 void entmax15_bwd(const RowMapParams& p, int64_t begin, int64_t end) {
   bwd_rows_by<T, Entmax15<T>>(p, begin, end);
 }
-template <class T>
-void entmax_fwd(const RowMapParams& p, int64_t begin, int64_t end) {
-  fwd_rows_by<T, AnyAlpha<T>>(p, begin, end);
-}
-template <class T>
-void entmax_bwd(const RowMapParams& p, int64_t begin, int64_t end) {
-  bwd_rows_by<T, AnyAlpha<T>>(p, begin, end);
-}
-
 void entmax15_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   TSE_BY_DTYPE(p.dtype, entmax15_fwd, p, begin, end)
 }
 void entmax15_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   TSE_BY_DTYPE(p.dtype, entmax15_bwd, p, begin, end)
 }
+
+// Half types come as float32 (kWidensHalf).
 void entmax_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
-  TSE_BY_DTYPE(p.dtype, entmax_fwd, p, begin, end)
+  p.dtype == DType::kFloat64 ? fwd_rows_by<double, AnyAlpha<double>>(p, begin, end)
+                             : fwd_rows_by<float, AnyAlpha<float>>(p, begin, end);
 }
 void entmax_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
-  TSE_BY_DTYPE(p.dtype, entmax_bwd, p, begin, end)
+  p.dtype == DType::kFloat64 ? bwd_rows_by<double, AnyAlpha<double>>(p, begin, end)
+                             : bwd_rows_by<float, AnyAlpha<float>>(p, begin, end);
 }
 #endif

@@ -13,6 +13,7 @@ struct Softmax {
   using Options = RowMapOptions;
   static constexpr const char* kName = "softmax";
   static constexpr double kMasked = 0;
+  static constexpr bool kWidensHalf = false;
   static constexpr RowMapKernels kForward = {softmax_fwd_rows, nullptr};
   static constexpr RowMapKernels kBackward = {softmax_bwd_rows, nullptr};
 
@@ -27,6 +28,7 @@ struct LogSoftmax {
   using Options = RowMapOptions;
   static constexpr const char* kName = "log_softmax";
   static constexpr double kMasked = -std::numeric_limits<double>::infinity();
+  static constexpr bool kWidensHalf = false;
   static constexpr RowMapKernels kForward = {log_softmax_fwd_rows, nullptr};
   static constexpr RowMapKernels kBackward = {log_softmax_bwd_rows, nullptr};
 

@@ -24,6 +24,7 @@ struct Sparsemax {
   using Options = RowMapOptions;
   static constexpr const char* kName = "sparsemax";
   static constexpr double kMasked = 0;
+  static constexpr bool kWidensHalf = false;
   static constexpr RowMapKernels kForward = {sparsemax_fwd_rows, launch_sparsemax_fwd};
   static constexpr RowMapKernels kBackward = {sparsemax_bwd_rows, launch_sparsemax_bwd};
 
