@@ -1,7 +1,8 @@
 """Builds torch_softmax_ext._C: CPU kernels always, CUDA kernels where nvcc matches the CUDA version of torch.
 
 Environment: FORCE_CUDA=1 (fail instead of falling back to CPU only), FORCE_CUDA=0 (CPU only), CUDA_HOME,
-TORCH_CUDA_ARCH_LIST, MAX_JOBS. A visible GPU is not needed.
+TORCH_CUDA_ARCH_LIST, MAX_JOBS. A visible GPU is not needed. LEAVE_OUT_CUDA_KERNELS=1 builds all but the kernels: a later
+build adds them and compiles nothing again.
 """
 
 import os
@@ -67,7 +68,8 @@ def extension():
 
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    suffixes = (".cpp", ".cu") if with_cuda else (".cpp",)
+    with_kernels = with_cuda and os.environ.get("LEAVE_OUT_CUDA_KERNELS") != "1"
+    suffixes = (".cpp", ".cu") if with_kernels else (".cpp",)
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in suffixes)
     # Without OpenMP at::parallel_for is serial. At run time torch's libgomp.so.1 is used.
     cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]

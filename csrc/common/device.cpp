@@ -8,17 +8,17 @@
 
 namespace tse {
 
+bool has_cuda() { return cuda_kernels != nullptr; }
+
+bool use_cuda(const at::Tensor& t) {
+  TORCH_CHECK(!t.is_cuda() || has_cuda(), "torch_softmax_ext: this build has no CUDA kernels, got a tensor on ",
+              t.device(), "; rebuild it where nvcc matches the CUDA version of torch");
+  return t.is_cuda();
+}
+
 #ifdef TSE_WITH_CUDA
-bool has_cuda() { return true; }
-bool use_cuda(const at::Tensor& t) { return t.is_cuda(); }
 cudaStream_t current_stream(const at::Tensor& t) { return c10::cuda::getCurrentCUDAStream(t.device().index()); }
 #else
-bool has_cuda() { return false; }
-bool use_cuda(const at::Tensor& t) {
-  TORCH_CHECK(!t.is_cuda(), "torch_softmax_ext: this build has no CUDA kernels, got a tensor on ", t.device(),
-              "; rebuild it where nvcc matches the CUDA version of torch");
-  return false;
-}
 cudaStream_t current_stream(const at::Tensor&) { return nullptr; }
 #endif
 

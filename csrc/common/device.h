@@ -10,6 +10,7 @@
 namespace tse {
 
 bool has_cuda();  // whether the library has CUDA kernels
+TSE_CUDA void cuda_kernels();  // does nothing; is there where the kernels are
 bool use_cuda(const at::Tensor& t);  // throws where `t` is on a GPU and the library has no CUDA kernels
 cudaStream_t current_stream(const at::Tensor& t);
 
