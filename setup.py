@@ -1,8 +1,8 @@
 """Builds torch_softmax_ext._C: CPU kernels always, CUDA kernels where nvcc matches the CUDA version of torch.
 
 Environment: FORCE_CUDA=1 (fail instead of falling back to CPU only), FORCE_CUDA=0 (CPU only), CUDA_HOME,
-TORCH_CUDA_ARCH_LIST, MAX_JOBS. A visible GPU is not needed. LEAVE_OUT_CUDA_KERNELS=1 builds all but the kernels: a later
-build adds them and compiles nothing again.
+TORCH_CUDA_ARCH_LIST, MAX_JOBS. A visible GPU is not needed. LEAVE_OUT_CUDA_KERNELS=1 builds all but the kernels: a
+later build adds them and compiles nothing again.
 """
 
 import os
