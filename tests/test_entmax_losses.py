@@ -123,3 +123,39 @@ def test_gradients_of_other_grad_outputs_after_a_guess(device, loss, alpha):
     for scale in (1.0, 1.0, 1.0, 3.0, 3.0, 3.0, -2.0, 1.0):
         (got,) = torch.autograd.grad(loss(x, t) * scale, x)
         close(got, want * scale)
+
+
+@losses
+@reductions
+def test_no_classes_and_no_rows(device, loss, alpha, reduction):
+    for shape in ((2, 0), (0, 5)):
+        x, y = (torch.zeros(shape, device=device, requires_grad=True) for _ in range(2))
+        gradients = torch.autograd.grad(loss(x, y, reduction=reduction).sum(), (x, y))
+        assert [g.shape for g in gradients] == [shape, shape]
+    none = torch.zeros(0, device=device, dtype=torch.long)
+    x, a = torch.zeros(0, 5, device=device), torch.ones(0, 1, device=device)
+    assert tse.entmax_loss(x, none, a, reduction="sum") == 0
+
+
+@losses
+def test_nan_in_a_distribution_is_seen(device, loss, alpha):
+    y = torch.tensor([[float("nan"), 1, 0, 0], [0, 1, 0, 0]], device=device)
+    got = loss(torch.randn(2, 4, device=device), y, reduction="none")
+    assert got.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
+def test_gradients_where_a_distribution_is_0(device, alpha):
+    x, t = batch(device)
+    y = F.one_hot(t.clamp_min(0), 9).double().requires_grad_()
+    first, second = (
+        torch.autograd.grad(tse.entmax_loss(x, y, alpha, reduction="sum"), y, create_graph=c)[0] for c in (False, True)
+    )
+    close(first, second)
+
+
+@pytest.mark.not_on_host
+@pytest.mark.parametrize("gap", [80.0, 92.0, 100.0, 104.0])
+def test_targets_of_tiny_probabilities(device, gap):
+    x, t = torch.tensor([[0.0, -gap]], device=device), torch.ones(1, dtype=torch.long, device=device)
+    close(tse.entmax_loss(x, t, 1.0).item(), gap)

@@ -351,3 +351,77 @@ def test_double_backward_through_masked_attention(device):
             return torch.autograd.grad(g.square().sum(), (q, k))
 
         close(second(spec.op), second(spec.reference))
+
+
+# ---- limits ---------------------------------------------------------------------------------------------------------
+
+
+@probabilities
+@pytest.mark.parametrize("n", [300, 4096])
+def test_a_nan_far_below_a_peak_is_seen(spec, device, n):
+    x = torch.randn(2, n, device=device)
+    x[0, 5], x[0, n - 100] = 30, float("nan")
+    y = spec.op(x)
+    assert y[0].isnan().all()
+    assert y[1].isfinite().all()
+
+
+@pytest.mark.parametrize("function", [tse.sparsemax, tse.entmax15, tse.entmax], ids=lambda f: f.__name__)
+def test_an_infinite_gradient_outside_the_support_does_not_matter(device, function):
+    """As that of the entropy is, where a probability is 0."""
+    x = (torch.randn(3, 40, device=device) * 3).requires_grad_()
+    p = function(x)
+    (got,) = torch.autograd.grad(p, x, torch.where(p > 0, 1 + p.log(), INF).detach(), retain_graph=True)
+    (want,) = torch.autograd.grad(p, x, torch.where(p > 0, 1 + p.log(), 0).detach())
+    close(got, want)
+
+
+@for_cpu
+@pytest.mark.parametrize(("n", "alpha"), [(3, 2000.0), (200, 150.0), (2000, 120.0), (2000, 50.0)])
+def test_ties_of_a_large_alpha(n, alpha):
+    close(tse.entmax(torch.zeros(n), alpha), torch.full((n,), 1 / n))
+
+
+@pytest.mark.parametrize("value", [300.0, 1e-3])
+def test_gradient_of_a_half_temperature(device, value):
+    x = torch.randn(2, 5, device=device) * value
+    t = torch.full((2, 1), value, device=device, dtype=torch.float16)
+    g = torch.randn(2, 5, device=device)
+    got, want = (
+        torch.autograd.grad(tse.softmax(x, temperature=w), w, g)[0]
+        for w in (t.clone().requires_grad_(), t.float().requires_grad_())
+    )
+    close(got.float(), want, rtol=2e-3, atol=1e-7)
+
+
+@pytest.mark.not_on_host
+def test_double_backward_of_a_temperature_for_no_gradient(device):
+    x, t, _ = inputs(device)
+    for f in (tse.softmax, torch.softmax):
+        y = f(x, -1, temperature=t) if f is tse.softmax else f(x / t, -1)
+        v = torch.zeros_like(y, requires_grad=True)
+        (g,) = torch.autograd.grad(y, t, v, create_graph=True)
+        (second,) = torch.autograd.grad(g.sum(), v)
+        if f is tse.softmax:
+            got = second
+    close(got, second)
+
+
+def test_modules_hold_tensors_as_buffers_and_parameters():
+    module = tse.Softmax(temperature=torch.tensor(2.0))
+    assert [n for n, _ in module.named_buffers()] == ["temperature"]
+    module.temperature = 1.0
+    assert module.temperature == 1.0
+    assert not list(module.named_buffers())
+    for module in (
+        tse.Entmax(torch.nn.Parameter(torch.tensor(1.5))),
+        tse.EntmaxLoss(torch.nn.Parameter(torch.ones(()))),
+    ):
+        assert [n for n, _ in module.named_parameters()] == ["alpha"]
+    assert [n for n, _ in tse.Entmax(temperature=torch.ones(1)).named_buffers()] == ["temperature"]
+
+
+@pytest.mark.not_on_host
+def test_dim_out_of_range_under_vmap(device):
+    with pytest.raises(IndexError, match=r"softmax: dim: expected a dimension in \[-1, 0\] under vmap, got 5"):
+        torch.func.vmap(lambda v: tse.softmax(v, 5))(torch.zeros(3, 300, device=device))

@@ -1,4 +1,4 @@
-"""Fused softmax cross-entropy, selective log-softmax and sparsemax for PyTorch: CPU and CUDA, forward and backward."""
+"""Softmax, its losses and its sparse relatives for PyTorch, fused: CPU and CUDA, forward and backward."""
 
 from torch_softmax_ext import _load
 

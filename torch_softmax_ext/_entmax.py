@@ -101,16 +101,15 @@ class Entmax(RowMapModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.dim, self.learnable, self.temperature, self.dtype = dim, learnable, temperature, dtype
+        self.dim, self.learnable, self.dtype = dim, learnable, dtype
+        self._set_option("temperature", temperature)
         if learnable:
             start = torch.as_tensor(alpha, dtype=None if torch.is_tensor(alpha) else torch.get_default_dtype())
             if not ((start > 1) & (start < 2)).all():
                 raise ValueError(f"Entmax: alpha: expected values between 1 and 2 where it is learnable, got {alpha}")
             self.alpha_logit = nn.Parameter(torch.logit(start.detach() - 1))
-        elif torch.is_tensor(alpha):
-            self.register_buffer("alpha", alpha)
         else:
-            self.alpha = alpha
+            self._set_option("alpha", alpha)
 
     def __getattr__(self, name):
         if name == "alpha" and self.learnable:

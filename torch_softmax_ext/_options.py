@@ -81,7 +81,7 @@ class FunctionModule(nn.Module):
     """Base of modules that call a public function: ``class M(FunctionModule, function=f)``.
 
     The constructor takes the function's options, and its class weights ``weight``, if it has them. Each becomes an
-    attribute that may be changed later, a tensor a buffer.
+    attribute that may be changed later: a buffer of a tensor, a parameter of an nn.Parameter.
     """
 
     if TYPE_CHECKING:
@@ -103,16 +103,23 @@ class FunctionModule(nn.Module):
             arguments = signature.bind(self, *args, **kwargs)
             arguments.apply_defaults()
             for name in self._names:
-                value = arguments.arguments[name]
-                if name == "weight" or torch.is_tensor(value):
-                    self.register_buffer(name, value)
-                else:
-                    setattr(self, name, value)
+                self._set_option(name, arguments.arguments[name])
 
         __init__.__signature__ = signature
         cls.__init__ = __init__
         cls._function = staticmethod(function)
         cls._names = tuple(signature.parameters)[1:]
+
+    def _set_option(self, name, value) -> None:
+        if name == "weight" or (isinstance(value, Tensor) and not isinstance(value, nn.Parameter)):
+            self.register_buffer(name, value)
+        else:
+            setattr(self, name, value)
+
+    def __setattr__(self, name, value) -> None:
+        if name != "weight" and not isinstance(value, Tensor):  # a number may take the place of a tensor
+            self.__dict__.get("_buffers", {}).pop(name, None)
+        super().__setattr__(name, value)
 
     def _arguments(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in self._names}

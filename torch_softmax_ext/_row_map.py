@@ -21,8 +21,8 @@ _ARGUMENTS = """input: logits :math:`x` of any shape and strides; float32, float
 _PROBABILITIES = """Probabilities of ``input``'s shape. A logit of ``-inf`` gets 0. A row of ``-inf`` alone gives
         zeros and a zero gradient. A NaN or ``+inf`` that is not masked makes its own row NaN."""
 _ERRORS = """IndexError: ``dim`` is out of range.
-        NotImplementedError: ``input`` or ``dtype`` is not one of the four dtypes.
-        RuntimeError: ``mask`` or ``temperature`` does not broadcast to ``input``, or is on another device.
+        NotImplementedError: ``input``, ``dtype`` or a tensor of numbers is not one of the four dtypes.
+        RuntimeError: a tensor does not broadcast to ``input``, or is on another device.
         TypeError: an argument has another type.
         ValueError: ``temperature`` is a number that is not positive."""
 
@@ -68,6 +68,10 @@ def row_map(function):
         """A batch is one more dimension of rows. Each scalar of a batch of scalars is a row of one element."""
         in_dims = (*in_dims, *[None] * (8 - len(in_dims)))  # those of defaults are missing
         rank = input.dim() - (in_dims[0] is not None)
+
+        if not -max(rank, 1) <= dim < max(rank, 1):
+            expected = f"[{-max(rank, 1)}, {max(rank, 1) - 1}]"
+            raise IndexError(f"{function.__name__}: dim: expected a dimension in {expected} under vmap, got {dim}")
 
         def with_batch(t, batch_dim):
             """The batch first, and as many dimensions as input has."""

@@ -44,8 +44,9 @@ template <class Map>
 struct RowMap {
   using Options = typename Map::Options;
 
-  // The composition of the whole map. Where all of a row is -inf, so is the row that it maps to, or it is 0.
+  // The composition of the whole map. A row of -inf alone becomes kMasked.
   static at::Tensor composed(const at::Tensor& input, const Options& o) {
+    if (input.sym_numel() == 0) return input.to(o.dtype.value_or(input.scalar_type())).clone();
     const at::Tensor logits = prepared_logits(input, o);
     const at::Tensor masked = (logits == -std::numeric_limits<double>::infinity()).all(o.dim, /*keepdim=*/true);
     const at::Tensor y = Map::composed(logits.masked_fill(masked, 0), without_preparation(o));

@@ -4,6 +4,7 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/WrapDimUtils.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/max.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
@@ -43,7 +44,10 @@ struct EntmaxOptions : RowMapOptions {
   auto fields() const { return std::tuple_cat(RowMapOptions::fields(), std::tie(alpha, row_alpha)); }
   static std::string schema() { return RowMapOptions::schema() + ", float alpha=1.5, Tensor? row_alpha=None"; }
   // Above 2 a rounding of the threshold can change a probability as its root of order alpha - 1.
-  bool is_double() const { return row_alpha.has_value() ? row_alpha->max().item<double>() > 2 : alpha > 2; }
+  bool is_double() const {
+    if (!row_alpha.has_value()) return alpha > 2;
+    return row_alpha->numel() > 0 && row_alpha->max().item<double>() > 2;
+  }
 };
 
 // The options of the same map over logits that are prepared.
@@ -95,6 +99,7 @@ inline void check_mask(const char* op, const at::Tensor& mask, const at::Tensor&
               mask.scalar_type());
     check_floating(op, "mask", mask);
   }
+  TSE_CHECK(mask.layout() == at::kStrided, op, "mask", "expected a strided tensor, got layout ", mask.layout());
   check_same_device(op, "mask", mask, input);
   check_broadcast(op, "mask", mask, input);
 }
@@ -202,11 +207,15 @@ inline at::Tensor prepared_logits(const at::Tensor& input, const RowMapOptions& 
 inline at::Tensor temperature_gradient(const at::Tensor& grad, const at::Tensor& input, const RowMapOptions& o) {
   const at::Tensor& t = *o.row_temperature;
   if (grad.sym_numel() == 0) return at::zeros_symint(t.sym_sizes(), t.options());
-  // The sum of `grad` over a row is 0: it does not matter what is subtracted from its logits.
-  const at::Tensor is_zero = grad == 0, x = input.to(grad.scalar_type());
-  const at::Tensor max = x.detach().masked_fill(is_zero, -std::numeric_limits<double>::infinity()).amax(o.dim, true);
-  const at::Tensor z = (x - max).masked_fill(is_zero, 0);
-  return at::sum_to(-(grad * z).sum(o.dim, /*keepdim=*/true) / (t * t), t.sym_sizes()).to(t.scalar_type());
+  // The sum of `grad` over a row is 0: it does not matter what is subtracted from its logits. Those that are not finite
+  // have a gradient of 0.
+  const auto type = grad.scalar_type();
+  const double low = -std::numeric_limits<double>::infinity();
+  const at::Tensor x = input.to(type), unusable = at::isfinite(x.detach()).logical_not();
+  const at::Tensor max = x.detach().masked_fill(unusable, low).amax(o.dim, /*keepdim=*/true);
+  const double least = type == at::kDouble ? -std::numeric_limits<double>::max() : -std::numeric_limits<float>::max();
+  const at::Tensor z = (x - max.masked_fill(max == low, 0)).masked_fill(unusable, 0).clamp_min(least), w = t.to(type);
+  return at::sum_to(-(grad * z).sum(o.dim, /*keepdim=*/true) / w / w, t.sym_sizes()).to(t.scalar_type());
 }
 
 }  // namespace tse

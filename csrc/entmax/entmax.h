@@ -4,8 +4,8 @@
 
 namespace tse {
 
-// CPU: rows [begin, end). entmax_fwd_rows and entmax_bwd_rows take any alpha; the last two, too, but where it is one
-// number with a map of its own they run the rows of that: softmax, entmax15 or sparsemax.
+// CPU: rows [begin, end). The last two take any alpha, too; for one number with a map of its own they run the rows of
+// that map: softmax for 1, entmax15, sparsemax for 2.
 void entmax15_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end);
 void entmax15_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end);
 void entmax_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end);

@@ -61,7 +61,7 @@ inline void search_row(Team team, const X* x, int64_t n, Acc<T> max, const Polic
   }
 }
 
-// Parts of a row, and the largest element of each lane of each part.
+// Parts of a row, and the largest element of each lane of each part: NaN where there is one.
 constexpr int64_t kPart = 256;
 template <class T, class Team>
 inline void maxima_of_parts(Team team, const T* x, int64_t n, Acc<T>* maxima) {
@@ -70,9 +70,14 @@ inline void maxima_of_parts(Team team, const T* x, int64_t n, Acc<T>* maxima) {
   for_parts(team, n, kPart, [&](int64_t first, int64_t last) {
     for (int64_t begin = first; begin < last; begin += kPart) {
       Vec<T> m[4] = {low, low, low, low};
-      const auto add = [&](int k, int64_t, auto v) { m[k] = vmax(v.a, m[k]), m[k + 1] = vmax(v.b, m[k + 1]); };
+      auto is_nan = low != low;
+      const auto add = [&](int k, int64_t, auto v) {
+        m[k] = vmax(v.a, m[k]), m[k + 1] = vmax(v.b, m[k + 1]);
+        is_nan |= (v.a != v.a) | (v.b != v.b);
+      };
       for_pairs<4>(std::min(kPart, last - begin), low[0], add, x + begin);
-      store(maxima + begin / kPart * kLanes, vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
+      const Vec<T> largest = vmax(vmax(m[0], m[1]), vmax(m[2], m[3]));
+      store(maxima + begin / kPart * kLanes, is_nan ? low - low : largest);
     }
   });
 }

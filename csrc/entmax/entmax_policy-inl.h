@@ -66,6 +66,9 @@ struct AnyAlpha {
     c = alpha - A(1);
     const V size = vmax(c, -c), least = splat<V>(A(0x1p-40));
     c = size < least ? least : c;
+    // Of n equal elements t = n^-c must be a normal number.
+    const V most = splat<V>(A((std::is_same_v<A, double> ? 1000 : 100) / std::log2(double(std::max<int64_t>(n, 2)))));
+    c = vmin(most, c);
     inverse = A(1) / c;
     near_one = c < A(0.25);
     origin = near_one ? splat<V>(-1) : V{};

@@ -8,6 +8,7 @@
 #include <ATen/ops/full.h>
 #include <ATen/ops/log.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -45,7 +46,10 @@ struct LossOptions {
   }
   const OptionalTensor& tensor() const { return row_alpha; }
   // Above 2 rows are computed in double, as the map does.
-  bool is_double() const { return row_alpha.has_value() ? row_alpha->max().item<double>() > 2 : alpha > 2; }
+  bool is_double() const {
+    if (!row_alpha.has_value()) return alpha > 2;
+    return row_alpha->numel() > 0 && row_alpha->max().item<double>() > 2;
+  }
 };
 
 template <int halves>
@@ -107,7 +111,16 @@ struct Composed {
   at::Tensor sum(const at::Tensor& t) const { return t.sum(dim, /*keepdim=*/true); }
   // Logits relative to the largest, whose derivative only counts where the sum of a target is not a constant.
   at::Tensor logits() const { return x - (has_classes ? x.detach() : x).amax(dim, /*keepdim=*/true); }
-  at::Tensor logits_where(const at::Tensor& t) const { return logits().masked_fill(t == 0, 0); }  // 0 where t is
+  // t · logits; where t is 0, so is the product, even of -inf.
+  at::Tensor times_logits(const at::Tensor& t) const {
+    const at::Tensor z = logits();
+    return t * z.masked_fill((t == 0) & (z == -std::numeric_limits<double>::infinity()), 0);
+  }
+  // t · w of t; at 0 with the slope that it has there, 1 / c, where that is finite.
+  at::Tensor times_surprise(const at::Tensor& t) const {
+    const at::Tensor c = alpha - 1, slope = at::where(c > 0, 1 / c, at::zeros_like(c));
+    return at::where(t > 0, t * surprise(t, alpha), t * slope);
+  }
   // s of w = s + d: w of the largest probability.
   at::Tensor shift() const { return surprise(p.amax(dim, /*keepdim=*/true), alpha); }
 };
@@ -121,13 +134,12 @@ at::Tensor reduced(const at::Tensor& rows, const at::Tensor& ignored, int64_t di
 
 at::Tensor composed_loss(const at::Tensor& input, const at::Tensor& target, const LossOptions& o) {
   const Composed c(input, target, o);
-  const at::Tensor of_p = c.sum(c.p * c.logits_where(c.p)) + c.sum(c.p * surprise(c.p, c.alpha)) / c.alpha;
+  const at::Tensor of_p = c.sum(c.times_logits(c.p)) + c.sum(c.p * surprise(c.p, c.alpha)) / c.alpha;
   at::Tensor of_y;
   if (c.has_classes) {
     of_y = c.logits().gather(c.dim, c.y);
   } else {
-    of_y =
-        c.sum(c.y * c.logits_where(c.y)) + c.sum(c.y * surprise(c.y, c.alpha)) / c.alpha - c.shift() * (c.sum(c.y) - 1);
+    of_y = c.sum(c.times_logits(c.y)) + c.sum(c.times_surprise(c.y)) / c.alpha - c.shift() * (c.sum(c.y) - 1);
   }
   const at::Tensor rows = of_p - of_y;
   return reduced(rows + (rows.clamp_min(0) - rows).detach(), c.ignored, c.dim, o.reduction);  // rounding is not a loss
@@ -137,8 +149,8 @@ at::Tensor composed_loss(const at::Tensor& input, const at::Tensor& target, cons
 at::Tensor row_grads(const at::Tensor& grad_output, const at::Tensor& target, const Composed& c, const LossOptions& o) {
   if (o.reduction == "none") return grad_output.unsqueeze(c.dim);
   if (o.reduction == "sum") return grad_output;
-  const auto rows = target.sym_numel() / (c.has_classes ? c10::SymInt(1) : c.x.sym_size(c.dim));
-  return c.has_classes ? grad_output / c.ignored.logical_not().sum() : grad_output / rows;
+  if (c.has_classes) return grad_output / c.ignored.logical_not().sum();
+  return grad_output / c10::multiply_integers(row_sizes(c.x, target));
 }
 
 // The gradients of logits and of distributions, before grad_output.
@@ -149,7 +161,8 @@ at::Tensor difference(const Composed& c) {
 }
 at::Tensor target_difference(const Composed& c) {
   const at::Tensor d = c.x.amax(c.dim, /*keepdim=*/true) - c.x;
-  const at::Tensor of_y = at::where(c.y > 0, surprise(c.y, c.alpha), at::full({}, 1, c.y.options()) / (c.alpha - 1));
+  const at::Tensor at_zero = at::where(c.alpha > 1, 1 / (c.alpha - 1), std::numeric_limits<double>::infinity());
+  const at::Tensor of_y = at::where(c.y > 0, surprise(c.y, c.alpha), at_zero);
   return c.shift() + d - of_y + 1 / c.alpha;
 }
 
@@ -253,7 +266,7 @@ struct EntmaxLoss {
     const auto sizes = row_sizes(input, target);
     check_handed(Options::kName, "grad_output", grad_output, input, accumulate_type(input.scalar_type()),
                  o.reduction == "none" ? c10::SymIntArrayRef(sizes) : c10::SymIntArrayRef());
-    if (input.is_meta()) return at::empty_like(input);
+    if (input.is_meta() || input.numel() == 0) return at::empty_like(input);
     const c10::OptionalDeviceGuard guard(input.device());
     if (use_cuda(input)) {
       const Composed c(input, target, o);
@@ -276,6 +289,7 @@ struct EntmaxLoss {
   }
   static at::Tensor target_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
                                     const at::Tensor&, const Options& o) {
+    if (target.sym_numel() == 0) return at::empty_like(target);
     const Composed c(input, target, o);
     return (target_difference(c) * row_grads(grad_output, target, c, o)).to(target.scalar_type());
   }

@@ -91,6 +91,7 @@ inline double row_loss(Team team, const LossRow<A>& row, double alpha, double* o
   const double part = (alpha - 1) / alpha;
   A own_p = 0;
   if (row.own >= 0) own_p = std::exchange(row.p[row.own], A(0));
+  if (own_p < std::numeric_limits<A>::min()) own_p = 0;  // its logarithm would have no digits
   const LossSums sums = sums_of(team, row, surprise);
   *others = sums.others;
   if (sums.others != sums.others || own_p != own_p) return std::numeric_limits<double>::quiet_NaN();
@@ -100,7 +101,8 @@ inline double row_loss(Team team, const LossRow<A>& row, double alpha, double* o
   const A max = block_max(row.x, row.n), s = surprise.of(A(sums.largest));
   if (sums.largest == 0) return std::numeric_limits<double>::quiet_NaN();  // of -inf alone
   if (row.own >= 0) return double(s) + (double(max) - double(row.x[row.own])) - all;
-  return std::max(0.0, distribution_sum(team, row, max, s, A(alpha), surprise) - all);
+  const double loss = distribution_sum(team, row, max, s, A(alpha), surprise) - all;
+  return loss < 0 ? 0 : loss;  // NaN stays
 }
 
 // out = g (p - y); the own class's is g times what its probability lacks to 1.

@@ -17,7 +17,9 @@
 // Masks: which elements of a row are kept, in a vector at i with `count` elements, and what is added to them.
 template <class A>
 struct NoMask {
-  auto kept(int64_t, int64_t count) const { return lanes_before<Vec<A>>(count); }
+  auto kept(int64_t, int64_t count) const {
+    return lanes_before<Vec<A>>(std::min<int64_t>(count, Accumulate<A>::kLanes));
+  }
   Vec<A> added(Vec<A> v, int64_t, int64_t) const { return v; }
 };
 template <int count>
@@ -40,7 +42,9 @@ struct BoolMask {
 template <class A>
 struct AddedMask {
   const A* mask;
-  auto kept(int64_t, int64_t count) const { return lanes_before<Vec<A>>(count); }
+  auto kept(int64_t, int64_t count) const {
+    return lanes_before<Vec<A>>(std::min<int64_t>(count, Accumulate<A>::kLanes));
+  }
   Vec<A> added(Vec<A> v, int64_t i, int64_t count) const {
     return v + (count >= Accumulate<A>::kLanes ? load(mask + i) : load_part(mask + i, count, A(0)));
   }

@@ -46,7 +46,7 @@ inline void weighted_bwd_row(Team team, T* out, const T* p, const T* g, int64_t 
       V of_g[2] = {}, of_weights[2] = {}, largest[2] = {};
       const auto add = [&](int, int64_t, auto pv, auto gv) {
         const V a = weight(pv.a), b = weight(pv.b);
-        of_g[0] += a * (gv.a - m), of_g[1] += b * (gv.b - m);
+        of_g[0] += chosen(a != V{}, a * (gv.a - m)), of_g[1] += chosen(b != V{}, b * (gv.b - m));
         of_weights[0] += a, of_weights[1] += b;
         largest[0] = vmax(a, largest[0]), largest[1] = vmax(b, largest[1]);
       };
@@ -63,7 +63,10 @@ inline void weighted_bwd_row(Team team, T* out, const T* p, const T* g, int64_t 
   const A mean = mean_of(sums), rest = sums.largest > sums.of_weights * (63.0 / 64) ? mean_of(sums_about(mean)) : A(0);
   const V hi = splat<V>(mean), lo = splat<V>(rest);
   for_parts(team, n, kSumBlock, [&](int64_t begin, int64_t end) {
-    const auto gradient = [&](V pv, V gv) { return weight(pv) * ((gv - hi) - lo); };
+    const auto gradient = [&](V pv, V gv) {
+      const V s = weight(pv);
+      return chosen(s != V{}, s * ((gv - hi) - lo));  // 0 outside the support, even where g is infinite
+    };
     map_row(out + begin, end - begin, gradient, p + begin, g + begin);
   });
 }
