@@ -25,7 +25,12 @@ struct Surprise {
     else w = any(p);
     return p <= A(0) ? V{} : w;
   }
-  A of(A p) const { return of(splat<V>(p))[0]; }
+  // Of the target's probability, which is most of a small loss.
+  double of(A p) const {
+    if (p <= 0) return 0;
+    const double log_p = std::log(double(p)), t = double(c) * log_p;
+    return std::abs(t) < 1e-12 ? -log_p : -std::expm1(t) / double(c);
+  }
 
  private:
   // -log p · (e^t - 1) / t, t = c log p: near t = 0 by the series, whose last term is below a rounding.
@@ -95,10 +100,10 @@ inline double row_loss(Team team, const LossRow<A>& row, double alpha, double* o
   const LossSums sums = sums_of(team, row, surprise);
   *others = sums.others;
   if (sums.others != sums.others || own_p != own_p) return std::numeric_limits<double>::quiet_NaN();
-  const double own_surprise = double(surprise.of(own_p));
+  const double own_surprise = surprise.of(own_p);
   const double all = part * (sums.surprise + double(own_p) * own_surprise);
   if (row.own >= 0 && own_p > 0) return std::max(0.0, own_surprise - all);
-  const A max = block_max(row.x, row.n), s = surprise.of(A(sums.largest));
+  const A max = block_max(row.x, row.n), s = A(surprise.of(A(sums.largest)));
   if (sums.largest == 0) return std::numeric_limits<double>::quiet_NaN();  // of -inf alone
   if (row.own >= 0) return double(s) + (double(max) - double(row.x[row.own])) - all;
   const double loss = distribution_sum(team, row, max, s, A(alpha), surprise) - all;
