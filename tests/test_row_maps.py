@@ -1,11 +1,8 @@
 """Row maps with tensors beside the logits: temperatures, masks and alphas; their gradients; what other libraries got
 wrong with them. What all operators share is in test_all_ops.py."""
 
-import functools
-
 import pytest
 import torch
-from conftest import CUDA_ON_HOST, for_cpu
 
 import torch_softmax_ext as tse
 from torch_softmax_ext.testing import SPECS
@@ -246,140 +243,6 @@ def test_modules_take_a_mask(device):
     x, kept = torch.randn(3, 5, device=device), torch.rand(3, 5, device=device) < 0.5
     for module, function in ((tse.Softmax, tse.softmax), (tse.LogSoftmax, tse.log_softmax), (tse.Entmax, tse.entmax)):
         assert torch.equal(module(dim=0, temperature=2.0)(x, kept), function(x, dim=0, temperature=2.0, mask=kept))
-
-
-# ---- bugs of other libraries ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.00001, 1.5, 2.0, 4.0, 10.0])
-def test_any_alpha_sums_to_one_with_a_gradient(device, alpha):
-    """deep-spin/entmax #16, #20, #23, #24, #36, #39: NaN or garbage for large alphas, for 1, and below."""
-    x = (torch.randn(6, 40, device=device) * 3).requires_grad_()
-    y = tse.entmax(x, alpha)
-    close(y.sum(1), torch.ones(6, device=device))
-    (g,) = torch.autograd.grad(y.square().sum(), x)
-    assert g.isfinite().all()
-    if alpha < 10 or (not CUDA_ON_HOST and device.type == "cpu"):  # torch's operators lose it by cancellation
-        assert (g.sum(1).abs() <= 1e-5 * g.abs().sum(1).clamp_min(1)).all()
-    close(tse.entmax(x, torch.tensor(alpha, device=device)), y, rtol=1e-4, atol=2e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@probabilities
-def test_half_types_sum_to_one(spec, device, dtype):
-    """deep-spin/entmax #30: NaN in float16, and sums of 0.976 in bfloat16."""
-    y = spec.op((torch.randn(8, 3000, device=device) / 2).to(dtype))
-    assert y.isfinite().all()
-    assert ((y.double().sum(1) - 1).abs() < 2 * torch.finfo(dtype).eps).all()
-
-
-@probabilities
-def test_rows_and_entries_of_minus_inf(spec, device):
-    """deep-spin/entmax #9, #17, #19: NaN or a crash with -inf."""
-    x = torch.randn(4, 12, device=device)
-    x[:, ::3] = -INF
-    x[2] = -INF
-    x.requires_grad_()
-    y = spec.op(x)
-    close(y.sum(1), torch.tensor([1.0, 1.0, 0.0, 1.0], device=device))
-    (g,) = torch.autograd.grad(y.square().sum(), x)
-    assert torch.equal(g[:, ::3], torch.zeros_like(g[:, ::3]))
-    assert g.isfinite().all()
-
-
-@probabilities
-@pytest.mark.parametrize("n", [5, 300, 5000])
-def test_offsets_of_1e8(spec, device, n):
-    """tensorflow/addons #2314: NaN for logits of 1e8."""
-    x = torch.full((2, n), -1e8, device=device)
-    x[:, 3] = 1e8
-    x[:, 4] = 1e8
-    want = torch.zeros(2, n, device=device)
-    want[:, 3:5] = 0.5
-    close(spec.op(x), want)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@probabilities
-def test_every_length_and_alignment(spec, device, dtype):
-    """pytorch #143644: a softmax of 5 x 517 float64 summed to 0.7 where vectors met the end of memory."""
-    for n in (1, 2, 3, 5, 31, 63, 64, 65, 255, 256, 257, 258, 300, 511, 517, 1025, 2049):
-        if CUDA_ON_HOST and n > 300:
-            continue
-        memory = torch.randn(5 * n + 3, dtype=dtype, device=device)
-        for begin in range(3):
-            x = memory[begin : begin + 5 * n].view(5, n)
-            y = spec.op(x)
-            close(y.sum(1), torch.ones(5, dtype=dtype, device=device))
-            close(y, spec.reference(x.double()).to(dtype), rtol=1e-5, atol=1e-6)
-
-
-def test_small_probabilities_keep_their_digits(device):
-    """pytorch #55056: softmax of float64 [37.43, 0] gave exactly 1 and 0."""
-    x = torch.tensor([37.43, 0.0], device=device, dtype=torch.float64)
-    p = tse.softmax(x)
-    close(p[1].item(), torch.tensor(-37.43, dtype=torch.float64).exp().item(), rtol=1e-13, atol=0)
-    close(tse.log_softmax(x)[1].item(), -37.43 - 5.5e-17, rtol=1e-15, atol=0)
-
-
-@for_cpu
-@pytest.mark.parametrize("gap", [5.0, 37.43, 80.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_gradients_next_to_a_probability_of_one(dtype, gap):
-    """pytorch #195678: the gradient of float64 [37.43, 0] was lost by cancellation."""
-    x = torch.tensor([gap, 0.0], dtype=dtype, requires_grad=True)
-    (g,) = torch.autograd.grad(tse.softmax(x)[0], x)
-    want = torch.tensor(-gap, dtype=torch.float64).exp() / (1 + torch.tensor(-gap, dtype=torch.float64).exp()) ** 2
-    close(g.double(), torch.stack([want, -want]), rtol=1e-5 if dtype == torch.float32 else 1e-12, atol=0)
-
-
-@functools.cache
-def _causal(n):
-    return torch.ones(n, n).tril().bool()
-
-
-def test_double_backward_through_masked_attention(device):
-    """deep-spin/entmax: double backward of entmax15 and of the bisection was NaN or wrong."""
-    q, k = (torch.randn(2, 7, 3, device=device, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    for spec in MAPS:
-        if spec.name == "log_softmax":  # its masked results are infinite
-            continue
-
-        def second(f):
-            p = f(q @ k.mT, mask=_causal(7).to(device))
-            (g,) = torch.autograd.grad((p @ k).square().sum(), q, create_graph=True)
-            return torch.autograd.grad(g.square().sum(), (q, k))
-
-        close(second(spec.op), second(spec.reference))
-
-
-# ---- limits ---------------------------------------------------------------------------------------------------------
-
-
-@probabilities
-@pytest.mark.parametrize("n", [300, 4096])
-def test_a_nan_far_below_a_peak_is_seen(spec, device, n):
-    x = torch.randn(2, n, device=device)
-    x[0, 5], x[0, n - 100] = 30, float("nan")
-    y = spec.op(x)
-    assert y[0].isnan().all()
-    assert y[1].isfinite().all()
-
-
-@pytest.mark.parametrize("function", [tse.sparsemax, tse.entmax15, tse.entmax], ids=lambda f: f.__name__)
-def test_an_infinite_gradient_outside_the_support_does_not_matter(device, function):
-    """As that of the entropy is, where a probability is 0."""
-    x = (torch.randn(3, 40, device=device) * 3).requires_grad_()
-    p = function(x)
-    (got,) = torch.autograd.grad(p, x, torch.where(p > 0, 1 + p.log(), INF).detach(), retain_graph=True)
-    (want,) = torch.autograd.grad(p, x, torch.where(p > 0, 1 + p.log(), 0).detach())
-    close(got, want)
-
-
-@for_cpu
-@pytest.mark.parametrize(("n", "alpha"), [(3, 2000.0), (200, 150.0), (2000, 120.0), (2000, 50.0)])
-def test_ties_of_a_large_alpha(n, alpha):
-    close(tse.entmax(torch.zeros(n), alpha), torch.full((n,), 1 / n))
 
 
 @pytest.mark.parametrize("value", [300.0, 1e-3])

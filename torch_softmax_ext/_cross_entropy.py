@@ -8,7 +8,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from torch_softmax_ext import _C, _dtensor, _numbers
 from torch_softmax_ext._options import FunctionModule, checked, options_of, split
-from torch_softmax_ext._vmap import one_by_one
+from torch_softmax_ext._vmap import batch_as_rows, one_by_one
 
 _op = torch.ops.torch_softmax_ext.cross_entropy.default
 _inplace_op = torch.ops.torch_softmax_ext._cross_entropy_forward_inplace.default
@@ -187,17 +187,8 @@ def _vmap(info, in_dims, input, target, weight=None, **options):
     options = {**_OPTIONS, **options}
     reduction = options["reduction"]
 
-    def batched(t, dim):
-        return t.movedim(dim, 0) if dim is not None else t.expand(size, *t.shape)
-
-    x, t = batched(input, in_dims[0]), batched(target, in_dims[1])
+    x, t, shape = batch_as_rows(info, in_dims, input, target)
     indices = not t.is_floating_point()
-    if t.dtype == torch.uint8:  # which cannot hold ignore_index
-        t = t.int()
-    shape = t.shape if indices else x.select(min(2, x.dim() - 1), 0).shape
-    if x.dim() == 2:  # elements of shape (C), whose targets have shape () or (1)
-        x, t, shape = x.unsqueeze(1), t.reshape(size, 1) if indices else t.unsqueeze(1), (size,)
-    x, t = x.flatten(0, 1), t.flatten(0, 1)
 
     def row_losses(**changes):
         return _op(x, t, weight, **{**options, "reduction": "none", **changes})

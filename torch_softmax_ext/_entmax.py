@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from torch_softmax_ext._row_map import RowMapModule, documented, row_map
+from torch_softmax_ext._row_map import RowMapModule, documented_map, row_map
 
 
-@documented
+@documented_map
 def entmax15(
     input: Tensor,
     dim: int = -1,
@@ -35,7 +35,7 @@ def entmax15(
     return _entmax15(input, dim, temperature, mask, dtype)
 
 
-@documented
+@documented_map
 def entmax(
     input: Tensor,
     alpha: float | Tensor = 1.5,

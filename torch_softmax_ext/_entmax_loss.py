@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from torch_softmax_ext import _C
-from torch_softmax_ext._options import FunctionModule, checked
+from torch_softmax_ext._options import FunctionModule, checked, documented
+from torch_softmax_ext._vmap import batch_as_rows
 
 # What the docstrings have in common.
 _ARGUMENTS = """input: logits of shape ``(C)``, ``(N, C)`` or ``(N, C, d1, …, dk)``; float32, float64, float16 or
@@ -26,12 +27,11 @@ _ERRORS = """IndexError: a target is neither a class nor ``ignore_index``.
         TypeError: an argument has another type."""
 
 
+_documented = documented(arguments=_ARGUMENTS, options=_OPTIONS, result=_RESULT, errors=_ERRORS)
+
+
 def _loss(function):
-    """The body of a public loss, with what the docstrings have in common put into its own; registers the rule of
-    torch.func.vmap."""
-    texts = {"{arguments}": _ARGUMENTS, "{options}": _OPTIONS, "{result}": _RESULT, "{errors}": _ERRORS}
-    for name, text in texts.items():
-        function.__doc__ = function.__doc__.replace(name, text)
+    """The body of a public loss. Also registers the rule of torch.func.vmap."""
     op = getattr(torch.ops.torch_softmax_ext, function.__name__).default
     short_way = getattr(_C, function.__name__)  # plain tensors only, else NotImplemented
 
@@ -51,44 +51,34 @@ def _loss(function):
             )
         return op(*arguments(input, target, ignore_index, reduction, *alpha))
 
+    def alpha_of_rows(a, batch_dim, rank, x, size):
+        """A tensor of alphas for the rows of a batch, whose elements have ``rank`` dimensions."""
+        a = a.unsqueeze(0) if batch_dim is None else a.movedim(batch_dim, 0)
+        a = a.reshape(a.shape[0], *[1] * (rank - a.dim() + 1), *a.shape[1:])
+        a = a.unsqueeze(1) if rank == 1 else a
+        return a.expand(size, x.shape[0] // size, 1, *x.shape[2:]).flatten(0, 1)
+
     @torch.library.register_vmap(op)
     def vmap(info, in_dims, input, target, ignore_index=-100, reduction="mean", *alpha):
         """One call for the whole batch: its elements become rows, whose losses are then reduced element by element."""
-        size = info.batch_size
         in_dims = (*in_dims, *[None] * (6 - len(in_dims)))  # those of defaults are missing
-
-        def batched(t, dim):
-            return t.movedim(dim, 0) if dim is not None else t.expand(size, *t.shape)
-
-        x, t = batched(input, in_dims[0]), batched(target, in_dims[1])
-        indices = not t.is_floating_point()
-        if t.dtype == torch.uint8:  # which cannot hold ignore_index
-            t = t.int()
+        x, t, shape = batch_as_rows(info, in_dims, input, target)
         number, row_alpha = alpha if len(alpha) == 2 else (*alpha, None) if alpha else (None, None)
         if row_alpha is not None:
-            a = row_alpha if in_dims[5] is None else row_alpha.movedim(in_dims[5], 0)
-            missing = x.dim() - a.dim() - (in_dims[5] is None)
-            a = a.reshape(*a.shape[: in_dims[5] is not None], *[1] * missing, *a.shape[in_dims[5] is not None :])
-            class_dim = 1 if x.dim() == 2 else 2
-            row_alpha = a.expand([1 if d == class_dim else n for d, n in enumerate(x.shape)])
-        shape = t.shape if indices else x.select(min(2, x.dim() - 1), 0).shape
-        if x.dim() == 2:  # elements of shape (C), whose targets have shape () or (1)
-            x, t, shape = x.unsqueeze(1), t.reshape(size, 1) if indices else t.unsqueeze(1), (size,)
-            row_alpha = None if row_alpha is None else row_alpha.unsqueeze(1)
-        row_alpha = None if row_alpha is None else row_alpha.flatten(0, 1)
-        x, t = x.flatten(0, 1), t.flatten(0, 1)
+            row_alpha = alpha_of_rows(row_alpha, in_dims[5], input.dim() - (in_dims[0] is not None), x, info.batch_size)
         loss = op(x, t, ignore_index, "none", *(() if number is None else (number, row_alpha)))
         if reduction == "none":
             return loss.reshape(shape), 0
-        sums = loss.reshape(size, -1).sum(1)
+        sums = loss.reshape(info.batch_size, -1).sum(1)
         if reduction == "sum":
             return sums, 0
-        counted = t != ignore_index if indices else torch.ones_like(loss, dtype=torch.bool)
-        return sums / counted.reshape(size, -1).sum(1), 0
+        counted = torch.ones_like(loss, dtype=torch.bool) if t.is_floating_point() else t != ignore_index
+        return sums / counted.reshape(info.batch_size, -1).sum(1), 0
 
     return call
 
 
+@_documented
 def sparsemax_loss(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
     r"""The loss of :func:`~torch_softmax_ext.sparsemax`, whose gradient is its probabilities less the target's. It is
     exactly 0 where the target's logit is larger than all others by 1.
@@ -113,6 +103,7 @@ def sparsemax_loss(input: Tensor, target: Tensor, *, ignore_index: int = -100, r
     return _sparsemax_loss(input, target, ignore_index, reduction)
 
 
+@_documented
 def entmax15_loss(input: Tensor, target: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
     r"""The loss of :func:`~torch_softmax_ext.entmax15`, whose gradient is its probabilities less the target's. It is
     exactly 0 where the target's logit is larger than all others by 2.
@@ -136,6 +127,7 @@ def entmax15_loss(input: Tensor, target: Tensor, *, ignore_index: int = -100, re
     return _entmax15_loss(input, target, ignore_index, reduction)
 
 
+@_documented
 def entmax_loss(
     input: Tensor,
     target: Tensor,

@@ -77,6 +77,17 @@ def split(args, options) -> tuple[tuple, dict[str, object]]:
     return args[:count], dict(zip(options, args[count:], strict=True))
 
 
+def documented(**texts):
+    """A decorator that puts ``text`` into the place of ``{name}`` in a docstring: what several functions say alike."""
+
+    def decorate(function):
+        for name, text in texts.items():
+            function.__doc__ = function.__doc__.replace(f"{{{name}}}", text)
+        return function
+
+    return decorate
+
+
 class FunctionModule(nn.Module):
     """Base of modules that call a public function: ``class M(FunctionModule, function=f)``.
 

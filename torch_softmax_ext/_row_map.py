@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from torch_softmax_ext import _C
-from torch_softmax_ext._options import FunctionModule, checked
+from torch_softmax_ext._options import FunctionModule, checked, documented
 
 ROW_MAPS: list[str] = []  # their names
 
@@ -27,12 +27,7 @@ _ERRORS = """IndexError: ``dim`` is out of range.
         ValueError: ``temperature`` is a number that is not positive."""
 
 
-def documented(function):
-    """Puts what all maps have in common into the docstring of one of them."""
-    texts = {"{arguments}": _ARGUMENTS, "{probabilities}": _PROBABILITIES, "{errors}": _ERRORS}
-    for name, text in texts.items():
-        function.__doc__ = function.__doc__.replace(name, text)
-    return function
+documented_map = documented(arguments=_ARGUMENTS, probabilities=_PROBABILITIES, errors=_ERRORS)
 
 
 def _number_and_tensor(value) -> tuple:

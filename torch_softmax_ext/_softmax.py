@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from torch_softmax_ext._row_map import RowMapModule, documented, row_map
+from torch_softmax_ext._row_map import RowMapModule, documented_map, row_map
 
 
-@documented
+@documented_map
 def softmax(
     input: Tensor,
     dim: int = -1,
@@ -33,7 +33,7 @@ def softmax(
     return _softmax(input, dim, temperature, mask, dtype)
 
 
-@documented
+@documented_map
 def log_softmax(
     input: Tensor,
     dim: int = -1,

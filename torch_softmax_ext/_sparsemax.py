@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from torch_softmax_ext._row_map import RowMapModule, documented, row_map
+from torch_softmax_ext._row_map import RowMapModule, documented_map, row_map
 
 
-@documented
+@documented_map
 def sparsemax(
     input: Tensor,
     dim: int = -1,

@@ -40,14 +40,17 @@ struct RowMapOptions {  // in the order of the schema
   bool prepares() const { return row_temperature.has_value() || mask.has_value() || temperature != 1; }
 };
 
+// Whether an alpha is above 2, where a rounding of the threshold can change a probability as its root of order
+// alpha - 1. The tensor, which replaces the number, is read.
+inline bool is_steep(double alpha, const OptionalTensor& row_alpha) {
+  if (!row_alpha.has_value()) return alpha > 2;
+  return row_alpha->numel() > 0 && row_alpha->max().item<double>() > 2;
+}
+
 struct EntmaxOptions : RowMapOptions {
   auto fields() const { return std::tuple_cat(RowMapOptions::fields(), std::tie(alpha, row_alpha)); }
   static std::string schema() { return RowMapOptions::schema() + ", float alpha=1.5, Tensor? row_alpha=None"; }
-  // Above 2 a rounding of the threshold can change a probability as its root of order alpha - 1.
-  bool is_double() const {
-    if (!row_alpha.has_value()) return alpha > 2;
-    return row_alpha->numel() > 0 && row_alpha->max().item<double>() > 2;
-  }
+  bool is_double() const { return is_steep(alpha, row_alpha); }
 };
 
 // The options of the same map over logits that are prepared.

@@ -1,9 +1,8 @@
 // Entmax rows on the CPU: entmax15, and entmax with an alpha for each row. [per ISA]
 //
-// The mathematics is in entmax_policy-inl.h. Short rows are searched together, one in each lane. Of a long row the
-// threshold of its vectors' largest elements, which is never below the row's in probability, is where Newton's steps
-// begin; elements that it leaves without probability are not looked at again. From memory a row is read once and
-// written once.
+// The mathematics is in entmax_policy-inl.h. Short rows are searched together, one in each lane. Of a long row Newton's
+// steps begin at the t of its parts' largest elements alone, which is an upper bound; elements whose p is 0 there are
+// not looked at again. From memory a row is read once and written once.
 #if defined(TSE_ENTMAX_CPU_INL_H) == defined(TSE_ISA_TOGGLE)
 #ifdef TSE_ENTMAX_CPU_INL_H
 #undef TSE_ENTMAX_CPU_INL_H
@@ -88,12 +87,8 @@ struct EntmaxScratch {
   static constexpr int64_t kMost = 65536;  // elements kept
   const int64_t room;
   const std::unique_ptr<A[]> maxima, kept;
-  const std::unique_ptr<uint32_t[]> indices;
   explicit EntmaxScratch(int64_t n)
-      : room(std::min(n, kMost)),
-        maxima(new A[(n / kPart + 1) * kFloats]),
-        kept(new A[room + kPart + 2 * kFloats]),
-        indices(new uint32_t[room + kPart + 2 * kFloats]) {}
+      : room(std::min(n, kMost)), maxima(new A[(n / kPart + 1) * kFloats]), kept(new A[room + kPart + 2 * kFloats]) {}
 
   // Keeps the elements of a row that are not <= bound, and returns their number; -1: there are too many.
   template <class T>
@@ -103,7 +98,7 @@ struct EntmaxScratch {
     for (int64_t begin = 0, lanes = 0; begin < n; begin += kPart, lanes += kLanes) {
       if (mask_above(load(&maxima[lanes]), bound) == 0) continue;
       if (count > room) return -1;
-      count += collect_above(x, begin, std::min(begin + kPart, n), bound, &kept[count], &indices[count]);
+      count += collect_above<false>(x, begin, std::min(begin + kPart, n), bound, &kept[count]);
     }
     return count;
   }
@@ -123,7 +118,7 @@ inline void entmax_row(Team team, const T* x, T* y, int64_t n, const Policy& pol
   search_row<A, T>(Alone{}, s.maxima.get(), maxima, max, policy, rough, /*tolerance=*/0.1);
   Search<double> search(rough.hi, one, of_equal);
   int64_t kept = -1;
-  if (c > 0 && n <= std::numeric_limits<uint32_t>::max()) {
+  if (c > 0) {
     const double edge = double(max) - (rough.hi - origin) / c;
     const A bound = A(edge - std::abs(edge) * std::numeric_limits<A>::epsilon() * 2);
     int64_t above = 0;

@@ -21,7 +21,7 @@ struct Search {
   using Bool = decltype(V{} == V{});
   V hi, lo;  // origin + t
   V low, high;
-  Bool goes_on;  // a row that is done stays as it is, whatever its neighbours need
+  Bool goes_on;  // a row that is done stays as it is, whatever the other lanes need
 
   Search(V start, V bound, V other_bound)
       : hi(start),

@@ -45,11 +45,6 @@ struct LossOptions {
     return {ignore_index, kReductions[code], alpha};
   }
   const OptionalTensor& tensor() const { return row_alpha; }
-  // Above 2 rows are computed in double, as the map does.
-  bool is_double() const {
-    if (!row_alpha.has_value()) return alpha > 2;
-    return row_alpha->numel() > 0 && row_alpha->max().item<double>() > 2;
-  }
 };
 
 template <int halves>
@@ -188,7 +183,8 @@ struct LossRows {
   LossRows(const char* op, const at::Tensor& input, const at::Tensor& target_, const LossOptions& o, bool has_gradient)
       : x(as_rows(input, class_dim(input))), alpha(o.alpha, o.row_alpha, input, class_dim(input)) {
     const int64_t dim = class_dim(input);
-    p.map.dtype = input.scalar_type() == at::kDouble || o.is_double() ? DType::kFloat64 : DType::kFloat32;
+    p.map.dtype =
+        input.scalar_type() == at::kDouble || is_steep(o.alpha, o.row_alpha) ? DType::kFloat64 : DType::kFloat32;
     p.map.rows = x.rows;
     p.map.input = x.tensor.const_data_ptr();
     p.map.alpha = alpha.numbers;

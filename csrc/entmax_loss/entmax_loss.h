@@ -1,8 +1,8 @@
 // Losses of sparsemax and entmax: what the host entry hands to the rows on the CPU. [plain]
 //
-// L = Ω*(x) + Ω(y) - <x, y> (Blondel, Martins & Niculae 2020), whose gradient is p - y. With c = alpha - 1, d = max x -
-// x and w = s + d, where p = (1 - c w)^(1/c): of a class y, L = w_y - (c / alpha) Σ p w; of a distribution, L = Σ y (w
-// - (1 - y^c) / (c alpha)) - (c / alpha) Σ p w. For alpha = 1 it is cross-entropy.
+// L = Ω*(x) + Ω(y) - <x, y> (Blondel, Martins & Niculae 2020), whose gradient is p - y. With c = alpha - 1 and
+// w(p) = (1 - p^c) / c, L = <p - y, x> + (Σ p w(p) - Σ y w(y)) / alpha; of a class y, w(y) is 0. p is where this is
+// largest, so that an error of p is seen in L only as its square. For alpha = 1 it is cross-entropy.
 #pragma once
 #include "common/row_params.h"
 

@@ -25,12 +25,7 @@ struct Surprise {
     else w = any(p);
     return p <= A(0) ? V{} : w;
   }
-  // Of the target's probability, which is most of a small loss.
-  double of(A p) const {
-    if (p <= 0) return 0;
-    const double log_p = std::log(double(p)), t = double(c) * log_p;
-    return std::abs(t) < 1e-12 ? -log_p : -std::expm1(t) / double(c);
-  }
+  A of(A p) const { return of(splat<V>(p))[0]; }
 
  private:
   // -log p · (e^t - 1) / t, t = c log p: near t = 0 by the series, whose last term is below a rounding.
@@ -52,61 +47,52 @@ struct LossRow {
   int64_t n, own;  // own: the target's class, -1 with a distribution
 };
 
+// Σ of t, of t (x - r) and of t w(t), for the probabilities or the distribution t.
 struct LossSums {
-  double others, surprise, of_target, largest;  // Σ p without the own class, Σ p w, Σ of a distribution, max p
+  double mass, linear, surprise;
 };
-
-// The sums of a row, all of the own class aside.
 template <class A, class Team>
-[[gnu::flatten]] inline LossSums sums_of(Team team, const LossRow<A>& row, const Surprise<A>& surprise) {
+[[gnu::flatten]] inline LossSums loss_sums(Team team, const A* t, const A* x, int64_t n, A r,
+                                           const Surprise<A>& surprise) {
   using V = Vec<A>;
+  const V reference = splat<V>(r);
   const auto of_block = [&](int64_t begin, int64_t end) {
-    V others[2] = {}, weighted[2] = {}, largest[2] = {};
-    const auto add = [&](int k, V p) {
-      if (mask_above(p, A(0)) == 0) return;  // NaN is above
-      others[k] += p, weighted[k] += p * surprise.of(p);
-      largest[k] = vmax(p, largest[k]);
+    V mass[2] = {}, linear[2] = {}, weighted[2] = {};
+    const auto add = [&](int k, V v, V logit) {
+      if (mask_above(v, A(0)) == 0) return;  // NaN is above
+      mass[k] += v, weighted[k] += v * surprise.of(v);
+      linear[k] += v == V{} ? V{} : v * (logit - reference);  // of a logit of -inf, too
     };
-    for_pairs<2>(end - begin, A(0), [&](int, int64_t, auto v) { add(0, v.a), add(1, v.b); }, row.p + begin);
-    return LossSums{double(reduce_add(others[0] + others[1])), double(reduce_add(weighted[0] + weighted[1])), 0,
-                    double(reduce_max(vmax(largest[0], largest[1])))};
+    const auto add_pair = [&](int, int64_t, auto v, auto logit) { add(0, v.a, logit.a), add(1, v.b, logit.b); };
+    for_pairs<2>(end - begin, A(0), add_pair, t + begin, x + begin);
+    return LossSums{double(reduce_add(mass[0] + mass[1])), double(reduce_add(linear[0] + linear[1])),
+                    double(reduce_add(weighted[0] + weighted[1]))};
   };
-  return reduce_row(team, row.n, kSumBlock, LossSums{0, 0, 0, 0}, of_block, [](const LossSums& a, const LossSums& b) {
-    return LossSums{a.others + b.others, a.surprise + b.surprise, 0, std::max(a.largest, b.largest)};
+  return reduce_row(team, n, kSumBlock, LossSums{0, 0, 0}, of_block, [](const LossSums& a, const LossSums& b) {
+    return LossSums{a.mass + b.mass, a.linear + b.linear, a.surprise + b.surprise};
   });
-}
-
-// Σ y (s + d - (1 - y^c) / (c alpha)) of a distribution; where y is 0, so is the term, whatever the logit.
-template <class A, class Team>
-[[gnu::flatten]] inline double distribution_sum(Team team, const LossRow<A>& row, A max, A s, A alpha,
-                                                const Surprise<A>& surprise) {
-  using V = Vec<A>;
-  const V m = splat<V>(max), shift = splat<V>(s), inverse = splat<V>(1 / alpha);
-  const auto term = [&](V y, V x) {
-    const V of_y = y * ((shift + (m - x)) - surprise.of(y) * inverse);
-    return y == V{} ? V{} : of_y;
-  };
-  return sum_row(team, row.n, term, row.y, row.x);
 }
 
 // The loss of a row, from its probabilities; overwrites that of the own class by 0. others: Σ p without it.
 template <class A, class Team>
 inline double row_loss(Team team, const LossRow<A>& row, double alpha, double* others) {
   const Surprise<A> surprise(alpha);
-  const double part = (alpha - 1) / alpha;
-  A own_p = 0;
-  if (row.own >= 0) own_p = std::exchange(row.p[row.own], A(0));
-  if (own_p < std::numeric_limits<A>::min()) own_p = 0;  // its logarithm would have no digits
-  const LossSums sums = sums_of(team, row, surprise);
-  *others = sums.others;
-  if (sums.others != sums.others || own_p != own_p) return std::numeric_limits<double>::quiet_NaN();
-  const double own_surprise = surprise.of(own_p);
-  const double all = part * (sums.surprise + double(own_p) * own_surprise);
-  if (row.own >= 0 && own_p > 0) return std::max(0.0, own_surprise - all);
-  const A max = block_max(row.x, row.n), s = A(surprise.of(A(sums.largest)));
-  if (sums.largest == 0) return std::numeric_limits<double>::quiet_NaN();  // of -inf alone
-  if (row.own >= 0) return double(s) + (double(max) - double(row.x[row.own])) - all;
-  const double loss = distribution_sum(team, row, max, s, A(alpha), surprise) - all;
+  const bool has_class = row.own >= 0;
+  const A own_p = has_class ? std::exchange(row.p[row.own], A(0)) : A(0);
+  const A r = has_class ? row.x[row.own] : block_max(row.x, row.n);
+  const LossSums p = loss_sums(team, row.p, row.x, row.n, r, surprise);
+  *others = p.mass;
+  const double own_mass = double(own_p), mass = p.mass + own_mass;
+  if (!(mass > 0)) return std::numeric_limits<double>::quiet_NaN();  // of -inf alone, or with NaN
+  if (r == -std::numeric_limits<A>::infinity()) return std::numeric_limits<double>::infinity();
+  const double sum = p.surprise + own_mass * double(surprise.of(own_p));
+  // w + (x - r) is the same number on the support: what a rounding of Σ p is worth.
+  const double level = p.linear + sum;
+  double loss = p.linear + sum / alpha - (mass - 1) * (level - 1 / alpha);
+  if (!has_class) {
+    const LossSums y = loss_sums(team, row.y, row.x, row.n, r, surprise);
+    loss += level * (y.mass - 1) - y.linear - y.surprise / alpha;
+  }
   return loss < 0 ? 0 : loss;  // NaN stays
 }
 

@@ -19,15 +19,17 @@ inline bool any_above(const T* x, int64_t n, Acc<T> bound) {
   return std::any_of(x + i, x + n, [bound](const T& v) { return !(load_one(&v) <= bound); });
 }
 
-// The elements of x[begin, end) that are not <= bound, and their indices; both may be written four further. Parts of
-// 256 elements are mostly passed over; in the others little is predicted.
-template <class T>
-inline int64_t collect_above(const T* x, int64_t begin, int64_t end, Acc<T> bound, Acc<T>* to, uint32_t* to_indices) {
+// The elements of x[begin, end) that are not <= bound, and their indices, if asked for; both may be written four
+// further. Parts of 256 elements are mostly passed over; in the others little is predicted.
+template <bool kIndices = true, class T>
+inline int64_t collect_above(const T* x, int64_t begin, int64_t end, Acc<T> bound, Acc<T>* to,
+                             uint32_t* to_indices = nullptr) {
   constexpr int kLanes = Accumulate<T>::kLanes, kWords = 4;
   int64_t count = 0, i = begin;
   const auto take = [&](int64_t at) {
     to[count] = load_one(x + at);
-    to_indices[count++] = uint32_t(at);
+    if constexpr (kIndices) to_indices[count] = uint32_t(at);
+    ++count;
   };
   for (; i + 64 * kWords <= end; i += 64 * kWords) {
     uint64_t masks[kWords] = {}, any = 0;

@@ -50,7 +50,7 @@ struct AddedMask {
   }
 };
 
-// y = (x - max x) / temperature, masked: elements [begin, end) of a row of n. x and y may be the same.
+// y = (x - max x) / temperature, masked. x and y may be the same.
 template <class A, class Mask>
 [[gnu::flatten]] inline void prepare_row(const A* x, A* y, int64_t n, A temperature, const Mask& mask) {
   using V = Vec<A>;
