@@ -34,10 +34,11 @@ namespace tse {
 
 using RowMapKernels = Kernels<RowMapParams>;
 
-// s · (g - Σ s g / Σ s), the gradient of every map but log-softmax; s: p^(2 - alpha) on the support.
+// s · (g - Σ s g / Σ s), the gradient of every map but log-softmax; s: p^(2 - alpha) on the support. Outside g does not
+// matter, even if it is infinite.
 inline at::Tensor projected(const at::Tensor& grad_output, const at::Tensor& s, int64_t dim) {
-  const at::Tensor sum = s.sum(dim, /*keepdim=*/true);
-  return s * (grad_output - (s * grad_output).sum(dim, /*keepdim=*/true) / sum.masked_fill(sum == 0, 1));
+  const at::Tensor g = grad_output.masked_fill(s == 0, 0), sum = s.sum(dim, /*keepdim=*/true);
+  return s * (g - (s * g).sum(dim, /*keepdim=*/true) / sum.masked_fill(sum == 0, 1));
 }
 
 template <class Map>

@@ -129,6 +129,8 @@ at::Tensor reduced(const at::Tensor& rows, const at::Tensor& ignored, int64_t di
 
 at::Tensor composed_loss(const at::Tensor& input, const at::Tensor& target, const LossOptions& o) {
   const Composed c(input, target, o);
+  if (input.sym_numel() == 0)
+    return reduced(c.has_classes ? c.sum(c.x) : c.sum(c.x + c.y), c.ignored, c.dim, o.reduction);
   const at::Tensor of_p = c.sum(c.times_logits(c.p)) + c.sum(c.p * surprise(c.p, c.alpha)) / c.alpha;
   at::Tensor of_y;
   if (c.has_classes) {
