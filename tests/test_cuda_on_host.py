@@ -83,7 +83,7 @@ def test_no_bank_conflicts():
 def test_a_planted_bank_conflict_is_found():
     """Consecutive vectors are written and read 32 bytes apart, which is right but slow."""
     apart = "(v < kept / 2 * 2 ? v % (kept / 2) * 2 + v / (kept / 2) : v)"
-    pattern, replacement = r"(\? cache)\[v\]([\s\S]*?cache)\[v\] = batch", rf"\1[{apart}]\2[{apart}] = batch"
+    pattern, replacement = r"(return cache)\[v\]([\s\S]*?cache)\[v\] = e", rf"\1[{apart}]\2[{apart}] = e"
     found = bank_conflicts((ENTMAX_FWD, pattern, replacement))
     assert found
     assert set(found.values()) == {2}

@@ -14,6 +14,9 @@ constexpr A kLog2e = A(1.4426950408889634);
 template <class A>
 constexpr A kLn2 = A(1 / double(kLog2e<A>));
 
+// The smallest normal number.
+template <class A>
+constexpr A kSmallest = std::numeric_limits<A>::min();
 // The largest number instead of infinity.
 template <class A>
 constexpr double kLargest = double(std::numeric_limits<A>::max());

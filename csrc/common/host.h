@@ -112,18 +112,25 @@ inline const at::Tensor& with_huge_pages(const at::Tensor& t) {
   return t;
 }
 
+// Launches what a build without CUDA does not have. `t`: some tensor of the call.
+template <class Params>
+void launch(const char* op, void (*launcher)(const Params& p, cudaStream_t stream), const Params& p,
+            const at::Tensor& t) {
+  TSE_CHECK_NOT_IMPLEMENTED(launcher != nullptr, op, "input", "expected a CPU tensor, as there is no CUDA kernel, got ",
+                            t.device());
+  launcher(p, current_stream(t));
+}
+
 // The kernels of an operator, for one of its directions.
 template <class Params>
 struct Kernels {
   void (*cpu)(const Params& p, int64_t begin, int64_t end);  // rows [begin, end)
-  void (*cuda)(const Params& p, cudaStream_t stream);  // all rows; nullptr: there is none
+  void (*cuda)(const Params& p, cudaStream_t stream);  // all rows
 
   // contiguous: the elements of a row are, in all tensors. `t`: some tensor of the call.
   void run(const char* op, const Params& p, const Rows& rows, bool contiguous, const at::Tensor& t) const {
     if (!use_cuda(t)) return parallel_rows(p, rows, contiguous, cpu);
-    TSE_CHECK_NOT_IMPLEMENTED(cuda != nullptr, op, "input", "expected a CPU tensor, as there is no CUDA kernel, got ",
-                              t.device());
-    cuda(p, current_stream(t));
+    launch(op, cuda, p, t);
   }
 };
 

@@ -9,7 +9,8 @@
 //   struct Map {
 //     using Options = RowMapOptions;  // or EntmaxOptions
 //     static constexpr const char* kName;
-//     static constexpr RowMapKernels kForward, kBackward;
+//     static constexpr ForwardKernels kForward;  // without a CUDA kernel, all rows are prepared
+//     static constexpr RowMapKernels kBackward;
 //     static constexpr bool kWidensHalf;  // the CPU's kernels are for float32 and float64 alone
 //     static constexpr double kMasked;  // what a row of -inf alone becomes
 //     // The map of prepared logits, differentiable any number of times; for torch.func and forward-mode AD.
@@ -33,6 +34,9 @@
 namespace tse {
 
 using RowMapKernels = Kernels<RowMapParams>;
+struct ForwardKernels : RowMapKernels {
+  void (*prepared_cuda)(const PreparedRowsParams& p, cudaStream_t stream);
+};
 
 // s · (g - Σ s g / Σ s), the gradient of every map but log-softmax; s: p^(2 - alpha) on the support. Outside g does not
 // matter, even if it is infinite.
@@ -61,9 +65,9 @@ struct RowMap {
     const Options o = checked(Map::kName, input, options);
     const auto type = o.dtype.value_or(input.scalar_type());
     const c10::OptionalDeviceGuard guard(input.device());
-    if (use_cuda(input) && Map::kForward.cuda == nullptr) return composed(input, o);
-    const bool is_prepared = o.prepares() || type != input.scalar_type() || is_widened(input);
-    if (use_cuda(input) && is_prepared) return forward(prepared_logits(input, o), without_preparation(o)).to(type);
+    const bool on_cuda = use_cuda(input), is_double = !on_cuda && o.is_double();
+    const bool is_prepared = o.prepares() || type != input.scalar_type() || is_widened(input) || is_double ||
+                             (on_cuda && Map::kForward.cuda == nullptr);
     const at::Tensor output = with_huge_pages(at::empty_like(input, input.options().dtype(type)));
     if (input.is_meta() || input.numel() == 0) return output;
     const RowTensor x = as_rows(input, o.dim), y = as_rows(output, o.dim);
@@ -76,8 +80,7 @@ struct RowMap {
     p.output = y.tensor.mutable_data_ptr();
     p.alpha = alpha.numbers;
     const bool contiguous = x.rows.stride_n == 1 && y.rows.stride_n == 1;
-    const bool is_double = !use_cuda(input) && o.is_double();
-    if (is_prepared || is_double) {
+    if (is_prepared) {
       const NumbersOfRows temperature(o.temperature, o.row_temperature, input, o.dim);
       const auto arithmetic = is_double ? at::kDouble : arithmetic_type(input.scalar_type(), type);
       PreparedRowsParams q{};
@@ -95,7 +98,8 @@ struct RowMap {
         q.mask_at = mask->at;
         q.mask_stride_n = mask->stride_n;
       }
-      parallel_rows(q, p.rows, contiguous, prepared_fwd_rows);
+      if (on_cuda) launch(Map::kName, Map::kForward.prepared_cuda, q, input);
+      else parallel_rows(q, p.rows, contiguous, prepared_fwd_rows);
     } else {
       Map::kForward.run(Map::kName, p, p.rows, contiguous, input);
     }
@@ -109,20 +113,20 @@ struct RowMap {
     check_handed(Map::kName, "grad_output", grad_output, output, output.scalar_type(), output.sym_sizes());
     const auto type = o.dtype.value_or(output.scalar_type());
     const c10::OptionalDeviceGuard guard(output.device());
-    const bool is_prepared = o.prepares() || type != output.scalar_type() || is_widened(output);
-    const bool is_composed = Map::kBackward.cuda == nullptr;
-    if (use_cuda(output) && (is_composed || is_prepared)) {
+    const bool on_cuda = use_cuda(output);
+    if (on_cuda && type != output.scalar_type()) {
       const auto wider = arithmetic_type(output.scalar_type(), type);
-      const at::Tensor g = grad_output.to(wider), y = output.to(wider);
-      const Options plain = without_preparation(o);
-      return over_temperature(is_composed ? Map::composed_backward(g, y, plain) : backward(g, y, plain), o).to(type);
+      Options same = o;
+      same.dtype = wider;
+      return backward(grad_output.to(wider), output.to(wider), same).to(type);
     }
+    const bool is_prepared = !on_cuda && (o.prepares() || type != output.scalar_type() || is_widened(output));
     const at::Tensor grad_input = with_huge_pages(at::empty_like(output, output.options().dtype(type)));
     if (output.is_meta() || output.numel() == 0) return grad_input;
     const RowTensor y = as_rows(output, o.dim), out = as_rows(grad_input, o.dim);
     RowTensor g = as_rows(grad_output, o.dim);
     // CUDA kernels read g by 16 bytes where they read the output so; an expanded g costs a copy.
-    if (use_cuda(output) && y.rows.stride_n == 1 && g.rows.stride_n != 1)
+    if (on_cuda && y.rows.stride_n == 1 && g.rows.stride_n != 1)
       g = as_rows(at::empty_like(output).copy_(grad_output), o.dim);
     const NumbersOfRows alpha(o.alpha, o.row_alpha, output, o.dim);
     RowMapParams p{};
@@ -134,9 +138,10 @@ struct RowMap {
     p.grad_input_rows = out.rows;
     p.grad_input = out.tensor.mutable_data_ptr();
     p.alpha = alpha.numbers;
+    const NumbersOfRows temperature(o.temperature, o.row_temperature, output, o.dim);
+    p.temperature = temperature.numbers;
     const bool contiguous = y.rows.stride_n == 1 && g.rows.stride_n == 1 && out.rows.stride_n == 1;
     if (is_prepared) {
-      const NumbersOfRows temperature(o.temperature, o.row_temperature, output, o.dim);
       PreparedRowsParams q{};
       q.map = p;
       q.map.dtype = dtype_of(arithmetic_type(output.scalar_type(), type));

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
       zero_row<kRowThreads>(g, p.grad_rows.stride_n, n);
       continue;
     }
-    Row<T, kRowThreads, kVectors, kLogitLoads<kRowThreads, kGeneral>> logits_of_row(x, n, p.rows.stride_n);
+    Row<T, kRowThreads, kVectors, kLogitLoads<kRowThreads, kGeneral>> logits_of_row({x, p.rows.stride_n}, n);
     logits_of_row.load();
     const RowStatistics<A> s = {static_cast<const A*>(p.row_m)[row], static_cast<const A*>(p.row_sum)[row],
                                 static_cast<const A*>(p.row_others)[row],
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
                                    : row_grad_output<A>(p, grad_output[row * p.grad_output_stride], p.total_weight);
     const auto own = own_class<T, kRowThreads, kGeneral>(p, row, target, turn);
     const A own_logit = own.index < 0 ? A(0) : to_acc(x[own.index * p.rows.stride_n]);
-    write_gradient(p, logits_of_row, g, own, own_logit,
+    write_gradient(StoredOutput<T>(g, p.grad_rows.stride_n, x), logits_of_row, own, own_logit,
                    RowGradient<T, kRowThreads, kGeneral>(p, logits, row, s, own, grad));
   }
 }
@@ -63,7 +63,8 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
   const int64_t rows = row_count(p.grad_rows), n = p.grad_rows.n, stride = p.grad_rows.stride_n;
   for (int64_t row = first_row<kRowThreads>(); row < rows; row += row_step<kRowThreads>()) {
     T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
-    map_row(KeptRow<kRowThreads, T>(g, n, stride), g, stride, [&](int64_t, A v) { return v * A(ratio); });
+    map_row<T>(KeptRow<kRowThreads, T>({g, stride}, n), StoredOutput<T>(g, stride, g),
+               [&](int64_t, A v) { return v * A(ratio); });
   }
 }
 

@@ -6,9 +6,8 @@
 // when the row is on its way. For mean and sum each block adds the losses of its rows in double, and the last one
 // to finish the sums of the blocks: a fixed order on one card. One launch, but for the divisor of a mean over many
 // rows. Log-probabilities are never stored.
-#include "common/cuda/reduce.cuh"
+#include "common/cuda/exp_sum.cuh"
 #include "common/cuda/stream_state.cuh"
-#include "cross_entropy/exp_sum.cuh"
 #include "cross_entropy/row_gradient.cuh"
 
 namespace tse {
@@ -165,7 +164,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
     const T* x = input + row_offset(p.rows, row);
     constexpr int kLoads = kGeneral && sizeof(T) == 2 ? 1 : kLogitLoads<kRowThreads, kGeneral>;
     Row<T, kRowThreads, kVectors, kLoads> logits_of_row(
-        x, n, stride, kept + threadIdx.x / kRowThreads * launch.kept_vectors, launch.kept_vectors);
+        {x, stride}, n, kept + threadIdx.x / kRowThreads * launch.kept_vectors, launch.kept_vectors);
     const int64_t target = next_target, next = row + row_step<kRowThreads>();
     const bool counted = is_counted(p, target);
     ExpSum<A, kGeneral> s;
@@ -254,7 +253,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
     if (!writes_gradient) continue;
     T* g = static_cast<T*>(p.grad_input) + row_offset(p.grad_rows, row);
     if (counted)
-      write_gradient(p, logits_of_row, g, own, own_logit,
+      write_gradient(StoredOutput<T>(g, p.grad_rows.stride_n, x), logits_of_row, own, own_logit,
                      RowGradient<T, kRowThreads, kGeneral>(p, logits, row, of_row, own, shared_grad[0]));
     else zero_row<kRowThreads>(g, p.grad_rows.stride_n, n);
   }

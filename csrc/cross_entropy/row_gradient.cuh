@@ -47,7 +47,7 @@ __device__ inline int64_t class_of_most(const CrossEntropyParams& p, int64_t row
 #pragma unroll
     for (int k = 0; k < Vec<T>::kSize; ++k) scalar(c + k, v.v[k]);
   };
-  KeptRow<kRowThreads, T, 1>(q, p.rows.n, p.probabilities_rows.stride_n).read(false, vector, scalar);
+  KeptRow<kRowThreads, T, 1>(Stored<T>{q, p.probabilities_rows.stride_n}, p.rows.n).read(false, vector, scalar);
   return row_reduce<kRowThreads>(own, turn, [](int64_t a, int64_t b) { return a > b ? a : b; });
 }
 
@@ -109,11 +109,10 @@ struct RowGradient {
 
 // Writes the gradient of a counted row. own_logit was read before, as the gradient may take its place.
 template <class T, class Row, class Own, class Gradient>
-__device__ inline void write_gradient(const CrossEntropyParams& p, const Row& row, T* g, const Own& own,
-                                      Acc<T> own_logit, const Gradient& gradient) {
-  map_row(row, g, p.grad_rows.stride_n, gradient);
-  if (own.index >= 0 && row.meets(own.index))
-    g[own.index * p.grad_rows.stride_n] = from_acc<T>(gradient.at_own(own, own_logit));
+__device__ inline void write_gradient(const StoredOutput<T>& g, const Row& row, const Own& own, Acc<T> own_logit,
+                                      const Gradient& gradient) {
+  map_row<T>(row, g, gradient);
+  if (own.index >= 0 && row.meets(own.index)) g.set(own.index, from_acc<T>(gradient.at_own(own, own_logit)));
 }
 
 // Loads under way of a thread; where an element takes much, or a row has few, registers are for that, or for more rows.

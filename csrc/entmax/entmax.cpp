@@ -33,25 +33,6 @@ at::Tensor log_p(const at::Tensor& w, const at::Tensor& c) {
   return at::where(is_small, series, at::log1p((-safe * at::where(is_small, 0, w)).clamp_min(edge)) / safe);
 }
 
-// The probabilities by bisection over s, for devices without a kernel for this alpha; logits are not -inf alone.
-at::Tensor bisected(const at::Tensor& logits, const EntmaxOptions& o) {
-  const at::Tensor d = logits.amax(o.dim, /*keepdim=*/true) - logits, c = c_of(logits, o), is_zero = c == 0;
-  const double log_n = logits.dim() == 0 ? 0 : std::log(double(logits.size(o.dim)));
-  const at::Tensor most = at::where(is_zero, log_n, -at::expm1(-c * log_n) / at::where(is_zero, 1, c));
-  at::Tensor low = at::zeros_like(d.amax(o.dim, /*keepdim=*/true)), high = low + most, p;
-  const auto probabilities = [&](const at::Tensor& s) {
-    const at::Tensor w = s + d, outside = (d == std::numeric_limits<double>::infinity()) | (c * w >= 1);
-    return log_p(w.masked_fill(outside, 0), c).exp().masked_fill(outside, 0);
-  };
-  for (int step = 0; step < (logits.scalar_type() == at::kDouble ? 60 : 30); ++step) {
-    const at::Tensor middle = (low + high) / 2, is_low = probabilities(middle).sum(o.dim, /*keepdim=*/true) > 1;
-    low = at::where(is_low, middle, low);
-    high = at::where(is_low, high, middle);
-  }
-  p = probabilities(low);
-  return p / p.sum(o.dim, /*keepdim=*/true);
-}
-
 // The probabilities, whose derivatives nobody asks for.
 at::Tensor probabilities(const at::Tensor& logits, const EntmaxOptions& o);
 
@@ -95,7 +76,7 @@ struct Entmax15 : Compositions<Entmax15> {
   static constexpr const char* kName = "entmax15";
   static constexpr double kMasked = 0;
   static constexpr bool kWidensHalf = false;
-  static constexpr RowMapKernels kForward = {entmax15_fwd_rows, launch_entmax15_fwd};
+  static constexpr ForwardKernels kForward = {entmax15_fwd_rows, launch_entmax15_fwd, launch_prepared_entmax15_fwd};
   static constexpr RowMapKernels kBackward = {entmax15_bwd_rows, launch_entmax15_bwd};
 };
 
@@ -104,8 +85,8 @@ struct Entmax : Compositions<Entmax> {
   static constexpr const char* kName = "entmax";
   static constexpr double kMasked = 0;
   static constexpr bool kWidensHalf = true;
-  static constexpr RowMapKernels kForward = {fwd_rows_of_alpha, nullptr};
-  static constexpr RowMapKernels kBackward = {bwd_rows_of_alpha, nullptr};
+  static constexpr ForwardKernels kForward = {fwd_rows_of_alpha, nullptr, launch_prepared_entmax_fwd};
+  static constexpr RowMapKernels kBackward = {bwd_rows_of_alpha, launch_entmax_bwd};
 
   // With L = log p, r = p L² φ(-c L), φ(t) = (e^t - 1 - t) / t², and s = p^(2 - alpha): dp/d alpha = s Σ r / Σ s - r.
   static at::Tensor alpha_gradient(const at::Tensor& grad_output, const at::Tensor& output, const Options& o) {
@@ -128,7 +109,6 @@ struct Entmax : Compositions<Entmax> {
 at::Tensor probabilities(const at::Tensor& logits, const EntmaxOptions& o) {
   if (!o.row_alpha.has_value() && o.alpha == 1.5)
     return Operator<RowMap<Entmax15>::forward>::call(logits, RowMapOptions(o));
-  if (use_cuda(logits)) return bisected(logits.detach(), o);
   return Operator<RowMap<Entmax>::forward>::call(logits, o);
 }
 

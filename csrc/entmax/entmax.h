@@ -16,5 +16,8 @@ void bwd_rows_of_alpha(const RowMapParams& p, int64_t begin, int64_t end);
 // CUDA: all rows, on `stream`, no synchronisation.
 TSE_CUDA void launch_entmax15_fwd(const RowMapParams& p, cudaStream_t stream);
 TSE_CUDA void launch_entmax15_bwd(const RowMapParams& p, cudaStream_t stream);
+TSE_CUDA void launch_prepared_entmax15_fwd(const PreparedRowsParams& p, cudaStream_t stream);
+TSE_CUDA void launch_prepared_entmax_fwd(const PreparedRowsParams& p, cudaStream_t stream);
+TSE_CUDA void launch_entmax_bwd(const RowMapParams& p, cudaStream_t stream);
 
 }  // namespace tse

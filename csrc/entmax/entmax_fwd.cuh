@@ -8,9 +8,8 @@
 // result need nothing else. Vectors that do not fit there are read again, mostly a few, and from L2. So memory is
 // passed once in each direction, whatever n.
 #pragma once
+#include "common/cuda/map_rows.cuh"
 #include "common/cuda/reduce.cuh"
-#include "common/cuda/row.cuh"
-#include "common/row_params.h"
 #include "entmax/threshold.cuh"
 
 namespace tse {
@@ -22,6 +21,13 @@ __device__ inline double add_down(double a, double b) { return __dadd_rd(a, b); 
 template <class A>
 __device__ inline A reference_point(A max) {
   return max == -infinity<A>() ? A(0) : max;
+}
+
+// The policy of a row.
+template <class Rows, class Policy>
+__device__ inline auto policy_of(const Rows& rows, const Policy& policy, int64_t index) {
+  if constexpr (Rows::kHasSlope) return Sloped<typename Rows::A, Policy>(policy, rows.temperature(index));
+  else return policy;
 }
 
 template <class A, class Policy>
@@ -65,18 +71,19 @@ __device__ inline void newton(const Policy& policy, const Each& each, Threshold<
   }
 }
 
-template <class T, int kRowThreads, int kVectors, class Policy>
-__global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, kRowThreads, kVectors>)
-    entmax_fwd_kernel(RowMapParams p, Policy policy) {
-  using A = Acc<T>;
+template <class Rows, int kRowThreads, int kVectors, class Policy>
+__global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<typename Rows::T, kRowThreads, kVectors>)
+    entmax_fwd_kernel(Rows rows, Policy policy_of_all) {
+  using T = typename Rows::T;
+  using A = typename Rows::A;
   using S = SumOf<T, kRowThreads, kVectors>;
   constexpr int kSize = Vec<T>::kSize;
   int turn = 0;
-  const int64_t rows = row_count(p.rows);
-  for (int64_t index = first_row<kRowThreads>(); index < rows; index += row_step<kRowThreads>()) {
-    const T* const x = static_cast<const T*>(p.input) + row_offset(p.rows, index);
-    T* const y = static_cast<T*>(p.output) + row_offset(p.output_rows, index);
-    Row<T, kRowThreads, kVectors, 2> row(x, p.rows.n, p.rows.stride_n);
+  const int64_t count = row_count(rows.map().rows);
+  for (int64_t index = first_row<kRowThreads>(); index < count; index += row_step<kRowThreads>()) {
+    const auto policy = policy_of(rows, policy_of_all, index);
+    const auto x = rows.elements(index);
+    Row<T, kRowThreads, kVectors, 2, typename Rows::Elements> row(x, rows.map().rows.n);
     row.load();
     A max = -infinity<A>();
     maxima(row, [&](A of_vector) { max = fmax(of_vector, max); });
@@ -98,8 +105,8 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
               [&](int64_t, T v) { add(policy.z(to_acc(v), m), true); });
         },
         tau, turn);
-    map_row(row, y, p.output_rows.stride_n,
-            [&](int64_t, A v) { return probability(policy, tau.above(policy.z(v, m))); });
+    map_row<T>(row, rows.output(index, x),
+               [&](int64_t, A v) { return probability(policy, tau.above(policy.z(v, m))); });
   }
 }
 
@@ -129,11 +136,11 @@ template <class T>
 constexpr int kBatch = sizeof(T) == 2 ? 3 : 4;
 
 // A row of which a thread keeps the vectors that may be in the support.
-template <class T, int kRowThreads, class Policy>
+template <class T, int kRowThreads, class Elements, class Policy>
 struct LiveRow : RowShape<kRowThreads, T> {
   using A = Acc<T>;
   static constexpr int kSize = Vec<T>::kSize;
-  const T* x;
+  Elements x;
   Vec<T>* cache;  // each thread reads back only what it wrote
   int kept;
   Policy policy;
@@ -142,7 +149,7 @@ struct LiveRow : RowShape<kRowThreads, T> {
   int64_t loose_at = this->loose(int(threadIdx.x));  // there are less than 16
   A loose_value = loose_at >= 0 ? to_acc(x[loose_at]) : -infinity<A>(), max = fmax(loose_value, -infinity<A>()), m = 0;
 
-  __device__ LiveRow(const T* x, int64_t n, Vec<T>* cache, int kept, const Policy& policy)
+  __device__ LiveRow(const Elements& x, int64_t n, Vec<T>* cache, int kept, const Policy& policy)
       : RowShape<kRowThreads, T>(x, n),
         x(x),
         cache(cache),
@@ -150,36 +157,44 @@ struct LiveRow : RowShape<kRowThreads, T> {
         policy(policy),
         live((this->vectors + kRowThreads - 1) / kRowThreads) {}
 
-  __device__ Vec<T> load(int v) const { return v < kept ? cache[v] : load_vec(x + this->first(v)); }
+  __device__ Vec<T> load(int v) const {
+    if (v < kept) return cache[v];
+    uint4 raw[1];
+    x.load(raw, Always(), [&](int) { return this->first(v); });
+    return bits_as<Vec<T>>(raw[0]);
+  }
   __device__ static A max_of_row(A max, int& turn) {
     return row_reduce<kRowThreads>(max, turn, [](A a, A b) { return fmax(a, b); });
   }
 
   // The only walk over all of the row.
   __device__ void read(int& turn) {
-    Vec<T> batch[kBatch<T>];
-    const Vec<T> low = splat_vec(from_acc<T>(-infinity<A>()));
-    const auto load_batch = [&](int v) {
+    uint4 batch[kBatch<T>];
+    const uint4 low = bits_as<uint4>(splat_vec(from_acc<T>(-infinity<A>())));
+    const auto load_batch = [&](int first) {
 #pragma unroll
-      for (int j = 0; j < kBatch<T>; ++j)
-        batch[j] = v + j * kRowThreads < this->vectors ? load_vec(x + this->first(v + j * kRowThreads)) : low;
+      for (int j = 0; j < kBatch<T>; ++j) batch[j] = low;
+      const auto number = [&](int j) { return first + j * kRowThreads; };
+      x.load(batch, [&](int j) { return number(j) < this->vectors; }, [&](int j) { return this->first(number(j)); });
     };
+    const auto vector = [&](int j) { return bits_as<Vec<T>>(batch[j]); };
     load_batch(threadIdx.x);
 #pragma unroll
-    for (int j = 0; j < kBatch<T>; ++j) max = fmax(max_of(batch[j]), max);
+    for (int j = 0; j < kBatch<T>; ++j) max = fmax(max_of(vector(j)), max);
     const A first_max = max_of_row(max, turn);
-    const A bound = first_max < infinity<A>() ? add_down(first_max, -1 / policy.scale)
-                                              : first_max - first_max;  // NaN: none is dead
+    const A bound =
+        first_max < infinity<A>() ? add_down(first_max, -policy.reach) : first_max - first_max;  // NaN: none is dead
     for (int i = 0, v = threadIdx.x; v < this->vectors; i += kBatch<T>) {
 #pragma unroll
       for (int j = 0; j < kBatch<T>; ++j, v += kRowThreads) {
+        const Vec<T> e = vector(j);
         bool is_alive = false;
 #pragma unroll
-        for (int k = 0; k < kSize; ++k) is_alive |= !(to_acc(batch[j].v[k]) <= bound);
-        if (v < kept && (is_alive || live.shift != 0)) cache[v] = batch[j];
+        for (int k = 0; k < kSize; ++k) is_alive |= !(to_acc(e.v[k]) <= bound);
+        if (v < kept && (is_alive || live.shift != 0)) cache[v] = e;
         if (!is_alive || v >= this->vectors) continue;
         live.add(i + j);
-        max = fmax(max_of(batch[j]), max);
+        max = fmax(max_of(e), max);
       }
       load_batch(v);
     }
@@ -208,8 +223,8 @@ struct LiveRow : RowShape<kRowThreads, T> {
     return own.total();
   }
 
-  __device__ void write(T* y, const Threshold<A>& tau) const {
-    const bool alike = is_aligned_like<T>(x, y);
+  template <class Output>
+  __device__ void write(const Output& y, const Threshold<A>& tau) const {
     const Vec<T> dead = splat_vec(from_acc<T>(tau.t != tau.t ? tau.t : A(0)));
     for (int i = 0, v = threadIdx.x; v < this->vectors; ++i, v += kRowThreads) {
       Vec<T> e = dead;
@@ -219,23 +234,26 @@ struct LiveRow : RowShape<kRowThreads, T> {
         for (int k = 0; k < kSize; ++k)
           e.v[k] = from_acc<T>(probability(policy, tau.above(policy.z(to_acc(e.v[k]), m))));
       }
-      this->put(y, alike, this->first(v), e);
+      y.put(this->first(v), e);
     }
-    if (loose_at >= 0) y[loose_at] = from_acc<T>(probability(policy, tau.above(policy.z(loose_value, m))));
+    if (loose_at >= 0) y.set(loose_at, from_acc<T>(probability(policy, tau.above(policy.z(loose_value, m)))));
   }
 };
 
-template <class T, int kRowThreads, class Policy>
-__global__ void __launch_bounds__(kRowThreads, kBlocksAtLeast<T, kRowThreads>)
-    entmax_fwd_block_kernel(RowMapParams p, Policy policy, int kept) {
-  using A = Acc<T>;
+template <class Rows, int kRowThreads, class Policy>
+__global__ void __launch_bounds__(kRowThreads, kBlocksAtLeast<typename Rows::T, kRowThreads>)
+    entmax_fwd_block_kernel(Rows rows, Policy policy_of_all, int kept) {
+  using T = typename Rows::T;
+  using A = typename Rows::A;
   TSE_DYNAMIC_SHARED(Vec<T>, cache);
   TSE_SHARED(ThresholdSearch<A>, search, 1);
   int turn = 0;
-  const int64_t rows = row_count(p.rows);
-  for (int64_t index = blockIdx.x; index < rows; index += gridDim.x) {
-    LiveRow<T, kRowThreads, Policy> row(static_cast<const T*>(p.input) + row_offset(p.rows, index), p.rows.n, cache,
-                                        kept, policy);
+  const int64_t count = row_count(rows.map().rows);
+  for (int64_t index = blockIdx.x; index < count; index += gridDim.x) {
+    const auto policy = policy_of(rows, policy_of_all, index);
+    const auto x = rows.elements(index);
+    LiveRow<T, kRowThreads, typename Rows::Elements, std::remove_const_t<decltype(policy)>> row(x, rows.map().rows.n,
+                                                                                                cache, kept, policy);
     row.read(turn);
     // Newton's steps from tau on; sum(): the terms of this thread.
     Threshold<A> tau;
@@ -258,28 +276,36 @@ __global__ void __launch_bounds__(kRowThreads, kBlocksAtLeast<T, kRowThreads>)
       return of_max.total();
     });
     solve(true, [&] { return row.sum(tau); });
-    row.write(static_cast<T*>(p.output) + row_offset(p.output_rows, index), tau);
+    row.write(rows.output(index, x), tau);
   }
 }
 
-template <class T, class Policy>
-void launch_entmax_fwd(const RowMapParams& p, const Policy& policy, cudaStream_t stream) {
-  const int64_t rows = row_count(p.rows), n = p.rows.n;
-  if (rows == 0) return;
-  with_plan<T, true>(n, p.rows.stride_n == 1 && p.output_rows.stride_n == 1, [&](auto plan) {
-    constexpr int kRowThreads = decltype(plan)::kThreads, kVectors = decltype(plan)::kVectors;
-    constexpr int kThreads = kBlockThreads<kRowThreads>;
+template <class Policy, class Rows>
+void launch_entmax_fwd(const Rows& rows, const Policy& policy, cudaStream_t stream) {
+  using T = typename Rows::T;
+  with_plan_of_rows(rows, [&](auto plan) {
+    using Plan = decltype(plan);
+    constexpr int kRowThreads = Plan::kThreads, kVectors = Plan::kVectors, kThreads = kBlockThreads<kRowThreads>;
+    const int64_t count = row_count(rows.map().rows);
     if constexpr (kVectors > 0 || kRowThreads <= 32) {
-      const auto kernel = entmax_fwd_kernel<T, kRowThreads, kVectors, Policy>;
-      launch("entmax_fwd_kernel", kernel, grid_for(rows, kRowsPerBlock<kRowThreads>, kernel, kThreads, 0), kThreads, 0,
-             stream, p, policy);
+      const auto kernel = entmax_fwd_kernel<Rows, kRowThreads, kVectors, Policy>;
+      launch("entmax_fwd_kernel", kernel, grid_for(count, kRowsPerBlock<kRowThreads>, kernel, kThreads, 0), kThreads, 0,
+             stream, rows, policy);
     } else {
-      const int kept = kept_vectors(device_limits(), n * sizeof(T) / 16, 1);
-      const auto kernel = entmax_fwd_block_kernel<T, kRowThreads, Policy>;
-      launch("entmax_fwd_block_kernel", kernel, grid_for(rows, 1, kernel, kThreads, kept * sizeof(Vec<T>)), kThreads,
-             kept * sizeof(Vec<T>), stream, p, policy, kept);
+      launch_rows<Plan, T>("entmax_fwd_block_kernel", entmax_fwd_block_kernel<Rows, kRowThreads, Policy>, count,
+                           rows.map().rows.n, stream, rows, policy);
     }
   });
+}
+
+// Policy<A>: of the type of the arithmetic.
+template <template <class> class Policy, class T>
+void launch_stored_entmax_fwd(const RowMapParams& p, cudaStream_t stream) {
+  launch_entmax_fwd(StoredRows<T>{p}, Policy<Acc<T>>(), stream);
+}
+template <template <class> class Policy>
+void launch_prepared_entmax_fwd(const PreparedRowsParams& p, cudaStream_t stream) {
+  with_prepared_rows(p, [&](auto rows) { launch_entmax_fwd(rows, Policy<typename decltype(rows)::A>(), stream); });
 }
 
 }  // namespace tse

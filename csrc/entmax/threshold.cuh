@@ -1,21 +1,23 @@
-// Sparsemax and entmax: what depends on alpha, sums over the support of a row, the search for its threshold. [CUDA]
+// Sparsemax and entmax15: what depends on alpha, and the search for the threshold of a row. [CUDA]
 //
 // For z = (alpha - 1) (x - max), p = (z - tau)_+^(1 / (alpha - 1)) with Σ p = 1. On the support p^(2 - alpha) is
 // alpha - 1 times the slope of p in -tau, and the weight of an element in the gradient. A policy has:
 //   scale               alpha - 1
+//   reach               1 / (alpha - 1): an element so far below the largest has no probability
 //   kCounts             slopes and weights are 1, so that their sums are counts
 //   z(x, m)             scale (x - m)
 //   probability(above)  p, where above = z - tau > 0
 //   slope(above)        p^(2 - alpha)
 //   weight(p)           p^(2 - alpha)
 #pragma once
-#include "common/cuda/vec.cuh"
+#include "common/cuda/support_sum.cuh"
+#include "common/exp_sum.h"
 
 namespace tse {
 
 template <class A>
 struct SparsemaxPolicy {  // alpha = 2
-  static constexpr A scale = 1;
+  static constexpr A scale = 1, reach = 1;
   static constexpr bool kCounts = true;
   __device__ static A z(A x, A m) { return x - m; }
   __device__ static A probability(A above) { return above; }
@@ -25,7 +27,7 @@ struct SparsemaxPolicy {  // alpha = 2
 
 template <class A>
 struct Entmax15Policy {  // alpha = 1.5
-  static constexpr A scale = 0.5;
+  static constexpr A scale = 0.5, reach = 2;
   static constexpr bool kCounts = false;
   __device__ static A z(A x, A m) { return fma(x, scale, -scale * m); }  // halves are exact
   __device__ static A probability(A above) { return above * above; }
@@ -33,59 +35,16 @@ struct Entmax15Policy {  // alpha = 1.5
   __device__ static A weight(A p) { return fast_sqrt(p); }
 };
 
-// ---- sums over the support ------------------------------------------------------------------------------------------
-
-template <class S, bool kCounts>
-struct SupportTotal {
-  using Count = std::conditional_t<std::is_same_v<S, double>, int64_t, int>;
-  S sum;
-  std::conditional_t<kCounts, Count, S> weight;
+// A policy for logits that are yet to be divided by a temperature.
+template <class A, class Policy>
+struct Sloped : Policy {
+  A factor, reach;
+  __device__ Sloped(const Policy& policy, double temperature)
+      : Policy(policy),
+        factor(bounded<A>(2 * double(Policy::scale) / temperature)),
+        reach(bounded<A>((1 + 0x1p-20) * double(Policy::reach) * temperature)) {}
+  __device__ A z(A x, A m) const { return fma(x, A(0.5), A(-0.5) * m) * factor; }  // half of a difference is finite
 };
-struct Join {
-  template <class Total>
-  __device__ Total operator()(const Total& a, const Total& b) const {
-    return {a.sum + b.sum, a.weight + b.weight};
-  }
-};
-
-// What a thread adds: up to kPart values and weights in A, and their sums in double.
-template <class A, bool kCounts>
-class SupportSum {
-  static constexpr int kPart = 32;
-
- public:
-  __device__ void add(A value, A weight) {
-    value_ += value;
-    weight_ += weight;
-    ++in_part_;
-  }
-  // Called after every few elements.
-  __device__ void join_part() {
-    if (in_part_ < kPart) return;
-    sum_ += double(value_);
-    weights_ += double(weight_);
-    joined_ += in_part_;
-    value_ = weight_ = 0;
-    in_part_ = 0;
-  }
-  template <class S = double>
-  __device__ SupportTotal<S, kCounts> total() const {
-    const S sum = S(sum_ + double(value_));
-    if constexpr (kCounts) return {sum, decltype(SupportTotal<S, true>::weight)(count())};
-    else return {sum, S(weights_ + double(weight_))};
-  }
-  __device__ int64_t count() const { return joined_ + in_part_; }
-
- private:
-  A value_ = 0, weight_ = 0;
-  int in_part_ = 0;
-  double sum_ = 0, weights_ = 0;
-  int64_t joined_ = 0;
-};
-
-// What the sums of a row's threads are added in: of few elements in A, else in double.
-template <class T, int kRowThreads, int kVectors>
-using SumOf = std::conditional_t<(kVectors > 0 && kRowThreads * kVectors * Vec<T>::kSize <= 1024), Acc<T>, double>;
 
 // ---- the threshold --------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
     const SelectiveGrad<A> f = selective_grad<A>(p, row, total);
     const A half_m = f.m * A(0.5);
     const bool has_entropy = p.grad_entropy != nullptr, has_cap = exponent.capped;
-    map_row(KeptRow<kRowThreads, T, 2>(x, n, p.rows.stride_n), g, p.grad_rows.stride_n, [&](int64_t, A v) {
+    const StoredOutput<T> out(g, p.grad_rows.stride_n, x);
+    map_row<T>(KeptRow<kRowThreads, T, 2>({x, p.rows.stride_n}, n), out, [&](int64_t, A v) {
       const A capped = exponent.cap(v), t = exponent(capped, half_m);
       const A grad = exp2_of(t) * (has_entropy ? -f.level - f.slope * (t - f.mean) : -f.level);
       return has_cap ? grad * (A(1) - capped * capped) : grad;

@@ -77,7 +77,7 @@ __device__ inline RowSums<Acc<T>, kEntropy> sum_row(const SelectiveLogSoftmaxPar
     const Index at = Index(own) - Index(i);
     add<kCount>(s, v, at >= 0 && at < kCount ? int(at) : -1, exponent);
   };
-  KeptRow<kRowThreads, T, 2>(x, n, stride)
+  KeptRow<kRowThreads, T, 2>({x, stride}, n)
       .read(
           false, [&](int64_t i, const Vec<T>& v) { add_at(i, v.v, std::integral_constant<int, Vec<T>::kSize>{}); },
           [&](int64_t i, T v) { add_at(i, &v, std::integral_constant<int, 1>{}); });

@@ -14,8 +14,8 @@ struct Softmax {
   static constexpr const char* kName = "softmax";
   static constexpr double kMasked = 0;
   static constexpr bool kWidensHalf = false;
-  static constexpr RowMapKernels kForward = {softmax_fwd_rows, nullptr};
-  static constexpr RowMapKernels kBackward = {softmax_bwd_rows, nullptr};
+  static constexpr ForwardKernels kForward = {softmax_fwd_rows, launch_softmax_fwd, launch_prepared_softmax_fwd};
+  static constexpr RowMapKernels kBackward = {softmax_bwd_rows, launch_softmax_bwd};
 
   static at::Tensor composed(const at::Tensor& logits, const Options& o) { return at::softmax(logits, o.dim); }
 
@@ -29,8 +29,9 @@ struct LogSoftmax {
   static constexpr const char* kName = "log_softmax";
   static constexpr double kMasked = -std::numeric_limits<double>::infinity();
   static constexpr bool kWidensHalf = false;
-  static constexpr RowMapKernels kForward = {log_softmax_fwd_rows, nullptr};
-  static constexpr RowMapKernels kBackward = {log_softmax_bwd_rows, nullptr};
+  static constexpr ForwardKernels kForward = {log_softmax_fwd_rows, launch_log_softmax_fwd,
+                                              launch_prepared_log_softmax_fwd};
+  static constexpr RowMapKernels kBackward = {log_softmax_bwd_rows, launch_log_softmax_bwd};
 
   static at::Tensor composed(const at::Tensor& logits, const Options& o) { return at::log_softmax(logits, o.dim); }
 

@@ -25,7 +25,7 @@ struct Sparsemax {
   static constexpr const char* kName = "sparsemax";
   static constexpr double kMasked = 0;
   static constexpr bool kWidensHalf = false;
-  static constexpr RowMapKernels kForward = {sparsemax_fwd_rows, launch_sparsemax_fwd};
+  static constexpr ForwardKernels kForward = {sparsemax_fwd_rows, launch_sparsemax_fwd, launch_prepared_sparsemax_fwd};
   static constexpr RowMapKernels kBackward = {sparsemax_bwd_rows, launch_sparsemax_bwd};
 
   static at::Tensor composed(const at::Tensor& logits, const Options& o) {

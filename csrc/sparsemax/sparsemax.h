@@ -11,5 +11,6 @@ void sparsemax_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end);
 // CUDA: all rows, on `stream`, no synchronisation.
 TSE_CUDA void launch_sparsemax_fwd(const RowMapParams& p, cudaStream_t stream);
 TSE_CUDA void launch_sparsemax_bwd(const RowMapParams& p, cudaStream_t stream);
+TSE_CUDA void launch_prepared_sparsemax_fwd(const PreparedRowsParams& p, cudaStream_t stream);
 
 }  // namespace tse

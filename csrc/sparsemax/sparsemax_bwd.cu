@@ -1,11 +1,12 @@
 // Sparsemax backward on CUDA. [CUDA]
-#include "entmax/entmax_bwd.cuh"
+#include "common/cuda/row_map_bwd.cuh"
+#include "entmax/threshold.cuh"
 #include "sparsemax/sparsemax.h"
 
 namespace tse {
 
 template <class T>
-static constexpr auto bwd = launch_entmax_bwd<T, SparsemaxPolicy<Acc<T>>>;
+static constexpr auto bwd = launch_row_map_bwd<T, WeightedGradient<SparsemaxPolicy<Acc<T>>>>;
 
 void launch_sparsemax_bwd(const RowMapParams& p, cudaStream_t stream) { TSE_BY_DTYPE(p.dtype, bwd, p, {}, stream) }
 

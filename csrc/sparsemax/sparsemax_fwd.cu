@@ -5,8 +5,11 @@
 namespace tse {
 
 template <class T>
-static constexpr auto fwd = launch_entmax_fwd<T, SparsemaxPolicy<Acc<T>>>;
+static constexpr auto fwd = launch_stored_entmax_fwd<SparsemaxPolicy, T>;
 
-void launch_sparsemax_fwd(const RowMapParams& p, cudaStream_t stream) { TSE_BY_DTYPE(p.dtype, fwd, p, {}, stream) }
+void launch_sparsemax_fwd(const RowMapParams& p, cudaStream_t stream) { TSE_BY_DTYPE(p.dtype, fwd, p, stream) }
+void launch_prepared_sparsemax_fwd(const PreparedRowsParams& p, cudaStream_t stream) {
+  launch_prepared_entmax_fwd<SparsemaxPolicy>(p, stream);
+}
 
 }  // namespace tse

@@ -71,11 +71,15 @@ inline unsigned atomicInc(unsigned* p, unsigned last) { return ::cuda_on_host::a
 namespace tse {
 
 using std::ceil;  // CUDA's are overloaded for float, the host's in the global namespace are not
+using std::exp;
 using std::exp2;
+using std::expm1;
 using std::fma;
 using std::fmax;
+using std::fmin;
 using std::log;
 using std::log1p;
+using std::log2;
 using std::tanh;
 
 inline void device_assert(bool condition, const char* text) {

@@ -349,11 +349,11 @@ int main(int argc, char** argv) {
       check_selective_log_softmax<float>(2, 1030, 3, 1, false, 0);
       check_selective_log_softmax<__nv_bfloat16>(9, 70, 3, 0, false, 0);
       cuda_on_host::options.shared_bytes = 8 * 1024;
-      for (const Map& map : {kSparsemax, kEntmax15}) {
-        check_map<float>(map, 2, 2100, 0, false, 1);
-        check_map<__half>(map, 9, 70, 1, false, 1);
-        check_map<__nv_bfloat16>(map, 17, 33, 1, false, 1);
-        check_map<float>(map, 2, 8250, 1, false, 0.001f);
+      for (const Map& map : {kSparsemax, kEntmax15, kSoftmax, kLogSoftmax, entmax_of(1.3)}) {
+        check_map<float>(map, 2, 2100, 0, 1);
+        check_map<__half>(map, 9, 70, 1, 1);
+        check_map<__nv_bfloat16>(map, 17, 33, 1, 1, {.is_prepared = true, .mask = Mask::kBool});
+        check_map<float>(map, 2, 8250, 1, 0.001f);
       }
     } else {
       for (int64_t n : {5, 1030, 8200}) check_gradients_in_forward<float>(n);
@@ -366,8 +366,8 @@ int main(int argc, char** argv) {
       check_all<double>({7, 1030});
       check_all<__half>({8, 1031});
       check_all<__nv_bfloat16>({13, 1029, 8200, 17001});
-      check_map_everywhere(kSparsemax);
-      check_map_everywhere(kEntmax15);
+      for (const Map& map : {kSparsemax, kEntmax15, kSoftmax, kLogSoftmax}) check_map_everywhere(map);
+      for (double alpha : {0.7, 1.0001, 1.3, 2.5}) check_map_everywhere(entmax_of(alpha));
     }
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());

@@ -3,7 +3,8 @@ or under a sanitizer."""
 
 REDUCE = "common/cuda/reduce.cuh"
 ROW = "common/cuda/row.cuh"
-ENTMAX_FWD, ENTMAX_BWD, THRESHOLD = "entmax/entmax_fwd.cuh", "entmax/entmax_bwd.cuh", "entmax/threshold.cuh"
+ENTMAX_FWD, THRESHOLD, ANY_ALPHA = "entmax/entmax_fwd.cuh", "entmax/threshold.cuh", "entmax/any_alpha.cuh"
+MAP_ROWS, MAP_BWD = "common/cuda/map_rows.cuh", "common/cuda/row_map_bwd.cuh"
 STATE = "common/cuda/stream_state.cuh"
 PLANTS = {
     # name: ((file, pattern, replacement), (mode of the program that must find it, words that its report must have))
@@ -57,7 +58,7 @@ PLANTS = {
     ),
     "a-register-row-too-short": (
         ("common/cuda/plan.h", r"n \* element_bytes / 16 <= plan", "n * element_bytes / 17 <= plan"),
-        ("plain", "gradient|loss|probability"),
+        ("plain", "gradient|loss|value"),
     ),
     "any-guess-is-right": (
         ("cross_entropy/cross_entropy_bwd.cu", r"== \*p.guess\) return", "== *p.guess || *p.guess == *p.guess) return"),
@@ -84,28 +85,28 @@ PLANTS = {
         ("plain", "gradient|loss"),
     ),
     "shared-memory-too-small": (
-        (ENTMAX_FWD, r"kept \* sizeof\(Vec<T>\), stream", "(kept - 1) * sizeof(Vec<T>), stream"),
+        (ROW, r"= size_t\(kept\) \* 16 \* kRows;", "= size_t(kept > 0 ? kept - 1 : 0) * 16 * kRows;"),
         ("asan", "heap-buffer-overflow"),
     ),
     "shared-memory-of-one-row-for-several": (
-        (ENTMAX_BWD, r"= size_t\(kept\) \* 16 \* kRows;", "= size_t(kept) * 16;"),
+        (ROW, r"= size_t\(kept\) \* 16 \* kRows;", "= size_t(kept) * 16;"),
         ("asan", "heap-buffer-overflow"),
     ),
     "a-bound-that-kills-the-living": (
-        (ENTMAX_FWD, r"add_down\(first_max, -1 / policy\.scale\)", "add_down(first_max, A(-0.5))"),
-        ("plain", r"probability\["),
+        (ENTMAX_FWD, r"add_down\(first_max, -policy\.reach\)", "add_down(first_max, A(-0.5))"),
+        ("plain", r"value\["),
     ),
     "elements-before-the-vectors-forgotten": (
         (ENTMAX_FWD, r"^    add_term\(own, policy, tau\.above\(policy\.z\(loose_value, m\)\)\);$", ""),
-        ("plain", r"probability\["),
+        ("plain", r"value\["),
     ),
     "nan-kept-from-the-dead": (
         (ENTMAX_FWD, r"tau\.t != tau\.t \? tau\.t : A\(0\)", "A(0)"),
-        ("plain", r"probability\["),
+        ("plain", r"value\["),
     ),
     "dead-vectors-of-a-living-group-not-kept": (
         (ENTMAX_FWD, r"v < kept && \(is_alive \|\| live\.shift != 0\)", "v < kept && is_alive"),
-        ("plain", r"probability\["),
+        ("plain", r"value\["),
     ),
     "a-threshold-of-maxima-is-the-rows": (
         (
@@ -113,7 +114,7 @@ PLANTS = {
             r"^      add_term\(own, policy, tau\.above\(z\)\);\n      if \(ends\)",
             "if (ends) add_term(own, policy, tau.above(z));\n      if (ends)",
         ),
-        ("plain", r"probability\["),
+        ("plain", r"value\["),
     ),
     "no-barrier-after-the-step": (
         (ENTMAX_FWD, r"(search\[0\]\.step\(s, policy\.scale\);\n        }\n)        __syncthreads\(\);", r"\1"),
@@ -121,23 +122,55 @@ PLANTS = {
     ),
     "zeros-of-a-row-that-has-some": (
         (
-            ENTMAX_BWD,
-            r"          if \(all_bits_zero\(v\)\) return v;",
-            "          if (all_bits_zero(v) || i == 0) return v;",
+            MAP_BWD,
+            r"          if \(is_dead\(v\)\) return v;",
+            "          if (is_dead(v) || i == 0) return v;",
         ),
         ("plain", "sparsemax gradient"),
     ),
     "a-slope-that-is-too-steep": (
         (THRESHOLD, r"static A slope\(A above\) { return above; }", "static A slope(A above) { return above * 16; }"),
-        ("plain", r"entmax15 probability\["),
+        ("plain", r"entmax15 value\["),
     ),
     "a-range-of-sparsemax-for-all": (
-        (ENTMAX_FWD, r"add_down\(first_max, -1 / policy\.scale\)", "add_down(first_max, A(-1))"),
-        ("plain", r"entmax15 probability\["),
+        (ENTMAX_FWD, r"add_down\(first_max, -policy\.reach\)", "add_down(first_max, A(-1))"),
+        ("plain", r"entmax15 value\["),
     ),
     "weights-p": (
         (THRESHOLD, r"static A weight\(A p\) { return fast_sqrt\(p\); }", "static A weight(A p) { return p; }"),
         ("plain", r"entmax15 gradient\["),
+    ),
+    "a-mask-forgotten": (
+        (MAP_ROWS, r"if \(mask == nullptr\) return;", "return;"),
+        ("plain", r"value\["),
+    ),
+    "a-temperature-forgotten": (
+        (MAP_ROWS, r"return divides\(t\) \? 1 : t;", "return 1;"),
+        ("plain", r"value\["),
+    ),
+    "an-added-mask-in-another-unit": (
+        (MAP_ROWS, r"positive\(divides\(t\) \? 1 : t\)", "A(1)"),
+        ("plain", r"value\["),
+    ),
+    "a-pack-that-is-not-aligned": (
+        (MAP_ROWS, r"% of_pack\) % of_pack / bytes;", "% of_pack) * 0;"),
+        ("asan", "misaligned address"),
+    ),
+    "a-sum-with-another-reference": (
+        ("softmax/softmax_fwd.cu", r"if \(s\.m\(\) < max\) s\.raise_reference\(max, logits\);", "s.set(max, A(0));"),
+        ("plain", r"softmax value\["),
+    ),
+    "a-newton-step-of-another-alpha": (
+        (ANY_ALPHA, r"return c \* \(f - 1\);", "return 4 * (f - 1);"),
+        ("plain", r"entmax value\["),
+    ),
+    "an-alpha-below-1-searched-downwards": (
+        (ANY_ALPHA, r"\(f > 1\) == \(alpha\.c > 0\)", "(f > 1)"),
+        ("plain", r"entmax value\["),
+    ),
+    "the-most-probable-element-left-out": (
+        (MAP_BWD, r"total\.weight \+= double\(most\);", ""),
+        ("plain", r"gradient\["),
     ),
     "no-barrier-before-the-asked-classes": (
         ("selective_log_softmax/selective_log_softmax_bwd.cu", r"^    row_barrier<kRowThreads>\(\);.*$", ""),

@@ -1,0 +1,134 @@
+// Backward of the row maps on CUDA, from their output. [CUDA]
+//
+// The output is read once by 16 bytes, and kept until the constant of the row is known, in registers or shared memory;
+// of grad_output only the vectors that have an element of the support, twice, the second time from cache. A gradient
+// has
+//   of_row(p, row)  itself, or what it is for a row
+//   kSkipsZeros     zeros of the output have a gradient of 0
+//   kCounts         all weights are 1
+//   kSetsApart      an element with more than half of the probability is added in double: where it has nearly all, the
+//                   mean is nearly its g, and all digits of their difference count. Two numbers hold the mean
+//   is_inside(y)    whether the element counts; of others the gradient is 0, even where g is infinite. NaN counts
+//   weight(y)       Σ weight · g and Σ weight are what
+//   constant(sums)  is computed of, for
+//   (y, g, c, rest) the gradient; c + rest: the constant
+#pragma once
+#include "common/cuda/reduce.cuh"
+#include "common/cuda/row.cuh"
+#include "common/cuda/support_sum.cuh"
+#include "common/row_params.h"
+
+namespace tse {
+
+// s (g - Σ s g / Σ s), where s = weight(p), an element of Weights, is p^(2 - alpha) on the support.
+template <class Weights>
+struct WeightedGradient : Weights {
+  static constexpr bool kSkipsZeros = true, kSetsApart = !Weights::kCounts;
+  __device__ const WeightedGradient& of_row(const RowMapParams&, int64_t) const { return *this; }
+  template <class A>
+  __device__ static bool is_inside(A p) {
+    return !(p <= 0);
+  }
+  template <class Total>
+  __device__ static auto constant(const Total& total) {
+    return total.sum / decltype(total.sum)(total.weight);
+  }
+  template <class A>
+  __device__ A operator()(A p, A g, A mean, A rest) const {
+    return this->weight(p) * ((g - mean) - rest);
+  }
+};
+
+template <class T>
+__device__ inline bool all_bits_zero(const Vec<T>& v) {
+  const uint4 raw = bits_as<uint4>(v);
+  return (raw.x | raw.y | raw.z | raw.w) == 0;
+}
+
+template <class T, int kRowThreads, int kVectors, class Gradients>
+__global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, kRowThreads, kVectors>)
+    row_map_bwd_kernel(RowMapParams p, Gradients gradients, int kept_vectors) {
+  using A = Acc<T>;
+  using S = std::conditional_t<Gradients::kSetsApart, double, SumOf<T, kRowThreads, kVectors>>;
+  TSE_DYNAMIC_SHARED(uint4, kept);
+  int turn = 0;
+  const int64_t rows = row_count(p.output_rows), g_stride = p.grad_output_rows.stride_n;
+  for (int64_t index = first_row<kRowThreads>(); index < rows; index += row_step<kRowThreads>()) {
+    const T* const y = static_cast<const T*>(p.output) + row_offset(p.output_rows, index);
+    const T* const g = static_cast<const T*>(p.grad_output) + row_offset(p.grad_output_rows, index);
+    T* const out = static_cast<T*>(p.grad_input) + row_offset(p.grad_input_rows, index);
+    Row<T, kRowThreads, kVectors, 2> row({y, p.output_rows.stride_n}, p.output_rows.n,
+                                         kept + threadIdx.x / kRowThreads * kept_vectors, kept_vectors);
+    const bool g_alike = is_aligned_like(y, g);
+    const auto gradient = gradients.of_row(p, index);
+    const auto is_dead = [](const Vec<T>& v) { return Gradients::kSkipsZeros && all_bits_zero(v); };
+    row.load();
+
+    // Σ s g and Σ s; NaN where an output is.
+    SupportSum<A, Gradients::kCounts> own;
+    A most = 0, of_most = 0;
+    const auto add = [&](T of_y, T of_g) {
+      const A v = to_acc(of_y), s = gradient.weight(v);
+      A grad = to_acc(of_g);
+      if (!gradient.is_inside(v)) return;
+      if constexpr (Gradients::kCounts) grad += v - v;
+      if (Gradients::kSetsApart && v > A(0.5)) {
+        most = s;
+        of_most = grad;
+      } else {
+        own.add(s * grad, s);
+      }
+    };
+    row.read(
+        true,
+        [&](int64_t i, const Vec<T>& v) {
+          if (is_dead(v)) return;
+          const Vec<T> of_g = row.vector_at(g, g_alike, i);
+#pragma unroll
+          for (int k = 0; k < Vec<T>::kSize; ++k) add(v.v[k], of_g.v[k]);
+          own.join_part();
+        },
+        [&](int64_t i, T v) {
+          add(v, g[i * g_stride]);
+          own.join_part();
+        });
+    auto total = own.template total<S>();
+    if constexpr (Gradients::kSetsApart) {
+      total.sum += double(most) * double(of_most);
+      total.weight += double(most);
+    }
+    total = row_reduce<kRowThreads>(total, turn, Join());
+    const auto constant = gradient.constant(total);
+    const A hi = A(constant), lo = Gradients::kSetsApart ? A(constant - double(hi)) : A(0);
+
+    const A scale = A(1 / p.temperature(index));
+    const auto value = [&](T of_y, T of_g) {
+      const A v = to_acc(of_y);
+      return from_acc<T>(gradient.is_inside(v) ? scale * gradient(v, to_acc(of_g), hi, lo) : A(0));
+    };
+    row.map_vectors(
+        StoredOutput<T>(out, p.grad_input_rows.stride_n, y),
+        [&](int64_t i, Vec<T> v) {
+          if (is_dead(v)) return v;
+          const Vec<T> of_g = row.vector_at(g, g_alike, i);
+#pragma unroll
+          for (int k = 0; k < Vec<T>::kSize; ++k) v.v[k] = value(v.v[k], of_g.v[k]);
+          return v;
+        },
+        [&](int64_t i, T v) { return value(v, g[i * g_stride]); });
+  }
+}
+
+// kRegisters: short rows are held there; not where the weights take many.
+template <class T, class Gradients, bool kRegisters = true>
+void launch_row_map_bwd(const RowMapParams& p, const Gradients& gradients, cudaStream_t stream) {
+  const int64_t rows = row_count(p.output_rows), n = p.output_rows.n;
+  if (rows == 0) return;
+  with_plan<T, kRegisters>(n, p.output_rows.stride_n == 1 && p.grad_input_rows.stride_n == 1, [&](auto plan) {
+    using Plan = decltype(plan);
+    launch_rows<Plan, T>("row_map_bwd_kernel", row_map_bwd_kernel<T, Plan::kThreads, Plan::kVectors, Gradients>, rows,
+                         n, stream, p, gradients);
+  });
+}
+
+}  // namespace tse

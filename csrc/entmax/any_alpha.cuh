@@ -1,0 +1,90 @@
+// Entmax of any alpha on CUDA: the power of p, its weights, and the search for the threshold. [CUDA]
+//
+// As on the CPU (entmax_policy-inl.h): with c = alpha - 1 and d = max x - x, p = u^(1/c) of u = max(t - c d, 0), where
+// t is such that Σ p = 1. Next to alpha = 1 and below, v = u - 1 stands for u, else v = u.
+#pragma once
+#include "common/cuda/logits.cuh"
+
+namespace tse {
+
+template <class A>
+struct AnyAlpha {
+  double c, inverse;
+  bool near_one;
+  A power_of_n;  // v of n equal elements
+
+  __device__ AnyAlpha(double alpha, float log_n) {
+    const double least = 0x1p-40, most = (std::is_same_v<A, double> ? 693 : 69) / double(log_n > 0.5f ? log_n : 0.5f);
+    c = alpha - 1;
+    if (fabs(c) < least) c = least;  // the limit to a rounding
+    if (c > most) c = most;  // of n equal elements u must be a normal number
+    near_one = c < 0.25;
+    inverse = 1 / c;
+    const A power = A(-c) * A(log_n);
+    power_of_n = near_one ? A(expm1(power)) : A(exp(power));
+  }
+
+  // alpha > 2: u^(1/c) is vertical at 0, so that a rounding of t or of Σ p is seen in small p. All is in double then.
+  __device__ bool is_steep() const { return c > 1; }
+  __device__ double of_one() const { return near_one ? 0 : 1; }
+  // A little beyond the t of n equal elements, as power_of_n is rounded. The threshold is between t = 1 and this.
+  __device__ double other_bound() const { return double(power_of_n) * (near_one ? 1 + 1e-4 : 1 - 1e-4); }
+
+  struct Term {
+    A p, slope;  // p^(2 - alpha)
+  };
+  template <class V>
+  __device__ Term term(V v) const {
+    const V u = near_one ? v + 1 : v;
+    if (u < kSmallest<A> || u > V(kLargest<A>)) return {0, 0};  // NaN stays
+    const bool is_close = near_one && v >= V(-0.25) && v < V(1.0 / 3);
+    const V p = exp2_of((is_close ? V(log1p(v)) * kLog2e<V> : V(log2(u))) * V(inverse));
+    return {A(p), A(p / u)};
+  }
+  // f - f^(1 - c) of f = Σ p: Newton's step for f^c = 1 is t - numerator / Σ p^(2 - alpha). Near f = 1, c (f - 1).
+  __device__ double numerator(double f) const {
+    if (fabs(f - 1) < 1.0 / 16) return c * (f - 1);
+    return -f * double(expm1(float(-c) * log(float(f))));
+  }
+};
+
+// Newton's steps between bounds that every sum makes closer. Only a sum that is 1 to its rounding ends them, and one
+// step more; or bounds between which there is no number.
+template <class A>
+struct AlphaSearch {
+  double t, low, high;
+  bool goes_on = true;
+
+  __device__ AlphaSearch(const AnyAlpha<A>& alpha, double start)
+      : t(start), low(fmin(alpha.of_one(), alpha.other_bound())), high(fmax(alpha.of_one(), alpha.other_bound())) {}
+
+  __device__ void step(const AnyAlpha<A>& alpha, double f, double slope, bool bisects, double tolerance) {
+    const bool is_close = fabs(f - 1) <= tolerance;
+    goes_on = f > 0 && !is_close;
+    if (!(f > 0)) {  // of nothing but -inf; or NaN
+      t = f != f ? f : t;
+      return;
+    }
+    if (f != 1) ((f > 1) == (alpha.c > 0) ? high : low) = t;
+    const double newton = t - alpha.numerator(f) / slope, middle = (low + high) / 2;
+    if (is_close || (low < newton && newton < high && !bisects)) {
+      t = newton;
+    } else {
+      goes_on = low < middle && middle < high;
+      if (goes_on) t = middle;
+    }
+  }
+};
+
+// p^(2 - alpha), for backward.
+template <class A>
+struct AlphaWeights {
+  static constexpr bool kCounts = false;
+  A c = 0;
+  __device__ A weight(A p) const {
+    if (p < kSmallest<A>) return 0;
+    return p * exp2_of(-c * A(log2(p)));
+  }
+};
+
+}  // namespace tse
