@@ -18,6 +18,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 CUDA_ON_HOST = "TORCH_SOFTMAX_EXT_LIBRARY" in os.environ
 for_cpu = pytest.mark.not_on_host  # a test of the CPU kernels
 dtypes = pytest.mark.parametrize("dtype", FLOATING, ids=lambda d: str(d).removeprefix("torch."))
+half_types_once_on_host = pytest.mark.parametrize(  # float16 in full runs alone
+    "dtype",
+    [pytest.param(d, marks=pytest.mark.full_on_host) if d == torch.float16 else d for d in FLOATING],
+    ids=lambda d: str(d).removeprefix("torch."),
+)
 reductions = pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 
 

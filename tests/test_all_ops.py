@@ -8,7 +8,18 @@ import threading
 
 import pytest
 import torch
-from conftest import CUDA_ON_HOST, dtypes, first, for_cpu, get, samples, small_samples, specs, specs_where
+from conftest import (
+    CUDA_ON_HOST,
+    dtypes,
+    first,
+    for_cpu,
+    get,
+    half_types_once_on_host,
+    samples,
+    small_samples,
+    specs,
+    specs_where,
+)
 from torch.utils.checkpoint import checkpoint
 
 from torch_softmax_ext.testing import SPECS
@@ -53,7 +64,7 @@ def assert_close(ours, reference, torchs, what):
 
 @pytest.mark.values
 @samples
-@dtypes
+@half_types_once_on_host
 def test_values_and_gradients(spec, sample, device, dtype):
     s = get(spec, sample, device, dtype)
     y, gx, g = value_and_grad(spec.op, s, s.input)

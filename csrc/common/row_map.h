@@ -65,11 +65,11 @@ struct RowMap {
     const Options o = checked(Map::kName, input, options);
     const auto type = o.dtype.value_or(input.scalar_type());
     const c10::OptionalDeviceGuard guard(input.device());
+    const at::Tensor output = with_huge_pages(at::empty_like(input, input.options().dtype(type)));
+    if (input.is_meta() || input.numel() == 0) return output;
     const bool on_cuda = use_cuda(input), is_double = !on_cuda && o.is_double();
     const bool is_prepared = o.prepares() || type != input.scalar_type() || is_widened(input) || is_double ||
                              (on_cuda && Map::kForward.cuda == nullptr);
-    const at::Tensor output = with_huge_pages(at::empty_like(input, input.options().dtype(type)));
-    if (input.is_meta() || input.numel() == 0) return output;
     const RowTensor x = as_rows(input, o.dim), y = as_rows(output, o.dim);
     const NumbersOfRows alpha(o.alpha, o.row_alpha, input, o.dim);
     RowMapParams p{};

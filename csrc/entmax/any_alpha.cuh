@@ -7,6 +7,25 @@
 
 namespace tse {
 
+// p = u^(1/c), and p^(2 - alpha).
+template <class A>
+struct AlphaTerm {
+  A p, slope;
+};
+template <class A, class V>
+__device__ inline AlphaTerm<A> alpha_term(V v, bool near_one, V inverse) {
+  const V u = near_one ? v + 1 : v;
+  if (u < kSmallest<A> || u > V(kLargest<A>)) return {0, 0};  // NaN stays
+  const bool is_close = near_one && v >= V(-0.25) && v < V(1.0 / 3);
+  const V p = exp2_of((is_close ? V(log1p(v)) * kLog2e<V> : V(log2(u))) * inverse);
+  return {A(p), A(p / u)};
+}
+// In double, one copy for a kernel: these functions are long.
+template <class A>
+__device__ TSE_NOINLINE AlphaTerm<A> alpha_term_in_double(double v, bool near_one, double inverse) {
+  return alpha_term<A>(v, near_one, inverse);
+}
+
 template <class A>
 struct AnyAlpha {
   double c, inverse;
@@ -30,17 +49,9 @@ struct AnyAlpha {
   // A little beyond the t of n equal elements, as power_of_n is rounded. The threshold is between t = 1 and this.
   __device__ double other_bound() const { return double(power_of_n) * (near_one ? 1 + 1e-4 : 1 - 1e-4); }
 
-  struct Term {
-    A p, slope;  // p^(2 - alpha)
-  };
-  template <class V>
-  __device__ Term term(V v) const {
-    const V u = near_one ? v + 1 : v;
-    if (u < kSmallest<A> || u > V(kLargest<A>)) return {0, 0};  // NaN stays
-    const bool is_close = near_one && v >= V(-0.25) && v < V(1.0 / 3);
-    const V p = exp2_of((is_close ? V(log1p(v)) * kLog2e<V> : V(log2(u))) * V(inverse));
-    return {A(p), A(p / u)};
-  }
+  __device__ AlphaTerm<A> term(float v) const { return alpha_term<A>(v, near_one, float(inverse)); }
+  __device__ AlphaTerm<A> term(double v) const { return alpha_term_in_double<A>(v, near_one, inverse); }
+
   // f - f^(1 - c) of f = Σ p: Newton's step for f^c = 1 is t - numerator / Σ p^(2 - alpha). Near f = 1, c (f - 1).
   __device__ double numerator(double f) const {
     if (fabs(f - 1) < 1.0 / 16) return c * (f - 1);

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<dou
   const int64_t count = row_count(rows.map().rows);
   for (int64_t index = first_row<kRowThreads>(); index < count; index += row_step<kRowThreads>()) {
     const auto x = rows.elements(index);
-    KeptRow<kRowThreads, A, 2, PreparedElements<A>> row(x, rows.map().rows.n,
+    KeptRow<kRowThreads, A, 1, PreparedElements<A>> row(x, rows.map().rows.n,
                                                         kept + threadIdx.x / kRowThreads * kept_vectors, kept_vectors);
     A max = -infinity<A>();
     row.read(

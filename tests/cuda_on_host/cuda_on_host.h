@@ -7,6 +7,7 @@
 #define __host__
 #define __shared__ static_assert(false, "use TSE_SHARED")
 #define __launch_bounds__(...)
+#define TSE_NOINLINE
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

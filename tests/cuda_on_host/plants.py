@@ -25,7 +25,7 @@ PLANTS = {
         ("asan", "heap-buffer-overflow"),
     ),
     "unaligned-load": (
-        (ROW, r"head\(kRowThreads == 1 \? 0 : int\(unaligned_head\(x, n\)\)\)", "head(0)"),
+        (ROW, r"head\(kRowThreads == 1 \? 0 : x\.head\(n\)\)", "head(0)"),
         ("plain", "misaligned 16-byte load"),
     ),
     "no-fence-before-the-ticket": (

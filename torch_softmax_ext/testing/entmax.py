@@ -21,25 +21,25 @@ def _core(z, dim, alpha=1.5):
     d = torch.where(bad, 0, z.amax(dim, keepdim=True).detach() - z)
 
     def power(s):
-        """p and p^(2 - alpha) for Σ p = 1 at one s."""
+        """p at one s, where it is 0, and (alpha - 1) log p."""
         w = s + d
         outside = (d == _INF) | ((1 - c * w <= 0) & ~is_softmax)
         w = torch.where(outside, 0, w)
         log_u = torch.where(is_softmax, 0, torch.log1p(torch.where(is_softmax, 0, -c * w)))
-        p = torch.where(outside, 0, torch.exp(torch.where(is_softmax, -w, log_u / c)))
-        return p, torch.where(outside, 0, p / torch.exp(log_u))
+        return torch.where(outside, 0, torch.exp(torch.where(is_softmax, -w, log_u / c))), outside, log_u
 
     with torch.no_grad():
         low = torch.zeros_like(d.amax(dim, keepdim=True))
         log_n = math.log(z.shape[dim] if z.dim() else 1)
         high = low + torch.where(is_softmax, log_n, -torch.expm1(-c * log_n) / c)
-        for _ in range(80):
+        for _ in range(45):
             s = (low + high) / 2
             is_low = power(s)[0].sum(dim, keepdim=True) > 1
             low, high = torch.where(is_low, s, low), torch.where(is_low, high, s)
     s = low
     for _ in range(3):
-        p, slope = power(s)
+        p, outside, log_u = power(s)
+        slope = torch.where(outside, 0, p / torch.exp(log_u))  # p^(2 - alpha)
         s = s + (p.sum(dim, keepdim=True) - 1) / slope.sum(dim, keepdim=True)
     return torch.where(bad, float("nan"), power(s)[0])
 
@@ -90,5 +90,4 @@ SPEC = OpSpec(
     bench_peers=(Peer("entmax bisect", "entmax", peer("entmax_bisect")),),
     rows=lambda x: (x[:1],),
     saves_output=True,
-    has_kernels=False,
 )

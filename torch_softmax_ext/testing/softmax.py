@@ -72,5 +72,4 @@ SPEC = OpSpec(
     bench_eager=lambda options: lambda x, dim=-1: torch.softmax(x, dim),
     rows=lambda x: (x[:1],),
     saves_output=True,
-    has_kernels=False,
 )

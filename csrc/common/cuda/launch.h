@@ -19,6 +19,7 @@
 #include <string>
 #include <tuple>
 
+#define TSE_NOINLINE __noinline__
 #define TSE_SHARED(type, name, count) __shared__ type name[count]
 #define TSE_DEVICE_ARRAY(type, name, count) __device__ type name[count]
 #define TSE_DYNAMIC_SHARED(type, name)                        \
