@@ -11,10 +11,10 @@ import torch
 from conftest import (
     CUDA_ON_HOST,
     dtypes,
+    dtypes_in_full_on_host,
     first,
     for_cpu,
     get,
-    half_types_once_on_host,
     samples,
     small_samples,
     specs,
@@ -64,7 +64,7 @@ def assert_close(ours, reference, torchs, what):
 
 @pytest.mark.values
 @samples
-@half_types_once_on_host
+@dtypes_in_full_on_host
 def test_values_and_gradients(spec, sample, device, dtype):
     s = get(spec, sample, device, dtype)
     y, gx, g = value_and_grad(spec.op, s, s.input)

@@ -39,6 +39,8 @@ def test_shapes_that_are_measured(ask):
         for sigma in ("", " x0.1", " x0.01"):
             for shape in ("1048576x64", "16384x4096", "8192x8192", "2048x32000", "512x131072"):
                 assert f"sparsemax {shape} bfloat16{sigma} {mode}" in names
+        for operator in ("softmax", "entmax15", "entmax"):
+            assert f"{operator} 8192x8192 bfloat16 {mode}" in names
     for name in ("float32 none forward", "float32 forward+backward"):
         assert f"cross_entropy 4096x128256 {name}" in names
     for mode in ("forward", "forward+backward"):

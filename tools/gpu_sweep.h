@@ -15,7 +15,9 @@ namespace sweep {
 
 // ---- shapes ---------------------------------------------------------------------------------------------------------
 
-enum class Op { kCrossEntropy, kSelectiveLogSoftmax, kSparsemax };
+enum class Op { kCrossEntropy, kSelectiveLogSoftmax, kSoftmax, kSparsemax, kEntmax15, kEntmax };
+constexpr const char* kOpNames[] = {"cross_entropy", "selective_log_softmax", "softmax", "sparsemax", "entmax15",
+                                    "entmax"};
 enum class Mode { kForward, kBackward, kForwardBackward };
 // Of cross-entropy. kMeanOutside: reduction="none" with a mean of the losses after it, so that grad_output is one
 // number.
@@ -33,11 +35,14 @@ struct Shape {
 
   int64_t element_bytes() const { return is_bf16 ? 2 : 4; }
   int64_t bytes() const { return rows * n * element_bytes(); }
+  bool is_map() const { return op != Op::kCrossEntropy && op != Op::kSelectiveLogSoftmax; }
+  // Of a map.
+  double alpha() const { return op == Op::kSoftmax ? 1 : op == Op::kSparsemax ? 2 : op == Op::kEntmax15 ? 1.5 : 1.3; }
   bool has_forward() const { return mode != Mode::kBackward; }
   bool has_backward() const { return mode != Mode::kForward; }
 
   Roof roof() const {
-    if (op == Op::kSparsemax) return mode == Mode::kForward ? Roof::kCopy : Roof::kAdd;
+    if (is_map()) return mode == Mode::kForward ? Roof::kCopy : Roof::kAdd;
     if (mode == Mode::kForward) return Roof::kRead;
     return op == Op::kCrossEntropy && reduce == Reduce::kMean ? Roof::kCopy : Roof::kReadAndCopy;
   }
@@ -45,8 +50,7 @@ struct Shape {
   // As `python -m benchmarks` names its rows.
   std::string name() const {
     std::ostringstream s;
-    s << (op == Op::kCrossEntropy ? "cross_entropy" : op == Op::kSparsemax ? "sparsemax" : "selective_log_softmax");
-    s << ' ' << rows << 'x' << n << (is_bf16 ? " bfloat16" : " float32");
+    s << kOpNames[int(op)] << ' ' << rows << 'x' << n << (is_bf16 ? " bfloat16" : " float32");
     if (sigma != 1) s << " x" << sigma;
     if (op == Op::kCrossEntropy && reduce != Reduce::kMean)
       s << (reduce == Reduce::kNone ? " none" : " none, mean outside");
@@ -75,8 +79,12 @@ inline std::vector<Shape> all_shapes() {
   constexpr std::pair<int64_t, int64_t> kMaps[] = {
       {1048576, 64}, {16384, 4096}, {8192, 8192}, {2048, 32000}, {512, 131072}};
   for (Mode mode : {Mode::kForward, Mode::kBackward})
-    for (double sigma : {1.0, 0.1, 0.01})
-      for (auto [rows, n] : kMaps) shapes.push_back({Op::kSparsemax, mode, Reduce::kNone, rows, n, true, sigma});
+    for (auto [rows, n] : kMaps) {
+      for (double sigma : {1.0, 0.1, 0.01})
+        shapes.push_back({Op::kSparsemax, mode, Reduce::kNone, rows, n, true, sigma});
+      for (Op op : {Op::kSoftmax, Op::kEntmax15, Op::kEntmax})
+        shapes.push_back({op, mode, Reduce::kNone, rows, n, true});
+    }
   return shapes;
 }
 

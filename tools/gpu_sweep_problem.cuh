@@ -1,8 +1,10 @@
 // The tensors of a shape, the library's launches for it, and the check of what they wrote. [CUDA]
 #pragma once
 #include "cross_entropy/cross_entropy.h"
+#include "entmax/entmax.h"
 #include "gpu_sweep_reference.cuh"
 #include "selective_log_softmax/selective_log_softmax.h"
+#include "softmax/softmax.h"
 #include "sparsemax/sparsemax.h"
 
 namespace sweep {
@@ -25,7 +27,7 @@ class Problem {
   tse::RowMapParams map{};
 
   Problem(const Shape& shape, int most_blocks) : shape(shape), most_blocks(most_blocks) {
-    const bool is_map = shape.op == Op::kSparsemax;
+    const bool is_map = shape.is_map();
     x_ = Buffer(shape.bytes());
     if (is_map || shape.has_backward()) out_ = Buffer(shape.bytes());
     if (is_map && shape.has_backward()) y_ = Buffer(shape.bytes());
@@ -51,7 +53,7 @@ class Problem {
 
   // What a problem takes: logits and up to three tensors like them. The rest is small.
   static int64_t bytes_of(const Shape& s) {
-    const bool is_map = s.op == Op::kSparsemax;
+    const bool is_map = s.is_map();
     return s.bytes() * (is_map ? 3 + s.has_backward() : 1 + s.has_backward());
   }
 
@@ -60,7 +62,7 @@ class Problem {
     input_ = {shape.rows, shape.n, shape.sigma, seed, is_mixed};
     with_type(shape, [&](auto type) {
       using T = decltype(type);
-      if (shape.op == Op::kSparsemax) fill_map<T>();
+      if (shape.is_map()) fill_map<T>();
       else fill_loss<T>();
     });
   }
@@ -76,7 +78,7 @@ class Problem {
       using T = decltype(type);
       const double limit = sizeof(T) == 2 ? 4e-3 : 1e-5;  // of bf16: a little more than its rounding, 2^-8
       const int64_t blocks = grid();
-      if (shape.op == Op::kSparsemax) {
+      if (shape.is_map()) {
         compare(errors, shape.has_forward() ? "output" : "grad_input", limit, [&](Difference* d) {
           run("compare_tensor_kernel", compare_tensor_kernel<T>, blocks, input_, const_of<T>(out_),
               const_of<T>(expected_), d);
@@ -109,10 +111,14 @@ class Problem {
     } else if (shape.op == Op::kSelectiveLogSoftmax) {
       tse::launch_selective_log_softmax_fwd(selective, nullptr);
       if (shape.has_backward()) tse::launch_selective_log_softmax_bwd(selective, nullptr);
-    } else if (shape.has_forward()) {
-      tse::launch_sparsemax_fwd(map, nullptr);
+    } else if (shape.op == Op::kEntmax && shape.has_forward()) {
+      tse::PreparedRowsParams p{};
+      p.map = map;
+      p.map.dtype = tse::DType::kFloat32;
+      p.input_dtype = p.output_dtype = map.dtype;
+      tse::launch_prepared_entmax_fwd(p, nullptr);
     } else {
-      tse::launch_sparsemax_bwd(map, nullptr);
+      launcher()(map, nullptr);
     }
   }
 
@@ -135,6 +141,20 @@ class Problem {
   }
 
  private:
+  // Of a map.
+  auto launcher() const -> void (*)(const tse::RowMapParams&, cudaStream_t) {
+    const bool forward = shape.has_forward();
+    switch (shape.op) {
+      case Op::kSoftmax:
+        return forward ? tse::launch_softmax_fwd : tse::launch_softmax_bwd;
+      case Op::kSparsemax:
+        return forward ? tse::launch_sparsemax_fwd : tse::launch_sparsemax_bwd;
+      case Op::kEntmax15:
+        return forward ? tse::launch_entmax15_fwd : tse::launch_entmax15_bwd;
+      default:
+        return tse::launch_entmax_bwd;
+    }
+  }
   template <class V>
   static const V* const_of(const Buffer& b) {
     return b.as<V>();
@@ -157,6 +177,7 @@ class Problem {
     p.output = shape.has_forward() ? out_.as() : y_.as();
     p.grad_output = x_.as();
     p.grad_input = out_.as();
+    p.alpha.same = shape.alpha();
   }
 
   void set_loss_params() {
@@ -213,14 +234,15 @@ class Problem {
   void fill_map() {
     run("fill_kernel", fill_kernel<T>, grid(), input_, x_.as<T>());
     T* const y = shape.has_forward() ? expected_.as<T>() : y_.as<T>();
-    run("sparsemax_reference_kernel", sparsemax_reference_kernel<T>, grid(), shape.rows, shape.n, const_of<T>(x_), y);
+    run("map_reference_kernel", map_reference_kernel<T>, grid(), shape.rows, shape.n, shape.alpha(), const_of<T>(x_),
+        y);
     if (shape.has_forward()) return;
     Input grad = input_;  // in the place of the logits, which are no longer needed
     grad.seed += 3000;
     grad.is_mixed = false;
     grad.sigma = 1;
     run("fill_kernel", fill_kernel<T>, grid(), grad, x_.as<T>());
-    run("sparsemax_gradient_reference_kernel", sparsemax_gradient_reference_kernel<T>, grid(), shape.rows, shape.n,
+    run("map_gradient_reference_kernel", map_gradient_reference_kernel<T>, grid(), shape.rows, shape.n, shape.alpha(),
         const_of<T>(y_), const_of<T>(x_), expected_.as<T>());
   }
 

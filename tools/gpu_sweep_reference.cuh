@@ -132,47 +132,54 @@ __global__ void finish_reference_kernel(int64_t rows, const int64_t* target, con
   }
 }
 
-// Σ (x - tau)_+ = 1, by bisection.
+// With c = alpha - 1: (1 - c w)^(1/c) of w = s + max x - x, for c = 0 exp(-w).
+__device__ inline double probability_of(double w, double alpha) {
+  const double c = alpha - 1, u = 1 - c * w;
+  if (c == 0) return exp(-w);
+  if (u <= 0) return 0;
+  return alpha == 2 ? u : alpha == 1.5 ? u * u : pow(u, 1 / c);
+}
+// The w of an element is this minus the element: Σ p = 1 by bisection.
 template <class T>
-__device__ inline double threshold_of(const T* x, int64_t n) {
+__device__ inline double threshold_of(const T* x, int64_t n, double alpha) {
   double max = -tse::infinity<double>();
   for (int64_t c = threadIdx.x; c < n; c += kThreads) max = fmax(max, double(to_acc(x[c])));
-  double low = block_max(max) - 1, high = low + 1;
+  const double c = alpha - 1, log_n = log(double(n));
+  double low = block_max(max), high = low + (c == 0 ? log_n : -expm1(-c * log_n) / c);
   for (int step = 0; step < 50; ++step) {
     const double middle = (low + high) / 2;
     double sum = 0;
-    for (int64_t c = threadIdx.x; c < n; c += kThreads) sum += fmax(double(to_acc(x[c])) - middle, 0.0);
+    for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += probability_of(middle - double(to_acc(x[i])), alpha);
     (block_sum(sum) > 1 ? low : high) = middle;
   }
   return (low + high) / 2;
 }
 
-// Sparsemax, rounded to T: what its backward reads.
+// A map, rounded to T: what its backward reads.
 template <class T>
-__global__ void sparsemax_reference_kernel(int64_t rows, int64_t n, const T* x, T* y) {
+__global__ void map_reference_kernel(int64_t rows, int64_t n, double alpha, const T* x, T* y) {
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const double tau = threshold_of(x + row * n, n);
-    for (int64_t c = threadIdx.x; c < n; c += kThreads) {
-      const double z = double(to_acc(x[row * n + c]));
-      y[row * n + c] = from_acc<T>(float(z > tau ? z - tau : 0));
-    }
+    const double threshold = threshold_of(x + row * n, n, alpha);
+    for (int64_t c = threadIdx.x; c < n; c += kThreads)
+      y[row * n + c] = from_acc<T>(float(probability_of(threshold - double(to_acc(x[row * n + c])), alpha)));
   }
 }
 
-// Sparsemax backward: g - mean of g over the support, on the support.
+// Its gradient: s (g - Σ s g / Σ s) with s = p^(2 - alpha) on the support.
 template <class T>
-__global__ void sparsemax_gradient_reference_kernel(int64_t rows, int64_t n, const T* y, const T* g, T* out) {
+__global__ void map_gradient_reference_kernel(int64_t rows, int64_t n, double alpha, const T* y, const T* g, T* out) {
+  const auto weight = [&](double p) { return p > 0 ? pow(p, 2 - alpha) : 0.0; };
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    double sum = 0, count = 0;
+    double sum = 0, weights = 0;
     for (int64_t c = threadIdx.x; c < n; c += kThreads) {
-      const bool is_in = to_acc(y[row * n + c]) > 0;
-      sum += is_in ? double(to_acc(g[row * n + c])) : 0;
-      count += is_in;
+      const double s = weight(double(to_acc(y[row * n + c])));
+      sum += s * double(to_acc(g[row * n + c]));
+      weights += s;
     }
-    const double mean = block_sum(sum) / block_sum(count);
+    const double mean = block_sum(sum) / block_sum(weights);
     for (int64_t c = threadIdx.x; c < n; c += kThreads) {
-      const bool is_in = to_acc(y[row * n + c]) > 0;
-      out[row * n + c] = from_acc<T>(float(is_in ? double(to_acc(g[row * n + c])) - mean : 0));
+      const double s = weight(double(to_acc(y[row * n + c])));
+      out[row * n + c] = from_acc<T>(float(s * (double(to_acc(g[row * n + c])) - mean)));
     }
   }
 }

@@ -19,7 +19,7 @@ def softmax(
 
     .. math:: p_i = \frac{\exp s_i}{\sum_j \exp s_j}, \quad s = x / \text{temperature} + \text{mask}
 
-    A replacement for :func:`torch.softmax`. On CUDA it is computed by torch's operators.
+    A replacement for :func:`torch.softmax`.
 
     Args:
         {arguments}
@@ -46,7 +46,7 @@ def log_softmax(
 
     .. math:: \log p_i = s_i - \log \sum_j \exp s_j, \quad s = x / \text{temperature} + \text{mask}
 
-    A replacement for :func:`torch.log_softmax`. On CUDA it is computed by torch's operators.
+    A replacement for :func:`torch.log_softmax`.
 
     Args:
         {arguments}

@@ -9,7 +9,7 @@
 //   struct Map {
 //     using Options = RowMapOptions;  // or EntmaxOptions
 //     static constexpr const char* kName;
-//     static constexpr ForwardKernels kForward;  // without a CUDA kernel, all rows are prepared
+//     static constexpr ForwardKernels kForward;  // CUDA: without a kernel for stored rows all are prepared
 //     static constexpr RowMapKernels kBackward;
 //     static constexpr bool kWidensHalf;  // the CPU's kernels are for float32 and float64 alone
 //     static constexpr double kMasked;  // what a row of -inf alone becomes
