@@ -50,6 +50,7 @@ struct LossOptions {
 template <int halves>
 struct FixedAlpha : LossOptions {
   static constexpr const char* kName = halves == 4 ? "sparsemax_loss" : "entmax15_loss";
+  static constexpr auto kParamsName = halves == 4 ? EntmaxLossName::kSparsemax : EntmaxLossName::kEntmax15;
   static constexpr const char* kSchema = "int ignore_index=-100, str reduction=\"mean\"";
   FixedAlpha(int64_t ignore_index, std::string_view reduction)
       : LossOptions{ignore_index, reduction, halves / 2.0, std::nullopt} {}
@@ -61,6 +62,7 @@ struct FixedAlpha : LossOptions {
 };
 struct AnyAlpha : LossOptions {
   static constexpr const char* kName = "entmax_loss";
+  static constexpr auto kParamsName = EntmaxLossName::kEntmax;
   static constexpr const char* kSchema =
       "int ignore_index=-100, str reduction=\"mean\", float alpha=1.5, Tensor? row_alpha=None";
   AnyAlpha(int64_t ignore_index, std::string_view reduction, double alpha, const OptionalTensor& row_alpha)
@@ -150,12 +152,7 @@ at::Tensor row_grads(const at::Tensor& grad_output, const at::Tensor& target, co
   return grad_output / c10::multiply_integers(row_sizes(c.x, target));
 }
 
-// The gradients of logits and of distributions, before grad_output.
-at::Tensor difference(const Composed& c) {
-  if (!c.has_classes) return c.p - c.y;
-  const at::Tensor minus_one = at::full({}, -1, c.p.options()).expand_symint(c.y.sym_sizes());
-  return c.p.scatter_add(c.dim, c.y, minus_one).masked_fill(c.ignored, 0);
-}
+// The gradient of distributions, before grad_output.
 at::Tensor target_difference(const Composed& c) {
   const at::Tensor d = c.x.amax(c.dim, /*keepdim=*/true) - c.x;
   const at::Tensor at_zero = at::where(c.alpha > 1, 1 / (c.alpha - 1), std::numeric_limits<double>::infinity());
@@ -175,18 +172,26 @@ void check(const char* op, const at::Tensor& input, const at::Tensor& target, co
   check_targets(op, input, target);
 }
 
-// The rows of a call on the CPU, in layouts that they take.
+// How many rows of a call a mean counts, as a tensor.
+at::Tensor counted_rows(const at::Tensor& input, const at::Tensor& target, const LossOptions& o) {
+  if (!target.is_floating_point()) return (target != o.ignore_index).sum();
+  return at::full({}, c10::multiply_integers(row_sizes(input, target)), input.options().dtype(at::kDouble));
+}
+
+// The rows of a call, in layouts that kernels take.
 struct LossRows {
-  RowTensor x, y, grad;
+  const char* op;
+  RowTensor x, y, grad, probabilities;
   at::Tensor target, grad_input;
   NumbersOfRows alpha;
   EntmaxLossParams p{};
 
   LossRows(const char* op, const at::Tensor& input, const at::Tensor& target_, const LossOptions& o, bool has_gradient)
-      : x(as_rows(input, class_dim(input))), alpha(o.alpha, o.row_alpha, input, class_dim(input)) {
+      : op(op), x(as_rows(input, class_dim(input))), alpha(o.alpha, o.row_alpha, input, class_dim(input)) {
     const int64_t dim = class_dim(input);
-    p.map.dtype =
-        input.scalar_type() == at::kDouble || is_steep(o.alpha, o.row_alpha) ? DType::kFloat64 : DType::kFloat32;
+    const bool on_cuda = use_cuda(input);
+    const bool is_double = input.scalar_type() == at::kDouble || (!on_cuda && is_steep(o.alpha, o.row_alpha));
+    p.map.dtype = is_double ? DType::kFloat64 : DType::kFloat32;
     p.map.rows = x.rows;
     p.map.input = x.tensor.const_data_ptr();
     p.map.alpha = alpha.numbers;
@@ -202,19 +207,33 @@ struct LossRows {
       target = class_indices(target_).contiguous();
       p.target = target.const_data_ptr();
       p.target_is_int32 = target.scalar_type() == at::kInt;
-      counted = count_classes(op, "target", target, input.size(dim), o.ignore_index);
+      if (!on_cuda) counted = count_classes(op, "target", target, input.size(dim), o.ignore_index);
     }
-    p.divisor = o.reduction == "mean" ? counted : 1;
+    p.divisor = o.reduction == "mean" && !on_cuda ? counted : 1;  // on CUDA grad_output is divided before
+    if (on_cuda) {
+      probabilities = as_rows(at::empty_like(x.tensor, x.tensor.options().dtype(type())), dim);
+      p.map.output_rows = probabilities.rows;
+      p.map.output = probabilities.tensor.mutable_data_ptr();
+    }
     if (!has_gradient) return;
     grad_input = with_huge_pages(at::empty_like(input));
     grad = as_rows(grad_input, dim);
     p.map.grad_input_rows = grad.rows;
     p.map.grad_input = grad.tensor.mutable_data_ptr();
   }
-  bool is_double() const { return p.map.dtype == DType::kFloat64; }
+  at::ScalarType type() const { return p.map.dtype == DType::kFloat64 ? at::kDouble : at::kFloat; }
 
   void run() {
-    if (p.map.rows.n > 0) parallel_rows(p, p.map.rows, p.map.rows.stride_n == 1, entmax_loss_rows);
+    if (use_cuda(x.tensor)) {
+      PreparedRowsParams q{};
+      q.map = p.map;
+      q.input_dtype = p.dtype;
+      q.output_dtype = p.map.dtype;
+      launch(op, launch_prepared_entmax_fwd, q, x.tensor);
+      launch(op, launch_entmax_loss, p, x.tensor);
+    } else if (p.map.rows.n > 0) {
+      parallel_rows(p, p.map.rows, p.map.rows.stride_n == 1, entmax_loss_rows);
+    }
     if (grad_input.defined() && !grad.tensor.is_same(grad_input)) grad_input.copy_(grad.tensor);
   }
 };
@@ -236,18 +255,23 @@ struct EntmaxLoss {
     const auto sizes = row_sizes(input, target);
     const at::Tensor stats = at::empty({0}, type);  // backward computes again what it needs
     if (input.is_meta()) return {reduces ? at::empty({}, type) : at::empty_symint(sizes, type), stats, {}};
-    if (use_cuda(input)) return {composed_loss(input, target, o), stats, {}};
-    LossRows rows(Options::kName, input, target, o, guess.has_value());
-    const at::Tensor row_loss = at::empty_symint(sizes, type.dtype(rows.is_double() ? at::kDouble : at::kFloat));
+    if (use_cuda(input) && input.numel() == 0) return {composed_loss(input, target, o), stats, {}};
+    LossRows rows(Options::kName, input, target, o, !use_cuda(input) && guess.has_value());
+    const at::Tensor row_loss = at::empty_symint(sizes, type.dtype(rows.type()));
     if (input.numel() == 0) row_loss.zero_();
+    rows.p.name = Options::kParamsName;
     rows.p.row_loss = row_loss.mutable_data_ptr();
     const double g = guess.value_or(0);
     const float g32 = float(g);
-    rows.p.grad_output = rows.is_double() ? static_cast<const void*>(&g) : &g32;
+    rows.p.grad_output = rows.type() == at::kDouble ? static_cast<const void*>(&g) : &g32;
     rows.run();
     if (!reduces) return {row_loss.to(type.dtype()), stats, {}};
-    const double sum = rows.is_double() ? sum_of_rows(row_loss.const_data_ptr<double>(), row_loss.numel())
-                                        : sum_of_rows(row_loss.const_data_ptr<float>(), row_loss.numel());
+    if (use_cuda(input)) {
+      const at::Tensor sum = row_loss.sum(at::kDouble);
+      return {(o.reduction == "mean" ? sum / counted_rows(input, target, o) : sum).to(type.dtype()), stats, {}};
+    }
+    const double sum = rows.type() == at::kDouble ? sum_of_rows(row_loss.const_data_ptr<double>(), row_loss.numel())
+                                                  : sum_of_rows(row_loss.const_data_ptr<float>(), row_loss.numel());
     return {at::full({}, sum / rows.p.divisor, type), stats, rows.grad_input};
   }
   static TwoTensors forward(const at::Tensor& input, const at::Tensor& target, const Options& o) {
@@ -266,12 +290,11 @@ struct EntmaxLoss {
                  o.reduction == "none" ? c10::SymIntArrayRef(sizes) : c10::SymIntArrayRef());
     if (input.is_meta() || input.numel() == 0) return at::empty_like(input);
     const c10::OptionalDeviceGuard guard(input.device());
-    if (use_cuda(input)) {
-      const Composed c(input, target, o);
-      return (difference(c) * row_grads(grad_output, target, c, o)).to(input.scalar_type());
-    }
     LossRows rows(Options::kName, input, target, o, /*has_gradient=*/true);
-    const at::Tensor g = grad_output.to(rows.is_double() ? at::kDouble : at::kFloat).contiguous();
+    const bool divides = use_cuda(input) && o.reduction == "mean";
+    const at::Tensor g =
+        (divides ? grad_output / counted_rows(input, target, o) : grad_output).to(rows.type()).contiguous();
+    rows.p.name = Options::kParamsName;
     rows.p.grad_output = g.const_data_ptr();
     rows.p.grad_output_stride = o.reduction == "none" ? 1 : 0;
     rows.run();

@@ -1,4 +1,4 @@
-// Losses of sparsemax and entmax: what the host entry hands to the rows on the CPU. [plain]
+// Losses of sparsemax and entmax: what the host entry hands to the rows, and the kernels. [plain]
 //
 // L = Ω*(x) + Ω(y) - <x, y> (Blondel, Martins & Niculae 2020), whose gradient is p - y. With c = alpha - 1 and
 // w(p) = (1 - p^c) / c, L = <p - y, x> + (Σ p w(p) - Σ y w(y)) / alpha; of a class y, w(y) is 0. p is where this is
@@ -8,9 +8,14 @@
 
 namespace tse {
 
+enum class EntmaxLossName : int32_t { kSparsemax, kEntmax15, kEntmax };
+
 struct EntmaxLossParams {
-  RowMapParams map;  // rows, input and alpha; the grad_input, if one is wanted; dtype: of the arithmetic
-  void (*probabilities)(const RowMapParams& p, int64_t begin, int64_t end);  // the map
+  EntmaxLossName name;  // as which errors know it
+  // rows, input and alpha; the grad_input, if one is wanted; dtype: of the arithmetic. CUDA: output, the probabilities
+  // in this dtype.
+  RowMapParams map;
+  void (*probabilities)(const RowMapParams& p, int64_t begin, int64_t end);  // CPU: the map
   DType dtype;  // of input, distribution and grad_input
   const void* target;  // (rows)  class indices, contiguous; nullptr: distributions
   bool target_is_int32;
@@ -24,7 +29,10 @@ struct EntmaxLossParams {
   ShareRow* share_row;
 };
 
-// Rows [begin, end), whose targets were checked: losses and gradients, from one reading of the logits.
+// CPU: rows [begin, end), whose targets were checked: losses and gradients, from one reading of the logits.
 void entmax_loss_rows(const EntmaxLossParams& p, int64_t begin, int64_t end);
+
+// CUDA: all rows, on `stream`, no synchronisation.
+TSE_CUDA void launch_entmax_loss(const EntmaxLossParams& p, cudaStream_t stream);
 
 }  // namespace tse

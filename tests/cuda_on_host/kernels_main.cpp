@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cross_entropy/cross_entropy.h"
+#include "kernels_losses.h"
 #include "kernels_maps.h"
 #include "selective_log_softmax/selective_log_softmax.h"
 
@@ -355,6 +356,8 @@ int main(int argc, char** argv) {
         check_map<__nv_bfloat16>(map, 17, 33, 1, 1, {.is_prepared = true, .mask = Mask::kBool});
         check_map<float>(map, 2, 8250, 1, 0.001f);
       }
+      for (bool has_distribution : {false, true})
+        check_entmax_loss<__nv_bfloat16>(1.5, 3, 2100, 1, false, has_distribution);
     } else {
       for (int64_t n : {5, 1030, 8200}) check_gradients_in_forward<float>(n);
       check_gradients_in_forward<double>(33);
@@ -368,6 +371,7 @@ int main(int argc, char** argv) {
       check_all<__nv_bfloat16>({13, 1029, 8200, 17001});
       for (const Map& map : {kSparsemax, kEntmax15, kSoftmax, kLogSoftmax}) check_map_everywhere(map);
       for (double alpha : {0.7, 1.0001, 1.3, 2.5}) check_map_everywhere(entmax_of(alpha));
+      check_entmax_losses_everywhere();
     }
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());

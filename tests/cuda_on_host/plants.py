@@ -172,6 +172,14 @@ PLANTS = {
         (MAP_BWD, r"total\.weight \+= double\(most\);", ""),
         ("plain", r"gradient\["),
     ),
+    "the-own-class-among-the-others": (
+        ("entmax_loss/entmax_loss_fwd.cu", r"return i \+ k == target \? A\(0\) : of_p", "return of_p"),
+        ("plain", r"entmax loss"),
+    ),
+    "a-loss-without-its-entropy": (
+        ("entmax_loss/entmax_loss_fwd.cu", r"of_surprise \+= v \* w\(v\);", "of_surprise += 0;"),
+        ("plain", r"entmax loss\["),
+    ),
     "no-barrier-before-the-asked-classes": (
         ("selective_log_softmax/selective_log_softmax_bwd.cu", r"^    row_barrier<kRowThreads>\(\);.*$", ""),
         ("tsan", "data race"),

@@ -131,6 +131,5 @@ def loss_spec(op, module, alpha, **fields):
         ),
         bench_args=lambda x: (torch.arange(x.shape[0], device=x.device) % x.shape[1],),
         bench_modes={"forward+backward": "copy"},
-        has_kernels=False,
         **fields,
     )
