@@ -159,3 +159,17 @@ def test_gradients_where_a_distribution_is_0(device, alpha):
 def test_targets_of_tiny_probabilities(device, gap):
     x, t = torch.tensor([[0.0, -gap]], device=device), torch.ones(1, dtype=torch.long, device=device)
     close(tse.entmax_loss(x, t, 1.0).item(), gap)
+
+
+@losses
+def test_every_uint8_is_a_class(device, loss, alpha):
+    x, t = torch.randn(2, 200, device=device), torch.tensor([156, 3], device=device)  # 156: -100 as a uint8
+    close(loss(x, t.to(torch.uint8)), loss(x, t))
+
+
+@losses
+def test_a_loss_beyond_float32_is_infinite(device, loss, alpha):
+    x = torch.tensor([[3e38, -3e38], [1.0, torch.finfo(torch.float32).min]], device=device)
+    got = loss(x, torch.ones(2, dtype=torch.long, device=device), reduction="none")
+    assert got[0] == float("inf")
+    assert got[1] > 1e38

@@ -25,6 +25,12 @@ TSE_HOST_DEVICE inline A bounded(double v) {
   return A(v < kLargest<A> ? v : kLargest<A>);
 }
 
+// A temperature as a number of A, by which neither 0 nor -inf divided is NaN. NaN stays.
+template <class A>
+TSE_HOST_DEVICE inline double temperature_within(double t) {
+  return t < double(kSmallest<A>) ? double(kSmallest<A>) : t > kLargest<A> ? kLargest<A> : t;
+}
+
 // s = slope · z with z = tanh(x / softcap), or z = x without softcap.
 struct LogitTransform {
   double temperature = 1;

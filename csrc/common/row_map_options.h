@@ -173,6 +173,10 @@ struct NumbersOfRows {
   NumbersOfRows(double same, const OptionalTensor& each, const at::Tensor& input, int64_t dim) {
     numbers.same = same;
     if (!each.has_value()) return;
+    if (each->dim() == 0 && each->is_cpu()) {  // a copy to the device would wait for it
+      numbers.same = each->item<double>();
+      return;
+    }
     auto sizes = input.sizes().vec();
     if (!sizes.empty()) sizes[dim] = 1;
     holder.emplace(each->to(input.device(), at::kDouble), sizes, dim);

@@ -15,10 +15,11 @@ struct AlphaTerm {
 template <class A, class V>
 __device__ inline AlphaTerm<A> alpha_term(V v, bool near_one, V inverse) {
   const V u = near_one ? v + 1 : v;
-  if (u < kSmallest<A> || u > V(kLargest<A>)) return {0, 0};  // NaN stays
+  if (u < kSmallest<V> || u > V(kLargest<V>)) return {0, 0};  // NaN stays
   const bool is_close = near_one && v >= V(-0.25) && v < V(1.0 / 3);
   const V p = exp2_of((is_close ? V(log1p(v)) * kLog2e<V> : V(log2(u))) * inverse);
-  return {A(p), A(p / u)};
+  if constexpr (std::is_same_v<A, V>) return {p, p / u};
+  else return {A(p), bounded<A>(p / u)};
 }
 // In double, one copy for a kernel: these functions are long.
 template <class A>
@@ -30,24 +31,25 @@ template <class A>
 struct AnyAlpha {
   double c, inverse;
   bool near_one;
-  A power_of_n;  // v of n equal elements
+  double power_of_n;  // v of n equal elements
 
   __device__ AnyAlpha(double alpha, float log_n) {
-    const double least = 0x1p-40, most = (std::is_same_v<A, double> ? 693 : 69) / double(log_n > 0.5f ? log_n : 0.5f);
     c = alpha - 1;
+    const bool is_double = std::is_same_v<A, double> || is_steep();
+    const double least = 0x1p-40, most = (is_double ? 693 : 69) / double(log_n > 0.5f ? log_n : 0.5f);
     if (fabs(c) < least) c = least;  // the limit to a rounding
     if (c > most) c = most;  // of n equal elements u must be a normal number
     near_one = c < 0.25;
     inverse = 1 / c;
-    const A power = A(-c) * A(log_n);
-    power_of_n = near_one ? A(expm1(power)) : A(exp(power));
+    const double power = -c * double(log_n);
+    power_of_n = near_one ? expm1(A(power)) : is_double ? exp(power) : double(exp(A(power)));
   }
 
   // alpha > 2: u^(1/c) is vertical at 0, so that a rounding of t or of Σ p is seen in small p. All is in double then.
   __device__ bool is_steep() const { return c > 1; }
   __device__ double of_one() const { return near_one ? 0 : 1; }
   // A little beyond the t of n equal elements, as power_of_n is rounded. The threshold is between t = 1 and this.
-  __device__ double other_bound() const { return double(power_of_n) * (near_one ? 1 + 1e-4 : 1 - 1e-4); }
+  __device__ double other_bound() const { return power_of_n * (near_one ? 1 + 1e-4 : 1 - 1e-4); }
 
   __device__ AlphaTerm<A> term(float v) const { return alpha_term<A>(v, near_one, float(inverse)); }
   __device__ AlphaTerm<A> term(double v) const { return alpha_term_in_double<A>(v, near_one, inverse); }
@@ -78,7 +80,9 @@ struct AlphaSearch {
     }
     if (f != 1) ((f > 1) == (alpha.c > 0) ? high : low) = t;
     const double newton = t - alpha.numerator(f) / slope, middle = (low + high) / 2;
-    if (is_close || (low < newton && newton < high && !bisects)) {
+    if (is_close) {
+      t = newton < low ? low : newton > high ? high : newton;
+    } else if (low < newton && newton < high && !bisects) {
       t = newton;
     } else {
       goes_on = low < middle && middle < high;

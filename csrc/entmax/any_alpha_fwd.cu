@@ -21,7 +21,9 @@ struct Shift {
   double t;
 
   __device__ Shift(const AnyAlpha<A>& alpha, A max, double temperature)
-      : slope(alpha.c / temperature), max(max), factor(bounded<A>(fabs(2 * slope)) * (slope < 0 ? -1 : 1)) {}
+      : slope(alpha.c / temperature),
+        max(max),
+        factor(fmax(bounded<A>(fabs(2 * slope)), kSmallest<A>) * (slope < 0 ? -1 : 1)) {}
   __device__ void set(double to) {
     t = to;
     hi = A(to);

@@ -174,7 +174,7 @@ void check(const char* op, const at::Tensor& input, const at::Tensor& target, co
 
 // How many rows of a call a mean counts, as a tensor.
 at::Tensor counted_rows(const at::Tensor& input, const at::Tensor& target, const LossOptions& o) {
-  if (!target.is_floating_point()) return (target != o.ignore_index).sum();
+  if (!target.is_floating_point()) return (target.to(at::kLong) != o.ignore_index).sum();
   return at::full({}, c10::multiply_integers(row_sizes(input, target)), input.options().dtype(at::kDouble));
 }
 

@@ -84,7 +84,8 @@ inline double row_loss(Team team, const LossRow<A>& row, double alpha, double* o
   *others = p.mass;
   const double own_mass = double(own_p), mass = p.mass + own_mass;
   if (!(mass > 0)) return std::numeric_limits<double>::quiet_NaN();  // of -inf alone, or with NaN
-  if (r == -std::numeric_limits<A>::infinity()) return std::numeric_limits<double>::infinity();
+  const double infinity = std::numeric_limits<double>::infinity();
+  if (r == -std::numeric_limits<A>::infinity() || p.linear == infinity) return infinity;
   const double sum = p.surprise + own_mass * double(surprise.of(own_p));
   // w + (x - r) is the same number on the support: what a rounding of Σ p is worth.
   const double level = p.linear + sum;

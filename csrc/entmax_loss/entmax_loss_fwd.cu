@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<dou
       double loss = 0;
       if (counts && !(mass > 0)) {
         loss = infinity<double>() - infinity<double>();  // of -inf alone, or with NaN
-      } else if (counts && !has_r) {
+      } else if (counts && (!has_r || linear == infinity<double>())) {
         loss = infinity<double>();
       } else if (counts) {
         const double sum = wide(sums.surprise) + (own > 0 ? own * double(w(A(own))) : 0);

@@ -78,6 +78,8 @@ using std::expm1;
 using std::fma;
 using std::fmax;
 using std::fmin;
+using std::frexp;
+using std::ldexp;
 using std::log;
 using std::log1p;
 using std::log2;

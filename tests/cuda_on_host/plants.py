@@ -145,11 +145,11 @@ PLANTS = {
         ("plain", r"value\["),
     ),
     "a-temperature-forgotten": (
-        (MAP_ROWS, r"return divides\(t\) \? 1 : t;", "return 1;"),
+        (MAP_ROWS, r"return units\(row\)\.temperature;", "return 1;"),
         ("plain", r"value\["),
     ),
     "an-added-mask-in-another-unit": (
-        (MAP_ROWS, r"positive\(divides\(t\) \? 1 : t\)", "A(1)"),
+        (MAP_ROWS, r"A\(u\.of_mask\)", "A(1)"),
         ("plain", r"value\["),
     ),
     "a-pack-that-is-not-aligned": (

@@ -11,6 +11,7 @@
 #define TSE_PREPARED_ROWS_INL_H
 #endif
 #include "common/cpu/staged_rows-inl.h"
+#include "common/exp_sum.h"
 
 // ---- temperature and mask -------------------------------------------------------------------------------------------
 
@@ -81,14 +82,6 @@ inline const M* mask_row(const PreparedRowsParams& p, int64_t row, M* copy) {
   return copy;
 }
 
-// In the range of A, where neither 0 / temperature nor -inf / temperature is NaN.
-template <class A>
-inline A temperature_of(const PreparedRowsParams& p, int64_t row) {
-  const double t = p.temperature(row);
-  constexpr A least = std::numeric_limits<A>::min(), most = std::numeric_limits<A>::max();
-  return t < least ? least : t > most ? most : A(t);
-}
-
 // ---- the rows -------------------------------------------------------------------------------------------------------
 
 template <class A>
@@ -104,7 +97,7 @@ inline void prepared_fwd(const PreparedRowsParams& p, int64_t begin, int64_t end
     for (int64_t i = 0; i < count; ++i) {
       A* const to = x.tile.first() + i * x.tile.stride;
       const A* const from = reads_x ? static_cast<const A*>(p.map.input) + row_offset(p.map.rows, row + i) : to;
-      const A temperature = temperature_of<A>(p, row + i);
+      const A temperature = A(temperature_within<A>(p.temperature(row + i)));
       if (p.mask == nullptr) prepare_row(from, to, n, temperature, NoMask<A>{});
       else if (p.mask_is_bool)
         prepare_row(from, to, n, temperature,
@@ -144,7 +137,7 @@ inline void prepared_bwd(const PreparedRowsParams& p, int64_t begin, int64_t end
     of_tile.share_row = p.share_row;
     p.kernel(of_tile, 0, count);
     for (int64_t i = 0; i < count; ++i) {
-      const Vec<A> temperature = splat<Vec<A>>(temperature_of<A>(p, row + i));
+      const Vec<A> temperature = splat<Vec<A>>(A(temperature_within<A>(p.temperature(row + i))));
       if (temperature[0] == 1) continue;
       A* const of_row = out.first(row) + i * of_tile.grad_input_rows.stride_inner;
       map_row(of_row, n, [&](Vec<A> v) { return v / temperature; }, static_cast<const A*>(of_row));

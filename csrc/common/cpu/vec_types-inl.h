@@ -48,8 +48,7 @@ inline V splat(decltype(V{}[0] + V{}[0]) x) {
   return V{} + x;
 }
 
-// ---- conversion between half types and fp32
-// ---------------------------------------------------------------------------
+// ---- conversion between half types and fp32 ------------------------------------------------------------------------
 
 inline VecF widen(VecH h, BFloat16) {
   const VecU u = __builtin_convertvector(h, VecU) << 16;

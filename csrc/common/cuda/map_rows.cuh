@@ -28,8 +28,7 @@ struct StoredRows {
   }
 };
 
-// ---- elements of any type
-// ---------------------------------------------------------------------------------------------
+// ---- elements of any type ------------------------------------------------------------------------------------------
 
 // Calls f(T()) for the storage type; double only where A is double.
 template <class A, class F>
@@ -152,24 +151,31 @@ struct PreparedRows {
   PreparedRowsParams p;
 
   TSE_HOST_DEVICE const RowMapParams& map() const { return p.map; }
-  // A mask is added in the unit in which logits and mask are the smaller ones: what is finite stays so.
-  __device__ bool divides(double temperature) const { return p.mask != nullptr && !p.mask_is_bool && temperature > 1; }
-  // What the elements are yet to be divided by.
-  __device__ double temperature(int64_t row) const {
-    const double t = p.temperature(row);
-    return divides(t) ? 1 : t;
+  // What elements and mask are multiplied by before they are added, and what is then left to divide their sum by. None
+  // of it makes an infinity of a finite number, and of logits only a power of two is taken, which is exact.
+  struct Units {
+    double of_logits, of_mask, temperature;
+  };
+  __device__ Units units(int64_t row) const {
+    const double t = temperature_within<A>(p.temperature(row));
+    if (p.mask == nullptr || p.mask_is_bool) return {1, 1, t};
+    if (!(t > 1)) return {1, t, t};
+    int power = 0;
+    const double rest = frexp(t, &power);  // t = rest · 2^power
+    return {ldexp(1.0, -power), rest, rest};
   }
+  __device__ double temperature(int64_t row) const { return units(row).temperature; }
   __device__ Elements elements(int64_t row) const {
-    const double t = p.temperature(row);
+    const Units u = units(row);
     const char* const x = static_cast<const char*>(p.map.input);
     Elements e = {x + row_offset(p.map.rows, row) * element_bytes(p.input_dtype),
                   p.map.rows.stride_n,
                   p.input_dtype,
-                  positive(divides(t) ? 1 / t : 1),
+                  A(u.of_logits),
                   nullptr,
                   p.mask_stride_n,
                   p.mask_is_bool,
-                  positive(divides(t) ? 1 : t)};
+                  A(u.of_mask)};
     if (p.mask != nullptr)
       e.mask = static_cast<const char*>(p.mask) + p.mask_at.offset(row) * (p.mask_is_bool ? 1 : int(sizeof(A)));
     return e;
@@ -180,13 +186,9 @@ struct PreparedRows {
     const uintptr_t first = reinterpret_cast<uintptr_t>(y) + x.head(p.map.rows.n) * bytes;
     return {y, p.map.output_rows.stride_n, p.output_dtype, first % (bytes * Vec<A>::kSize) == 0};
   }
-
- private:
-  __device__ static A positive(double v) { return fmax(A(v), kSmallest<A>); }  // -inf · 0 is NaN
 };
 
-// ---- launching
-// --------------------------------------------------------------------------------------------------------
+// ---- launching -----------------------------------------------------------------------------------------------------
 
 // Calls f(plan) for the plan of the rows of a forward, if there are any. Without registers for rows, whose arithmetic
 // takes them all, a block has no more than 512 threads.

@@ -16,6 +16,7 @@
 #include "common/cuda/reduce.cuh"
 #include "common/cuda/row.cuh"
 #include "common/cuda/support_sum.cuh"
+#include "common/exp_sum.h"
 #include "common/row_params.h"
 
 namespace tse {
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
     const auto constant = gradient.constant(total);
     const A hi = A(constant), lo = Gradients::kSetsApart ? A(constant - double(hi)) : A(0);
 
-    const A scale = A(1 / p.temperature(index));
+    const A scale = A(1 / temperature_within<A>(p.temperature(index)));
     const auto value = [&](T of_y, T of_g) {
       const A v = to_acc(of_y);
       return from_acc<T>(gradient.is_inside(v) ? scale * gradient(v, to_acc(of_g), hi, lo) : A(0));
