@@ -6,8 +6,10 @@
 //   of_row(p, row)  itself, or what it is for a row
 //   kSkipsZeros     zeros of the output have a gradient of 0
 //   kCounts         all weights are 1
-//   kSetsApart      an element with more than half of the probability is added in double: where it has nearly all, the
-//                   mean is nearly its g, and all digits of their difference count. Two numbers hold the mean
+//   kSetsApart      of each thread one element, that with is_most(y, weight, weight of the last one), is added in
+//                   double: where one has nearly all of the weight, the mean is nearly its g, and all digits of their
+//                   difference count. Two numbers hold the mean
+//   kReplacesMost   a thread may find several; the last one is it
 //   is_inside(y)    whether the element counts; of others the gradient is 0, even where g is infinite. NaN counts
 //   weight(y)       Σ weight · g and Σ weight are what
 //   constant(sums)  is computed of, for
@@ -24,11 +26,15 @@ namespace tse {
 // s (g - Σ s g / Σ s), where s = weight(p), an element of Weights, is p^(2 - alpha) on the support.
 template <class Weights>
 struct WeightedGradient : Weights {
-  static constexpr bool kSkipsZeros = true, kSetsApart = !Weights::kCounts;
+  static constexpr bool kSkipsZeros = true, kSetsApart = !Weights::kCounts, kReplacesMost = false;
   __device__ const WeightedGradient& of_row(const RowMapParams&, int64_t) const { return *this; }
   template <class A>
   __device__ static bool is_inside(A p) {
     return !(p <= 0);
+  }
+  template <class A>
+  __device__ static bool is_most(A p, A, A) {
+    return p > A(0.5);
   }
   template <class Total>
   __device__ static auto constant(const Total& total) {
@@ -73,7 +79,8 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
       A grad = to_acc(of_g);
       if (!gradient.is_inside(v)) return;
       if constexpr (Gradients::kCounts) grad += v - v;
-      if (Gradients::kSetsApart && v > A(0.5)) {
+      if (Gradients::kSetsApart && gradient.is_most(v, s, most)) {
+        if constexpr (Gradients::kReplacesMost) own.add(most * of_most, most);
         most = s;
         of_most = grad;
       } else {
