@@ -7,7 +7,6 @@
 #include <ATen/ops/log.h>
 #include <ATen/ops/log1p.h>
 #include <ATen/ops/where.h>
-#include <ATen/ops/zeros_like.h>
 
 #include "common/row_map.h"
 #include "entmax/entmax_host.h"
