@@ -11,7 +11,6 @@
 #define TSE_PREPARED_ROWS_INL_H
 #endif
 #include "common/cpu/staged_rows-inl.h"
-#include "common/exp_sum.h"
 
 // ---- temperature and mask -------------------------------------------------------------------------------------------
 
