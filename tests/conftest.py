@@ -18,7 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 CUDA_ON_HOST = "TORCH_SOFTMAX_EXT_LIBRARY" in os.environ
 for_cpu = pytest.mark.not_on_host  # a test of the CPU kernels
 dtypes = pytest.mark.parametrize("dtype", FLOATING, ids=lambda d: str(d).removeprefix("torch."))
-# On the host executor float16 and float64 are left to full runs: their kernels are those of bfloat16 and float32.
+# On the host executor float16 and float64 are left to full runs, for the time they take.
 dtypes_in_full_on_host = pytest.mark.parametrize(
     "dtype",
     [pytest.param(d, marks=pytest.mark.full_on_host) if d in (torch.float16, torch.float64) else d for d in FLOATING],

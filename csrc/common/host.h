@@ -112,7 +112,7 @@ inline const at::Tensor& with_huge_pages(const at::Tensor& t) {
   return t;
 }
 
-// Launches what a build without CUDA does not have. `t`: some tensor of the call.
+// Calls a launcher, which is null in a build without CUDA kernels. `t`: some tensor of the call.
 template <class Params>
 void launch(const char* op, void (*launcher)(const Params& p, cudaStream_t stream), const Params& p,
             const at::Tensor& t) {

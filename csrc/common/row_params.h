@@ -27,7 +27,7 @@ struct RowMapParams {
   void* grad_input;  // (rows, n)
 
   RowNumbers alpha;  // of entmax
-  RowNumbers temperature;  // CUDA: that of backward, which divides the gradient
+  RowNumbers temperature;  // CUDA, backward: what the gradient is divided by
   int64_t first_row;  // the row of `alpha` that is row 0 of the tensors
 
   ShareRow* share_row;  // CPU: nullptr where a row belongs to one thread

@@ -11,7 +11,6 @@ namespace {
 template <class A>
 struct AlphaGradient : WeightedGradient<AlphaWeights<A>> {
   // Above 2 the smallest probability may have most of the weight.
-  static constexpr bool kReplacesMost = true;
   __device__ static bool is_most(A, A weight, A most) { return weight > most; }
 
   __device__ AlphaGradient of_row(const RowMapParams& p, int64_t row) const {

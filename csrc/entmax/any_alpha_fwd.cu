@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<dou
     A max = -infinity<A>();
     row.read(
         true, [&](int64_t, const Vec<A>& v) { max = fmax(max_of(v), max); }, [&](int64_t, A v) { max = fmax(v, max); });
-    max = row_reduce<kRowThreads>(max, turn, [](A a, A b) { return fmax(a, b); });
+    max = row_max<kRowThreads>(max, turn);
     const AnyAlpha<A> alpha(rows.map().alpha(index), log_n);
     Shift<A> shift(alpha, max > -infinity<A>() ? max : A(0), rows.temperature(index));
 

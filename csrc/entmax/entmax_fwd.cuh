@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<typ
     row.load();
     A max = -infinity<A>();
     maxima(row, [&](A of_vector) { max = fmax(of_vector, max); });
-    const A m = reference_point(row_reduce<kRowThreads>(max, turn, [](A a, A b) { return fmax(a, b); }));
+    const A m = reference_point(row_max<kRowThreads>(max, turn));
     Threshold<A> tau;
     if constexpr (kRowThreads > 1)
       newton<kRowThreads, S>(
@@ -163,9 +163,6 @@ struct LiveRow : RowShape<kRowThreads, T> {
     x.load(raw, Always(), [&](int) { return this->first(v); });
     return bits_as<Vec<T>>(raw[0]);
   }
-  __device__ static A max_of_row(A max, int& turn) {
-    return row_reduce<kRowThreads>(max, turn, [](A a, A b) { return fmax(a, b); });
-  }
 
   // The only walk over all of the row.
   __device__ void read(int& turn) {
@@ -181,7 +178,7 @@ struct LiveRow : RowShape<kRowThreads, T> {
     load_batch(threadIdx.x);
 #pragma unroll
     for (int j = 0; j < kBatch<T>; ++j) max = fmax(max_of(vector(j)), max);
-    const A first_max = max_of_row(max, turn);
+    const A first_max = row_max<kRowThreads>(max, turn);
     const A bound =
         first_max < infinity<A>() ? add_down(first_max, -policy.reach) : first_max - first_max;  // NaN: none is dead
     for (int i = 0, v = threadIdx.x; v < this->vectors; i += kBatch<T>) {
@@ -198,7 +195,7 @@ struct LiveRow : RowShape<kRowThreads, T> {
       }
       load_batch(v);
     }
-    m = reference_point(max_of_row(max, turn));
+    m = reference_point(row_max<kRowThreads>(max, turn));
   }
 
   __device__ auto sum(const Threshold<A>& tau) {

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<dou
     A max = -infinity<A>();
     row.read(
         true, [&](int64_t, const Vec<A>& v) { max = fmax(max_of(v), max); }, [&](int64_t, A v) { max = fmax(v, max); });
-    max = row_reduce<kRowThreads>(max, turn, [](A a, A b) { return fmax(a, b); });
+    max = row_max<kRowThreads>(max, turn);
     const A r = has_distribution ? max : counts ? x[target] : A(0);
     const double alpha = p.map.alpha(index);
     const Surprise<A> w{A(alpha - 1)};

@@ -15,16 +15,15 @@ struct SoftmaxWeights {
 // g - exp(y) Σ g, and 0 where y is -inf.
 template <class A>
 struct LogSoftmaxGradient {
-  static constexpr bool kSkipsZeros = false, kSetsApart = false, kReplacesMost = false, kCounts = true;
+  static constexpr bool kSkipsZeros = false, kSetsApart = false, kCounts = true;
   __device__ const LogSoftmaxGradient& of_row(const RowMapParams&, int64_t) const { return *this; }
   __device__ static bool is_inside(A y) { return y != -infinity<A>(); }
   __device__ static A weight(A) { return 1; }
-  __device__ static bool is_most(A, A, A) { return false; }
-  template <class Total>
-  __device__ static auto constant(const Total& total) {
-    return total.sum;
+  template <class, class Total>
+  __device__ static Constant<A> constant(const Total& total) {
+    return {A(total.sum), 0};
   }
-  __device__ A operator()(A y, A g, A sum, A) const { return g - exp2_of(y * kLog2e<A>) * sum; }
+  __device__ A operator()(A y, A g, const Constant<A>& sum) const { return g - exp2_of(y * kLog2e<A>) * sum.hi; }
 };
 
 template <class T>

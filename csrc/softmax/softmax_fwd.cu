@@ -27,10 +27,9 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<typ
     row.load();
     ExpSum<A, false> s;
     A max = -infinity<A>();
-    const auto max_of_row = [&] { max = row_reduce<kRowThreads>(max, turn, [](A a, A b) { return fmax(a, b); }); };
     if constexpr (kVectors > 0) {
       maxima(row, [&](A of_vector) { max = fmax(of_vector, max); });
-      max_of_row();
+      max = row_max<kRowThreads>(max, turn);
       s.set(max, logits.margin);
     }
     const auto add_to_sum = [&](auto& z) {
@@ -56,7 +55,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<typ
         });
     s = sum_of_threads<kRowThreads>(s, turn, logits);
     if constexpr (kVectors == 0) {
-      max_of_row();
+      max = row_max<kRowThreads>(max, turn);
       if (s.m() < max) s.raise_reference(max, logits);
     }
     const A sum = s.sums.sum.value();  // 0: of a row of -inf alone

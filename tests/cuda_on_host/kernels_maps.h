@@ -16,7 +16,7 @@ enum class Fill { kNormal, kTied, kOneSupported, kAscending, kNan, kInf, kMasked
 enum class Mask { kNone, kBool, kAdded };
 
 struct Map {
-  const char *name, *value, *gradient;  // as they are reported
+  const char *value, *gradient;  // as they are reported
   double alpha;
   bool is_log;
   void (*launch_fwd)(const RowMapParams&, cudaStream_t);  // nullptr: all rows are prepared
@@ -44,7 +44,7 @@ struct Map {
   }
 };
 #define TSE_MAP(name, alpha, is_log, fwd) \
-  {#name, #name " value", #name " gradient", alpha, is_log, fwd, launch_prepared_##name##_fwd, launch_##name##_bwd}
+  {#name " value", #name " gradient", alpha, is_log, fwd, launch_prepared_##name##_fwd, launch_##name##_bwd}
 constexpr Map kSoftmax = TSE_MAP(softmax, 1, false, launch_softmax_fwd);
 constexpr Map kLogSoftmax = TSE_MAP(log_softmax, 1, true, launch_log_softmax_fwd);
 constexpr Map kSparsemax = TSE_MAP(sparsemax, 2, false, launch_sparsemax_fwd);

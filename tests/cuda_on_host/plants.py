@@ -169,7 +169,7 @@ PLANTS = {
         ("plain", r"entmax value\["),
     ),
     "the-most-probable-element-left-out": (
-        (MAP_BWD, r"total\.weight \+= double\(most\);", ""),
+        (MAP_BWD, r"rest / \(total\.weight \+ total\.most\)", "rest / total.weight"),
         ("plain", r"gradient\["),
     ),
     "the-own-class-among-the-others": (

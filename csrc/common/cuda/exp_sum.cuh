@@ -1,4 +1,4 @@
-// Σ exp over the classes of a row but for the own one: forward's statistics. [CUDA]
+// Σ exp over a row, but for one element where an operator has its own class. [CUDA]
 #pragma once
 #include "common/cuda/logits.cuh"
 

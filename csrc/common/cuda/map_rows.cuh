@@ -78,7 +78,6 @@ struct PreparedElements {
     with_type<A>(dtype, [&](auto type) { v = A(to_acc(reinterpret_cast<const decltype(type)*>(x)[i * stride])); });
     return masked(i, v);
   }
-  __device__ A contiguous(int64_t i) const { return (*this)[i]; }
   template <int kCount, class Has, class At, class Again = Never>
   __device__ void load(uint4 (&raw)[kCount], const Has& has, const At& at, const Again& = {}) const {
     with_type<A>(dtype, [&](auto type) {

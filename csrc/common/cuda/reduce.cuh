@@ -73,4 +73,10 @@ __device__ inline V row_reduce(V v, int& turn, const Op& op) {
       v, turn, [&](const V& of_lane, auto lanes) { return lanes_reduce<decltype(lanes)::value>(of_lane, op); });
 }
 
+// The largest v of the row's threads, NaN aside.
+template <int kRowThreads, class A>
+__device__ inline A row_max(A v, int& turn) {
+  return row_reduce<kRowThreads>(v, turn, [](A a, A b) { return fmax(a, b); });
+}
+
 }  // namespace tse

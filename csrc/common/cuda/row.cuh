@@ -3,7 +3,7 @@
 // kRowThreads threads share a row: a block, a warp or a part of one (several rows a block), or one thread where the
 // elements of a row are not contiguous but rows are. Each thread meets the same elements in the same order in each
 // walk. RegisterRow and KeptRow have the same functions; plan.h says which one a row takes. Where elements come from
-// and where results go is up to Stored and StoredOutput, or to what has their functions (prepared_rows.cuh).
+// and where results go is up to Stored and StoredOutput, or to what has their functions (map_rows.cuh).
 #pragma once
 #include "common/cuda/plan.h"
 #include "common/cuda/vec.cuh"
@@ -61,7 +61,6 @@ struct Stored {
 
   __device__ int head(int64_t n) const { return int(unaligned_head(x, n)); }  // elements before the first vector
   __device__ T operator[](int64_t i) const { return x[i * stride]; }
-  __device__ T contiguous(int64_t i) const { return x[i]; }  // where a row has several threads
   // Loads vectors number j, from element at(j) on, if has(j). again(j): it will be read again.
   template <int kCount, class Has, class At, class Again = Never>
   __device__ void load(uint4 (&raw)[kCount], const Has& has, const At& at, const Again& again = {}) const {
@@ -163,7 +162,7 @@ class RegisterRow : public RowShape<kRowThreads, T> {
     x_.load(raw_, [&](int j) { return has(j); }, [&](int j) { return this->first(number(j)); });
 #pragma unroll
     for (int j = 0; j < kLoose; ++j)
-      if (const int64_t i = this->loose(number(j)); i >= 0) loose_[j] = x_.contiguous(i);
+      if (const int64_t i = this->loose(number(j)); i >= 0) loose_[j] = x_[i];
   }
 
   // vector(i, 16 bytes at element i), scalar(i, one element).
@@ -297,7 +296,7 @@ class KeptRow : public RowShape<kRowThreads, T> {
       for (; i < this->n; ++i) scalar(i, x_[i]);
     } else {
       for (int number = Shape::lane(); number < 2 * (Shape::kSize - 1); number += kRowThreads)
-        if (const int64_t i = this->loose(number); i >= 0) scalar(i, x_.contiguous(i));
+        if (const int64_t i = this->loose(number); i >= 0) scalar(i, x_[i]);
     }
   }
 

@@ -1,19 +1,18 @@
 // Backward of the row maps on CUDA, from their output. [CUDA]
 //
-// The output is read once by 16 bytes, and kept until the constant of the row is known, in registers or shared memory;
-// of grad_output only the vectors that have an element of the support, twice, the second time from cache. A gradient
-// has
-//   of_row(p, row)  itself, or what it is for a row
-//   kSkipsZeros     zeros of the output have a gradient of 0
-//   kCounts         all weights are 1
-//   kSetsApart      of each thread one element, that with is_most(y, weight, weight of the last one), is added in
-//                   double: where one has nearly all of the weight, the mean is nearly its g, and all digits of their
-//                   difference count. Two numbers hold the mean
-//   kReplacesMost   a thread may find several; the last one is it
-//   is_inside(y)    whether the element counts; of others the gradient is 0, even where g is infinite. NaN counts
-//   weight(y)       Σ weight · g and Σ weight are what
-//   constant(sums)  is computed of, for
-//   (y, g, c, rest) the gradient; c + rest: the constant
+// The output is read once by 16 bytes, and kept until the sums of the row are known, in registers or shared memory; of
+// grad_output only the vectors that have an element of the support, twice, the second time from cache. The gradient is
+// a function of y, g and a constant of the row, which is computed of Σ s g and Σ s with s = weight(y). A gradient has
+//   of_row(p, row)       itself, or what it is for a row
+//   kSkipsZeros          zeros of the output have a gradient of 0
+//   kCounts              all weights are 1
+//   is_inside(y)         whether the element counts; the gradient of others is 0, even where g is infinite. NaN counts
+//   weight(y)
+//   constant(sums)       as a sum of two numbers
+//   (y, g, constant)     the gradient
+//   kSetsApart           the element with the largest weight is left out of the sums: where it has nearly all of the
+//                        weight, its g is nearly the mean, and all digits of their difference count
+//   is_most(y, s, most)  with kSetsApart: whether a thread sets this element apart; most: the weight of its last one
 #pragma once
 #include "common/cuda/reduce.cuh"
 #include "common/cuda/row.cuh"
@@ -23,10 +22,28 @@
 
 namespace tse {
 
+// The sums of a row without the element that is set apart, whose weight is `most` and whose g is `of_most`.
+struct ApartTotal {
+  double sum, weight, most, of_most;
+};
+struct JoinApart {
+  __device__ ApartTotal operator()(const ApartTotal& a, const ApartTotal& b) const {
+    const bool is_a = a.most > b.most || (a.most == b.most && a.of_most > b.of_most);
+    const ApartTotal &larger = is_a ? a : b, &smaller = is_a ? b : a;
+    return {(a.sum + b.sum) + smaller.most * smaller.of_most, (a.weight + b.weight) + smaller.most, larger.most,
+            larger.of_most};
+  }
+};
+
+template <class A>
+struct Constant {
+  A hi, lo;
+};
+
 // s (g - Σ s g / Σ s), where s = weight(p), an element of Weights, is p^(2 - alpha) on the support.
 template <class Weights>
 struct WeightedGradient : Weights {
-  static constexpr bool kSkipsZeros = true, kSetsApart = !Weights::kCounts, kReplacesMost = false;
+  static constexpr bool kSkipsZeros = true, kSetsApart = !Weights::kCounts;
   __device__ const WeightedGradient& of_row(const RowMapParams&, int64_t) const { return *this; }
   template <class A>
   __device__ static bool is_inside(A p) {
@@ -36,13 +53,19 @@ struct WeightedGradient : Weights {
   __device__ static bool is_most(A p, A, A) {
     return p > A(0.5);
   }
-  template <class Total>
-  __device__ static auto constant(const Total& total) {
-    return total.sum / decltype(total.sum)(total.weight);
+  // The mean.
+  template <class A, class Total>
+  __device__ static Constant<A> constant(const Total& total) {
+    if constexpr (kSetsApart) {
+      const double rest = total.sum - total.of_most * total.weight;
+      return {A(total.of_most), A(rest / (total.weight + total.most))};
+    } else {
+      return {A(total.sum / decltype(total.sum)(total.weight)), 0};
+    }
   }
   template <class A>
-  __device__ A operator()(A p, A g, A mean, A rest) const {
-    return this->weight(p) * ((g - mean) - rest);
+  __device__ A operator()(A p, A g, const Constant<A>& mean) const {
+    return this->weight(p) * ((g - mean.hi) - mean.lo);
   }
 };
 
@@ -56,7 +79,6 @@ template <class T, int kRowThreads, int kVectors, class Gradients>
 __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, kRowThreads, kVectors>)
     row_map_bwd_kernel(RowMapParams p, Gradients gradients, int kept_vectors) {
   using A = Acc<T>;
-  using S = std::conditional_t<Gradients::kSetsApart, double, SumOf<T, kRowThreads, kVectors>>;
   TSE_DYNAMIC_SHARED(uint4, kept);
   int turn = 0;
   const int64_t rows = row_count(p.output_rows), g_stride = p.grad_output_rows.stride_n;
@@ -79,13 +101,15 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
       A grad = to_acc(of_g);
       if (!gradient.is_inside(v)) return;
       if constexpr (Gradients::kCounts) grad += v - v;
-      if (Gradients::kSetsApart && gradient.is_most(v, s, most)) {
-        if constexpr (Gradients::kReplacesMost) own.add(most * of_most, most);
-        most = s;
-        of_most = grad;
-      } else {
-        own.add(s * grad, s);
+      if constexpr (Gradients::kSetsApart) {
+        if (gradient.is_most(v, s, most)) {
+          if (most > 0) own.add(most * of_most, most);
+          most = s;
+          of_most = grad;
+          return;
+        }
       }
+      own.add(s * grad, s);
     };
     row.read(
         true,
@@ -100,19 +124,20 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
           add(v, g[i * g_stride]);
           own.join_part();
         });
-    auto total = own.template total<S>();
+    Constant<A> constant;
     if constexpr (Gradients::kSetsApart) {
-      total.sum += double(most) * double(of_most);
-      total.weight += double(most);
+      const auto sums = own.total();
+      const ApartTotal total = {sums.sum, sums.weight, double(most), double(of_most)};
+      constant = gradient.template constant<A>(row_reduce<kRowThreads>(total, turn, JoinApart()));
+    } else {
+      const auto total = own.template total<SumOf<T, kRowThreads, kVectors>>();
+      constant = gradient.template constant<A>(row_reduce<kRowThreads>(total, turn, Join()));
     }
-    total = row_reduce<kRowThreads>(total, turn, Join());
-    const auto constant = gradient.constant(total);
-    const A hi = A(constant), lo = Gradients::kSetsApart ? A(constant - double(hi)) : A(0);
 
     const A scale = A(1 / temperature_within<A>(p.temperature(index)));
     const auto value = [&](T of_y, T of_g) {
       const A v = to_acc(of_y);
-      return from_acc<T>(gradient.is_inside(v) ? scale * gradient(v, to_acc(of_g), hi, lo) : A(0));
+      return from_acc<T>(gradient.is_inside(v) ? scale * gradient(v, to_acc(of_g), constant) : A(0));
     };
     row.map_vectors(
         StoredOutput<T>(out, p.grad_input_rows.stride_n, y),
