@@ -18,11 +18,10 @@ $(VENV)/.torch:
 	pip install --quiet "setuptools>=64" wheel ninja "numpy>=1.26" "$(TORCH)"
 	touch $@
 
-# A development build compiles the CUDA kernels for the card that is present. If there is none they are compiled for one
-# architecture and not optimised, as they will not run; the list in setup.py is for wheels.
+# A development build compiles the CUDA kernels for the card that is present; without one, only as far as PTX. The list of
+# architectures in setup.py is for wheels.
 $(VENV)/.built: $(VENV)/.torch setup.py pyproject.toml $(shell find csrc -type f)
-	nvidia-smi --list-gpus >/dev/null 2>&1 || export TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST-9.0}" \
-		NVCC_APPEND_FLAGS="$${NVCC_APPEND_FLAGS--Xcicc=-O0 -Xptxas=-O0}"; \
+	nvidia-smi --list-gpus >/dev/null 2>&1 || export PTX_ONLY=1; \
 	pip install --quiet --no-build-isolation --editable ".[test,demo,bench]"
 	touch $@
 

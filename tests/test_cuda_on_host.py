@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from cuda_on_host import build
-from cuda_on_host.plants import ENTMAX_FWD, PLANTS
+from cuda_on_host.plants import ENTMAX_FWD, PLANTS, Plant
 
 pytestmark = pytest.mark.skipif(
     build.cuda_include() is None, reason="no CUDA headers (toolkit or nvidia-cuda-runtime package)"
@@ -58,8 +58,8 @@ def test_sanitizers_find_nothing(mode, order):
 
 @pytest.mark.parametrize("name", PLANTS)
 def test_planted_bug_matches_one_place(name):
-    (file, pattern, _), _ = PLANTS[name]
-    assert len(re.findall(pattern, (build.CSRC / file).read_text(), flags=re.M)) == 1
+    plant = PLANTS[name]
+    assert len(re.findall(plant.pattern, (build.CSRC / plant.file).read_text(), flags=re.M)) == 1
 
 
 def bank_conflicts(plant=None):
@@ -84,7 +84,7 @@ def test_a_planted_bank_conflict_is_found():
     """Consecutive vectors are written and read 32 bytes apart, which is right but slow."""
     apart = "(v < kept / 2 * 2 ? v % (kept / 2) * 2 + v / (kept / 2) : v)"
     pattern, replacement = r"(return cache)\[v\]([\s\S]*?cache)\[v\] = e", rf"\1[{apart}]\2[{apart}] = e"
-    found = bank_conflicts((ENTMAX_FWD, pattern, replacement))
+    found = bank_conflicts(Plant(ENTMAX_FWD, pattern, replacement, "banks", "", "sparsemax"))
     assert found
     assert set(found.values()) == {2}
     assert all(line.startswith("entmax_fwd.cuh:") for line in found)
@@ -93,10 +93,10 @@ def test_a_planted_bank_conflict_is_found():
 @full
 @pytest.mark.parametrize("name", PLANTS)
 def test_planted_bug_is_found(name):
-    plant, (mode, words) = PLANTS[name]
-    code, output = run_program(build.program(mode, plant), mode)
+    plant = PLANTS[name]
+    code, output = run_program(build.program(plant.mode, plant), plant.mode)
     assert code != 0
-    assert re.search(words, output), output[-3000:]
+    assert re.search(plant.words, output), output[-3000:]
 
 
 def run_on_host(library, code, **settings):

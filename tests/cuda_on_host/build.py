@@ -159,20 +159,37 @@ SANITIZERS = {  # flags of the kernels, of the executor, of the linker
 }
 
 
+def folders_of(operator):
+    """The folders of csrc whose kernels the checks of an operator call, directly or through other kernels."""
+    folders, names = {"common/cuda"}, [f"kernels_{operator}.cpp"]
+    while names:
+        found = {Path(name).parent.name for name in with_includes(names.pop(), {}) if Path(name).suffix == ".h"}
+        for folder in found - folders - {"", "common"}:
+            folders.add(folder)
+            names += [f"{folder}/{p.name}" for p in (CSRC / folder).glob("*.cu")]
+    return folders
+
+
 def program(mode, plant=None):
-    """kernels_main under a sanitizer. `plant` is (file below csrc, regular expression, replacement): a bug; the
-    expression must match exactly once."""
+    """kernels_main under a sanitizer, with the checks of all operators; with a bug of plants.py, those of its operator
+    alone. The bug's pattern must match exactly once."""
     kernels, executor, link = SANITIZERS[mode]
     planted = {}
+    folders = {p.parent.relative_to(CSRC).as_posix() for p in CSRC.rglob("*.cu")}
+    checks = sorted(p.name for p in HERE.glob("kernels_*.cpp"))
     if plant is not None:
-        file, pattern, replacement = plant
-        planted[file], count = re.subn(pattern, replacement, (CSRC / file).read_text(), flags=re.M)
+        planted[plant.file], count = re.subn(
+            plant.pattern, plant.replacement, (CSRC / plant.file).read_text(), flags=re.M
+        )
         assert count == 1, f"the planted bug {plant} matches {count} places"
-    # The kernels alone are instrumented: the executor tells the sanitizers what its fibres do, and the main program,
-    # whose blocks of memory are guarded as they are, takes them a minute to compile. Kernels first: of an inline
-    # function that both have, the linker takes the first.
-    objects = [(str(p.relative_to(CSRC)), f"-std=c++17 -g {kernels}") for p in sorted(CSRC.rglob("*.cu"))]
-    objects += [("kernels_main.cpp", "-std=c++17 -O1 -g" + " -DTSE_BANKS" * (mode == "banks"))]
+        folders &= folders_of(plant.operator)
+        checks = ["kernels_main.cpp", f"kernels_{plant.operator}.cpp"]
+    # The kernels alone are instrumented: the executor tells the sanitizers what its fibres do, and the checks, whose
+    # blocks of memory are guarded as they are, would take a minute to compile. Kernels first: of an inline function
+    # that both have, the linker takes the first.
+    sources = [f"{folder}/{p.name}" for folder in sorted(folders) for p in sorted((CSRC / folder).glob("*.cu"))]
+    objects = [(source, f"-std=c++17 -g {kernels}") for source in sources]
+    objects += [(check, "-std=c++17 -O1 -g" + " -DTSE_BANKS" * (mode == "banks")) for check in checks]
     objects += [("executor.cpp", f"-std=c++17 -O1 -g {executor}")]
     objects += [("banks.cpp", "-std=c++17 -O1 -g")] if mode == "banks" else []
     return linked("", objects, link, planted)

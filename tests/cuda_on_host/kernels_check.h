@@ -1,13 +1,22 @@
-// What the checks of kernels_main.cpp share: comparing with a reference, matrices of their exact size.
+// What the checks of all operators share: a list of them, comparing with a reference, matrices of their exact size.
 #pragma once
 #include <cmath>
 #include <cstdio>
 #include <memory>
 #include <stdexcept>
+#include <vector>
 
 #include "common/cuda/vec.cuh"
 
 namespace tse {
+
+inline std::vector<void (*)(bool is_small)>& checks() {
+  static std::vector<void (*)(bool)> all;
+  return all;
+}
+struct Check {  // of an operator, made before main
+  Check(void (*run)(bool is_small)) { checks().push_back(run); }
+};
 
 inline int failures = 0;
 

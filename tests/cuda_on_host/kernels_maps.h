@@ -5,10 +5,8 @@
 #include <random>
 #include <vector>
 
-#include "entmax/entmax.h"
+#include "common/row_params.h"
 #include "kernels_check.h"
-#include "softmax/softmax.h"
-#include "sparsemax/sparsemax.h"
 
 namespace tse {
 
@@ -45,11 +43,6 @@ struct Map {
 };
 #define TSE_MAP(name, alpha, is_log, fwd) \
   {#name " value", #name " gradient", alpha, is_log, fwd, launch_prepared_##name##_fwd, launch_##name##_bwd}
-constexpr Map kSoftmax = TSE_MAP(softmax, 1, false, launch_softmax_fwd);
-constexpr Map kLogSoftmax = TSE_MAP(log_softmax, 1, true, launch_log_softmax_fwd);
-constexpr Map kSparsemax = TSE_MAP(sparsemax, 2, false, launch_sparsemax_fwd);
-constexpr Map kEntmax15 = TSE_MAP(entmax15, 1.5, false, launch_entmax15_fwd);
-constexpr Map entmax_of(double alpha) { return TSE_MAP(entmax, alpha, false, nullptr); }
 
 // A row's result against the reference, and its gradient against that of the result. z: the prepared logits.
 template <class Y>
@@ -186,7 +179,17 @@ void check_map_regimes(const Map& map, const std::vector<int64_t>& widths) {
   }
 }
 
-inline void check_map_everywhere(const Map& map) {
+inline void check_map_everywhere(const Map& map, bool is_small) {
+  if (is_small) {
+    const auto as_before = cuda_on_host::options;
+    cuda_on_host::options.shared_bytes = 8 * 1024;
+    check_map<float>(map, 2, 2100, 0, 1);
+    check_map<__half>(map, 9, 70, 1, 1);
+    check_map<__nv_bfloat16>(map, 17, 33, 1, 1, {.is_prepared = true, .mask = Mask::kBool});
+    check_map<float>(map, 2, 8250, 1, 0.001f);
+    cuda_on_host::options = as_before;
+    return;
+  }
   check_map_regimes<float>(map, {1, 5, 33, 100, 500, 1000, 2100, 9000});
   check_map_regimes<double>(map, {7, 70, 1030});
   check_map_regimes<__half>(map, {8, 300, 1031});

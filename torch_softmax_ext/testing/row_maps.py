@@ -138,8 +138,8 @@ def _option_samples(device, dtype):
     largest = logits(2, 40)
     largest[:, ::9] = torch.finfo(dtype).max
     yield Sample("largest-over-temperature", largest, (), {"temperature": 0.25})
-    axes = [2 - d % 2 for d in range(13)]  # every second one is broadcast
-    yield Sample("mask-of-many-dimensions", logits(*[2] * 13, 3), (), {"mask": mask(*axes, 3)})
+    axes = [2 - d % 2 for d in range(9)]  # every second one is broadcast
+    yield Sample("mask-of-many-dimensions", logits(*[2] * 9, 3), (), {"mask": mask(*axes, 3)})
 
 
 def row_map_errors(op):
