@@ -8,7 +8,7 @@ from benchmarks.rows import rows_of
 # Entries of "seconds" that are no providers. In cache: every row is the first one. Plain: grad_output is 1, not 1/4.
 # relu: its backward moves the same bytes as ours. engine and roofs: providers.py.
 NO_PEERS = ("ours 1 thread", "ours in cache", "plain backward", "σ = 1", "relu", "engine")
-NO_PEERS += ("read", "copy", "add", "products")
+NO_PEERS += ("our cross_entropy", "read", "copy", "add", "products")
 
 
 def duration(seconds):
@@ -50,6 +50,7 @@ class Measure:
 MEASURES = {
     "roof": Measure(lambda row: row["seconds"]["ours"] / roof_of(row), "{:.2f} × roof"),
     "eager": Measure(over("eager"), "{:.2f} × eager"),
+    "our cross_entropy": Measure(over("our cross_entropy"), "{:.2f} × our cross_entropy"),
     "plain backward": Measure(over("plain backward"), "{:.2f} × plain backward"),
     "σ = 1": Measure(over("σ = 1"), "{:.1f} × the time at σ = 1"),
     "memory": Measure(extra_memory, "{:.3f} logits of memory"),

@@ -21,12 +21,12 @@ struct Access {
   uintptr_t address;
   int bytes;
 };
-using Place = std::pair<uintptr_t, int>;                // return address, part of an access of more than 16 bytes
-using Instruction = std::tuple<Place, unsigned, int>;   // in which warp, for the how-manieth time
+using Place = uintptr_t;                               // return address
+using Instruction = std::tuple<Place, unsigned, int>;  // in which warp, for the how-manieth time
 
 std::map<Instruction, std::vector<Access>> instructions;
-std::map<std::tuple<Place, unsigned>, int> times;  // that a thread came to a place
-std::map<Place, int> ways;                         // of the worst conflict at a place
+std::map<std::pair<Place, unsigned>, int> times;  // that a thread came to a place
+std::map<Place, int> ways;                        // of the worst conflict at a place
 long long block_of_these = -1;
 
 int served(const std::vector<Access>& group) {
@@ -40,13 +40,23 @@ int served(const std::vector<Access>& group) {
   return int(most);
 }
 
+// A structure is accessed in pieces as large as its alignment, at most 16 bytes.
+unsigned piece_of(const std::vector<Access>& accesses) {
+  unsigned piece = 16;
+  for (const Access& a : accesses)
+    while ((a.address | a.bytes) % piece != 0) piece /= 2;
+  return piece;
+}
+
 void finish_block() {
   for (const auto& [instruction, accesses] : instructions) {
-    const unsigned lanes = std::min(32, 128 / accesses[0].bytes);
-    std::map<unsigned, std::vector<Access>> groups;
-    for (const Access& a : accesses) groups[a.lane / lanes].push_back(a);
+    const unsigned piece = piece_of(accesses), lanes = std::min(32u, 128 / piece);
     int& worst = ways[std::get<0>(instruction)];
-    for (const auto& [_, group] : groups) worst = std::max(worst, served(group));
+    for (unsigned begin = 0; begin < unsigned(accesses[0].bytes); begin += piece) {
+      std::map<unsigned, std::vector<Access>> groups;
+      for (const Access& a : accesses) groups[a.lane / lanes].push_back({a.lane, a.address + begin, int(piece)});
+      for (const auto& [_, group] : groups) worst = std::max(worst, served(group));
+    }
   }
   instructions.clear();
   times.clear();
@@ -57,12 +67,10 @@ void access(const void* p, int bytes, void* caller) {
   if (thread == nullptr || !cuda_on_host::is_shared(p)) return;
   if (cuda_on_host::blocks_run() != block_of_these) finish_block();
   block_of_these = cuda_on_host::blocks_run();
-  for (int part = 0; part * 16 < bytes; ++part) {
-    const Place place = {reinterpret_cast<uintptr_t>(caller), part};
-    const int time = times[{place, thread->thread.x}]++;
-    instructions[{place, thread->thread.x / 32, time}].push_back(
-        {thread->thread.x % 32, reinterpret_cast<uintptr_t>(p) + 16 * part, std::min(16, bytes - 16 * part)});
-  }
+  const Place place = reinterpret_cast<uintptr_t>(caller);
+  const int time = times[{place, thread->thread.x}]++;
+  const Access a = {thread->thread.x % 32, reinterpret_cast<uintptr_t>(p), bytes};
+  instructions[{place, thread->thread.x / 32, time}].push_back(a);
 }
 
 }  // namespace
@@ -72,7 +80,7 @@ namespace cuda_on_host {
 void report_bank_conflicts() {
   finish_block();
   for (const auto& [place, worst] : ways)
-    if (worst > 1) std::printf("%#lx %d-way bank conflict\n", static_cast<unsigned long>(place.first - 1), worst);
+    if (worst > 1) std::printf("%#lx %d-way bank conflict\n", static_cast<unsigned long>(place - 1), worst);
   std::printf("%zu places access shared memory\n", ways.size());
 }
 

@@ -15,7 +15,10 @@ inline std::vector<void (*)(bool is_small)>& checks() {
   return all;
 }
 struct Check {  // of an operator, made before main
-  Check(void (*run)(bool is_small)) { checks().push_back(run); }
+  template <class Run>
+  Check(Run run) {
+    checks().push_back(run);
+  }
 };
 
 inline int failures = 0;

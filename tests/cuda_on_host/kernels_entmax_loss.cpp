@@ -1,5 +1,7 @@
 // Checks of the losses of sparsemax and entmax: the map's kernel, then loss and gradient.
 #include "entmax_loss/entmax_loss.h"
+
+#include "entmax/entmax.h"
 #include "kernels_maps.h"
 
 namespace tse {

@@ -22,7 +22,7 @@ PLANTS = {
     "no-barrier-after-write": Plant(
         REDUCE, r"^  __syncthreads\(\);\n(  return of_warp\[)", r"\1", "tsan", "data race", "softmax"
     ),
-    "no-barrier-before-reuse": Plant(REDUCE, r"^  turn = kWarps - turn;$", "", "tsan", "data race", "softmax"),
+    "no-barrier-before-reuse": Plant(REDUCE, r"^  turn = kWarps - turn;$", "", "tsan", "data race", "sparsemax"),
     "barrier-in-one-warp": Plant(
         REDUCE,
         r"^(  return of_warp\[.*)$",
@@ -32,7 +32,12 @@ PLANTS = {
         "softmax",
     ),
     "read-past-the-row": Plant(
-        ROW, r"return i < n \? i : -1;", "return i <= n ? i : -1;", "asan", "heap-buffer-overflow", "softmax"
+        ROW,
+        r"return i < n \? i : -1;",
+        "return i <= n ? i : -1;",
+        "asan",
+        "heap-buffer-overflow",
+        "selective_log_softmax",
     ),
     "unaligned-load": Plant(
         ROW, r"head\(kRowThreads == 1 \? 0 : x\.head\(n\)\)", "head(0)", "plain", "misaligned 16-byte load", "softmax"
@@ -65,7 +70,7 @@ PLANTS = {
         "if (v <= kept_vectors_) kept_",
         "asan",
         "heap-buffer-overflow",
-        "softmax",
+        "sparsemax",
     ),
     "the-second-walk-forgets-what-was-not-kept": Plant(
         ROW,
@@ -81,7 +86,7 @@ PLANTS = {
         "? (end - first - 1) / kRowThreads + 2 : 0",
         "asan",
         "heap-buffer-overflow",
-        "softmax",
+        "selective_log_softmax",
     ),
     "a-register-row-too-short": Plant(
         "common/cuda/plan.h",
@@ -127,10 +132,15 @@ PLANTS = {
         "= size_t(kept > 0 ? kept - 1 : 0) * 16 * kRows;",
         "asan",
         "heap-buffer-overflow",
-        "softmax",
+        "sparsemax",
     ),
     "shared-memory-of-one-row-for-several": Plant(
-        ROW, r"= size_t\(kept\) \* 16 \* kRows;", "= size_t(kept) * 16;", "asan", "heap-buffer-overflow", "softmax"
+        ROW,
+        r"= size_t\(kept\) \* 16 \* kRows;",
+        "= size_t(kept) * 16;",
+        "asan",
+        "heap-buffer-overflow",
+        "sparsemax",
     ),
     "a-bound-that-kills-the-living": Plant(
         ENTMAX_FWD,
@@ -213,7 +223,7 @@ PLANTS = {
     ),
     "an-added-mask-in-another-unit": Plant(MAP_ROWS, r"A\(u\.of_mask\)", "A(1)", "plain", r"value\[", "softmax"),
     "a-pack-that-is-not-aligned": Plant(
-        MAP_ROWS, r"% of_pack\) % of_pack / bytes;", "% of_pack) * 0;", "asan", "misaligned address", "softmax"
+        MAP_ROWS, r"% of_pack\) % of_pack / bytes;", "% of_pack) * 0;", "asan", "misaligned address", "sparsemax"
     ),
     "a-sum-with-another-reference": Plant(
         "softmax/softmax_fwd.cu",

@@ -87,6 +87,7 @@ SPEC = OpSpec(
     bench_shapes=SHAPES,
     bench_args=lambda x: (),
     bench_modes={"forward": "copy", "backward": "add"},
+    bench_compiles=False,
     bench_peers=(Peer("entmax bisect", "entmax", peer("entmax_bisect")),),
     rows=lambda x: (x[:1],),
     saves_output=True,

@@ -59,15 +59,17 @@ def entmax_samples(device, dtype):
     yield Sample("largest-differences", largest)
 
 
+_GOALS = (("forward", "roof", 3.0),)
+_WIDE = (*_GOALS, ("backward", "roof", 1.5))
 SHAPES = (
     BenchShape((8, 10)),
     BenchShape((4096, 64)),
-    BenchShape((4096, 512)),
-    BenchShape((1024, 4096), torch.bfloat16),
-    BenchShape((256, 8192)),
-    BenchShape((64, 32000)),
-    BenchShape((16, 131072)),
-    BenchShape((256, 8192), scale=0.01),
+    BenchShape((4096, 512), goals=_GOALS),
+    BenchShape((1024, 4096), torch.bfloat16, goals=_GOALS),
+    BenchShape((256, 8192), goals=_WIDE),
+    BenchShape((64, 32000), goals=_WIDE),
+    BenchShape((16, 131072), goals=_WIDE),
+    BenchShape((256, 8192), scale=0.01, goals=_WIDE),
     BenchShape((16, 512, 128), label="dim 1", options={"dim": 1}),
 )
 

@@ -4,8 +4,9 @@ import functools
 
 import torch
 
+import torch_softmax_ext as tse
 from torch_softmax_ext.testing import entmax as entmax_spec
-from torch_softmax_ext.testing.spec import BenchShape, OpSpec, Random, Sample, error_case
+from torch_softmax_ext.testing.spec import BenchShape, OpSpec, Peer, Random, Sample, error_case
 
 _INF = float("inf")
 _NONE = {"reduction": "none"}
@@ -109,6 +110,17 @@ def _errors(op):
     yield error("no-target", TypeError, r"target: expected Tensor, got None", x, None)
 
 
+_GOALS = (("forward+backward", "our cross_entropy", 1.5),)
+
+
+def _peer(name, options):
+    """The entmax package's loss, of the mean."""
+    import entmax
+
+    of_rows = getattr(entmax, {"entmax_loss": "entmax_bisect_loss"}.get(name, name))
+    return lambda x, target: of_rows(x, target).mean()
+
+
 def loss_spec(op, module, alpha, **fields):
     """The specification of one of the losses."""
     return OpSpec(
@@ -124,12 +136,18 @@ def loss_spec(op, module, alpha, **fields):
         rows=lambda x, target: (x[:1], target[:1]),
         row_options={"reduction": "none"},
         bench_shapes=(
-            BenchShape((8, 10)),
-            BenchShape((4096, 64)),
-            BenchShape((1024, 32000)),
-            BenchShape((1024, 32000), torch.bfloat16),
+            BenchShape((8, 10), goals=_GOALS),
+            BenchShape((4096, 64), goals=_GOALS),
+            BenchShape((4096, 1000), goals=_GOALS),
+            BenchShape((1024, 32000), goals=_GOALS),
+            BenchShape((1024, 32000), torch.bfloat16, goals=_GOALS),
         ),
         bench_args=lambda x: (torch.arange(x.shape[0], device=x.device) % x.shape[1],),
         bench_modes={"forward+backward": "copy"},
+        bench_compiles=False,
+        bench_peers=(
+            Peer("our cross_entropy", "torch_softmax_ext", lambda options: tse.cross_entropy),
+            Peer("entmax", "entmax", functools.partial(_peer, op.__name__)),
+        ),
         **fields,
     )

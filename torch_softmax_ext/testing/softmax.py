@@ -41,20 +41,24 @@ def shapes(ours, torchs):
         return torchs(x.masked_fill(~_causal(x.shape[-1]), -_INF), -1)
 
     functions = (lambda x: ours(x, mask=_causal(x.shape[-1])), masked)
-    return (*_SHAPES, BenchShape((8, 8, 512, 512), label="causal mask", functions=functions))
+    return (*_SHAPES, BenchShape((8, 8, 512, 512), label="causal mask", functions=functions, goals=_MASKED))
 
 
+_GOALS = (("forward", "roof", 1.5), ("forward", "faster", 1.0), ("backward", "faster", 1.0))
+_MASKED = (("forward", "faster", 2.0),)
+_SHORT = (("forward", "roof", 3.0), *_GOALS[1:])
+_WIDE = (*_GOALS, ("backward", "roof", 1.5))
 _SHAPES = (
-    BenchShape((8, 10)),
-    BenchShape((4096, 64)),
-    BenchShape((4096, 64), torch.bfloat16),
-    BenchShape((4096, 512)),
-    BenchShape((1024, 4096), torch.bfloat16),
-    BenchShape((256, 32000)),
-    BenchShape((256, 32000), torch.bfloat16),
-    BenchShape((16, 131072)),
-    BenchShape((512, 4096), label="dim 0", options={"dim": 0}),
-    BenchShape((8, 64, 64, 64), label="dim 1", options={"dim": 1}),
+    BenchShape((8, 10), goals=_GOALS[1:]),
+    BenchShape((4096, 64), goals=_SHORT),
+    BenchShape((4096, 64), torch.bfloat16, goals=_SHORT),
+    BenchShape((4096, 512), goals=_GOALS),
+    BenchShape((1024, 4096), torch.bfloat16, goals=_GOALS),
+    BenchShape((256, 32000), goals=_WIDE),
+    BenchShape((256, 32000), torch.bfloat16, goals=_WIDE),
+    BenchShape((16, 131072), goals=_WIDE),
+    BenchShape((512, 4096), label="dim 0", options={"dim": 0}, goals=_GOALS[1:]),
+    BenchShape((8, 64, 64, 64), label="dim 1", options={"dim": 1}, goals=_GOALS[1:]),
 )
 
 

@@ -23,15 +23,18 @@
 namespace tse {
 
 // The sums of a row without the element that is set apart, whose weight is `most` and whose g is `of_most`.
+template <class A>
 struct ApartTotal {
-  double sum, weight, most, of_most;
+  double sum, weight;
+  A most, of_most;
 };
 struct JoinApart {
-  __device__ ApartTotal operator()(const ApartTotal& a, const ApartTotal& b) const {
+  template <class A>
+  __device__ ApartTotal<A> operator()(const ApartTotal<A>& a, const ApartTotal<A>& b) const {
     const bool is_a = a.most > b.most || (a.most == b.most && a.of_most > b.of_most);
-    const ApartTotal &larger = is_a ? a : b, &smaller = is_a ? b : a;
-    return {(a.sum + b.sum) + smaller.most * smaller.of_most, (a.weight + b.weight) + smaller.most, larger.most,
-            larger.of_most};
+    const ApartTotal<A>&larger = is_a ? a : b, &smaller = is_a ? b : a;
+    return {(a.sum + b.sum) + double(smaller.most) * double(smaller.of_most), (a.weight + b.weight) + smaller.most,
+            larger.most, larger.of_most};
   }
 };
 
@@ -127,7 +130,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
     Constant<A> constant;
     if constexpr (Gradients::kSetsApart) {
       const auto sums = own.total();
-      const ApartTotal total = {sums.sum, sums.weight, double(most), double(of_most)};
+      const ApartTotal<A> total = {sums.sum, sums.weight, most, of_most};
       constant = gradient.template constant<A>(row_reduce<kRowThreads>(total, turn, JoinApart()));
     } else {
       const auto total = own.template total<SumOf<T, kRowThreads, kVectors>>();
