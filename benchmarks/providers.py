@@ -9,11 +9,12 @@ import torch
 def providers(spec, shape, device="cpu"):
     """{name: function(input, *args)}: ours, eager, torch.compile of eager, then the installed peers."""
     eager = spec.bench_eager(shape.options) if spec.bench_eager else spec.torch_op
-    result = {"ours": functools.partial(spec.op, **shape.options), "eager": functools.partial(eager, **shape.options)}
-    if shape.functions is not None:
-        result = dict(zip(("ours", "eager"), shape.functions, strict=True))
-    if spec.bench_compiles:
-        result["compile"] = torch.compile(result["eager"], fullgraph=True, dynamic=False)
+    ours, eager = shape.functions or (functools.partial(f, **shape.options) for f in (spec.op, eager))
+    result = {"ours": ours}
+    if "eager" in spec.bench_torch:
+        result["eager"] = eager
+    if "compile" in spec.bench_torch:
+        result["compile"] = torch.compile(eager, fullgraph=True, dynamic=False)
     for peer in spec.bench_peers if shape.functions is None else ():
         with contextlib.suppress(Exception):  # a peer may fail to import for reasons of its own
             function = peer.make(shape.options) if device in peer.devices else None

@@ -67,6 +67,18 @@ def cases():
                 [normal(6, 3), normal(6, 5).softmax(1), normal(5, 3)],
                 (0, 2),
             )
+            for alpha, loss in ((2, tse.sparsemax_loss), (1.5, tse.entmax15_loss), (1.3, tse.entmax_loss)):
+                o = {"reduction": reduction} | ({"alpha": alpha} if alpha == 1.3 else {})
+                for kind, tensors in (("indices", args), ("probabilities", soft), ("image", image)):
+                    of = (0, 1) if kind == "probabilities" else (0,)
+                    yield f"{kind}-{loss.__name__}-{reduction}", lambda *t, f=loss, o=o: f(*t, **o), tensors, of
+            alphas = torch.linspace(1.1, 1.9, 6, dtype=torch.float64)[:, None]
+            yield (
+                f"alphas-{reduction}",
+                lambda x, y, a, r=reduction: tse.entmax_loss(x, y, a, reduction=r),
+                [*args, alphas],
+                (0,),
+            )
     yield "selective", tse.selective_log_softmax, [normal(6, 4, 5), classes(5, 6, 4)], (0,)
     yield (
         "entropy",
@@ -135,6 +147,7 @@ def check_errors(mesh):
         lambda: tse.cross_entropy_with_metrics(shard(x, 1), shard(target, 0)),
         lambda: tse.selective_log_softmax(shard(x, 1), shard(target, 0)),
         lambda: tse.sparsemax(shard(x, 1)),
+        lambda: tse.sparsemax_loss(shard(x, 1), shard(target, 0)),
         lambda: tse.linear_cross_entropy(shard(x, 0), shard(x, 0), shard(target, 0)),
     ):
         with pytest.raises((NotImplementedError, RuntimeError), match="that is not sharded"):

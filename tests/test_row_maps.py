@@ -96,6 +96,32 @@ def test_gradient_of_alpha_in_other_dtypes(device, dtype):
     assert (got.double() - want).abs().max() <= (1e-4 if dtype == torch.float32 else 0.05) * want.abs().max()
 
 
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_gradient_of_alphas_in_every_layout(device, dim):
+    x = torch.randn(3, 40, 7, device=device, dtype=torch.float64).transpose(0, 2) * 3
+    sizes = [s if d != dim % 3 else 1 for d, s in enumerate(x.shape)]
+    a = (0.6 + 2 * torch.rand(sizes[1:], device=device, dtype=torch.float64)).requires_grad_()
+    if dim == 0:
+        a = a.detach()[:, :1].requires_grad_()  # broadcast over the rows
+    g = torch.randn(7, 3, 40, device=device, dtype=torch.float64).transpose(1, 2)
+    (want,) = torch.autograd.grad(ENTMAX.reference(x, dim, alpha=a), a, g)
+    (got,) = torch.autograd.grad(tse.entmax(x, a, dim), a, g)
+    close(got, want, rtol=1e-7, atol=1e-9)
+
+
+def test_gradient_of_alpha_of_long_and_masked_rows(device):
+    """One long row, which threads share; -inf and a gradient of infinity outside the support."""
+    x = torch.randn(1, 100_003, device=device)
+    x[:, ::3] = -float("inf")
+    a = torch.tensor(1.3, device=device, requires_grad=True)
+    y = tse.entmax(x, a)
+    g = torch.randn_like(y).masked_fill(y == 0, float("inf"))
+    (got,) = torch.autograd.grad(y, a, g)
+    wide = a.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(ENTMAX.reference(x.double(), alpha=wide), wide, g.double().masked_fill(y == 0, 0))
+    close(got.double(), want, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.not_on_host
 @pytest.mark.parametrize("alpha", [0.7, 1.0, 1.3, 1.5])
 def test_gradcheck_of_alpha(device, alpha):

@@ -95,7 +95,7 @@ def cross_entropy(
         return _numbers.cross_entropy(_op, *split(args, _OPTIONS))
     tensors, options = split(checked(cross_entropy, args), _OPTIONS)
     if reduction == "mean" and _dtensor.is_sharded(input):
-        return _dtensor.mean(_op, tensors, options, target, class_dim=min(1, input.dim() - 1))
+        return _dtensor.mean(_op, tensors, options, target, class_dim=min(1, input.dim() - 1), weight=tensors[-1])
     return (_inplace_op if inplace_backward else _op)(*tensors, **options)
 
 

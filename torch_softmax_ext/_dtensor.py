@@ -15,6 +15,7 @@ from torch_softmax_ext._row_map import ROW_MAPS
 from torch_softmax_ext._when_imported import when_imported
 
 _ops = torch.ops.torch_softmax_ext
+ENTMAX_LOSSES: list[str] = []  # their names; their file adds them
 
 
 def is_sharded(input) -> bool:
@@ -40,9 +41,9 @@ def _mean_as_sum(target, weight, options, class_dim):
     return options, total
 
 
-def mean(op, tensors, options, target, class_dim):
-    """``op`` with reduction "mean" over the rows of all ranks. The last of ``tensors`` is the class weights."""
-    options, total = _mean_as_sum(target, tensors[-1], options, class_dim)
+def mean(op, tensors, options, target, class_dim, weight=None):
+    """``op`` with reduction "mean" over the rows of all ranks. ``weight``: the class weights, if it has any."""
+    options, total = _mean_as_sum(target, weight, options, class_dim)
     return op(*tensors, **options) / total
 
 
@@ -103,17 +104,18 @@ def _register():
             of_results, of_tensors = shard(dim)
             yield of_results, present(tensors, of_tensors)
 
-    # ---- cross_entropy: logits have one dimension more than rows: the classes, dimension 1 --------------------------
+    # ---- losses: logits have one dimension more than rows: the classes, dimension 1 ----------------------------------
 
-    def cross_entropy(results, input, target, reduction):
+    def class_loss(name, results, input, target, reduction):
         dims = [] if reduction == "mean" else [d for d in range(len(input.shape)) if d != 1 and len(input.shape) > 1]
-        refuse_sharded("cross_entropy", "input", input, 0 if len(input.shape) == 1 else 1)
+        refuse_sharded(name, "input", input, 0 if len(input.shape) == 1 else 1)
         has_classes = len(target.shape) == len(input.shape) and len(input.shape) > 1
 
         def shard(dim):
             row = Shard(dim if dim == 0 else dim - 1)
             loss = row if reduction == "none" else Partial()
             of = {"loss": loss, "stats": Shard(0), "grad_input": Shard(dim), "row": row, "accuracy": Partial("avg")}
+            of["nothing"] = Replicate()
             return [of[r] for r in results], row, Shard(dim) if has_classes else row
 
         return dims, shard
@@ -127,7 +129,7 @@ def _register():
 
         @rule(overload)
         def _(input, target, weight=None, ignore_index=-100, reduction="mean", *numbers, results=results, **options):
-            dims, shard = cross_entropy(results, input, target, reduction)
+            dims, shard = class_loss("cross_entropy", results, input, target, reduction)
 
             def placed(dim):
                 of_results, _, of_target = shard(dim)
@@ -137,7 +139,7 @@ def _register():
 
     @rule(_ops._cross_entropy_backward.default)
     def _(grad_output, grad_lse, input, target, stats, weight, ignore_index, reduction, *numbers):
-        dims, shard = cross_entropy(["grad_input"], input, target, reduction)
+        dims, shard = class_loss("cross_entropy", ["grad_input"], input, target, reduction)
 
         def placed(dim):
             results, row, of_target = shard(dim)
@@ -146,6 +148,41 @@ def _register():
 
         tensors = [grad_output, grad_lse, input, target, stats, weight]
         return list(with_rows(dims if is_by_rows(stats) else [], 1, tensors, placed))
+
+    def of_broadcast(tensors, dim, rank):
+        """The placements of tensors, or None, that broadcast to `rank` dimensions, of which `dim` is sharded."""
+        placements = []
+        for t in tensors:
+            own = -1 if t is None else dim - rank + len(t.shape)
+            placements.append(Shard(own) if own >= 0 and t.shape[own] != 1 else Replicate())
+        return placements
+
+    for name in ENTMAX_LOSSES:
+        for overload, results in (
+            (getattr(_ops, name).default, ["loss"]),
+            (getattr(_ops, f"_{name}_forward").default, ["loss", "nothing"]),
+        ):
+
+            @rule(overload)
+            def _(input, target, ignore_index=-100, reduction="mean", *alpha, name=name, results=results):
+                dims, shard = class_loss(name, results, input, target, reduction)
+
+                def placed(dim):
+                    of_results, _, of_target = shard(dim)
+                    return of_results, [Shard(dim), of_target, *of_broadcast(alpha[1:], dim, len(input.shape))]
+
+                return list(with_rows(dims, len(results), [input, target, *alpha[1:]], placed))
+
+        @rule(getattr(_ops, f"_{name}_backward").default)
+        def _(grad_output, input, target, ignore_index, reduction, *alpha, name=name):
+            dims, shard = class_loss(name, ["grad_input"], input, target, reduction)
+
+            def placed(dim):
+                results, row, of_target = shard(dim)
+                of_grad = row if reduction == "none" else Replicate()
+                return results, [of_grad, Shard(dim), of_target, *of_broadcast(alpha[1:], dim, len(input.shape))]
+
+            return list(with_rows(dims, 1, [grad_output, input, target, *alpha[1:]], placed))
 
     # ---- linear_cross_entropy: the gradients of weight and bias are partial sums ------------------------------------
 
@@ -222,11 +259,7 @@ def _register():
             refuse_sharded(name, "input", tensor, dim % max(1, rank), what="the result that sums to 1")
 
         def placed(d):
-            of_broadcast = []
-            for t in broadcast:
-                own = -1 if t is None else d - rank + len(t.shape)
-                of_broadcast.append(Shard(own) if own >= 0 and t.shape[own] != 1 else Replicate())
-            return [Shard(d)], [Shard(d)] * len(tensors) + of_broadcast
+            return [Shard(d)], [Shard(d)] * len(tensors) + of_broadcast(broadcast, d, rank)
 
         return list(with_rows([d for d in range(rank) if d != dim % rank], 1, [*tensors, *broadcast], placed))
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from torch_softmax_ext import _C
+from torch_softmax_ext import _C, _dtensor
 from torch_softmax_ext._options import FunctionModule, checked, documented
 from torch_softmax_ext._vmap import batch_as_rows
 
@@ -31,7 +31,8 @@ _documented = documented(arguments=_ARGUMENTS, options=_OPTIONS, result=_RESULT,
 
 
 def _loss(function):
-    """The body of a public loss. Also registers the rule of torch.func.vmap."""
+    """The body of a public loss. Also registers the rules of torch.func.vmap and of DTensor."""
+    _dtensor.ENTMAX_LOSSES.append(function.__name__)
     op = getattr(torch.ops.torch_softmax_ext, function.__name__).default
     short_way = getattr(_C, function.__name__)  # plain tensors only, else NotImplemented
 
@@ -48,6 +49,15 @@ def _loss(function):
         if not is_compiling():
             input, target, *alpha, ignore_index, reduction = checked(
                 function, (input, target, *alpha, ignore_index, reduction)
+            )
+        if reduction == "mean" and _dtensor.is_sharded(input):
+            options = {"ignore_index": ignore_index, "reduction": reduction}
+            return _dtensor.mean(
+                lambda ignore_index, reduction: op(*arguments(input, target, ignore_index, reduction, *alpha)),
+                (),
+                options,
+                target,
+                class_dim=min(1, input.dim() - 1),
             )
         return op(*arguments(input, target, ignore_index, reduction, *alpha))
 

@@ -102,7 +102,7 @@ def linear_cross_entropy(
         return _numbers.linear_cross_entropy(_op, *split(args, _OPTIONS))
     tensors, options = split(checked(linear_cross_entropy, args), _OPTIONS)
     if reduction == "mean" and _dtensor.is_sharded(input):
-        return _dtensor.mean(_op, tensors, options, target, class_dim=-1)
+        return _dtensor.mean(_op, tensors, options, target, class_dim=-1, weight=tensors[-1])
     return _op(*tensors, **options)
 
 

@@ -2,6 +2,8 @@
 #include "entmax/entmax.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/WrapDimUtils.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/expm1.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/log.h>
@@ -87,8 +89,39 @@ struct Entmax : Compositions<Entmax> {
   static constexpr ForwardKernels kForward = {fwd_rows_of_alpha, nullptr, launch_prepared_entmax_fwd};
   static constexpr RowMapKernels kBackward = {bwd_rows_of_alpha, launch_entmax_bwd};
 
-  // With L = log p, r = p L² φ(-c L), φ(t) = (e^t - 1 - t) / t², and s = p^(2 - alpha): dp/d alpha = s Σ r / Σ s - r.
+  // Of row_alpha.
   static at::Tensor alpha_gradient(const at::Tensor& grad_output, const at::Tensor& output, const Options& o) {
+    const bool is_fused = !at::GradMode::is_enabled() && is_plain_cpu(grad_output) && is_plain_cpu(output) &&
+                          output.numel() > 0 && is_plain(*o.row_alpha);
+    const at::Tensor of_rows =
+        is_fused ? fused_alpha_gradient(grad_output, output, o) : composed_alpha_gradient(grad_output, output, o);
+    return at::sum_to(of_rows, o.row_alpha->sym_sizes()).to(o.row_alpha->options());
+  }
+
+  static at::Tensor fused_alpha_gradient(const at::Tensor& grad_output, const at::Tensor& output, const Options& o) {
+    const auto type = o.is_double() ? at::kDouble : accumulate_type(output.scalar_type());
+    const int64_t dim = at::maybe_wrap_dim(o.dim, output.dim());
+    const auto contiguous_rows = [&](const at::Tensor& t) {
+      return t.dim() == 0 ? t.to(type) : t.movedim(dim, -1).to(type).contiguous();
+    };
+    const at::Tensor p = contiguous_rows(output), g = contiguous_rows(grad_output);
+    auto sizes = output.sizes().vec();
+    if (!sizes.empty()) sizes[dim] = 1;
+    const at::Tensor of_rows = at::empty(sizes, p.options().dtype(at::kDouble));
+    const NumbersOfRows alpha(o.alpha, o.row_alpha, output, dim);
+    RowMapParams params{};
+    params.dtype = dtype_of(p);
+    params.output_rows = params.grad_output_rows = *try_rows(p, p.dim() - 1);
+    params.output = const_cast<void*>(p.const_data_ptr());
+    params.grad_output = g.const_data_ptr();
+    params.grad_input = of_rows.mutable_data_ptr();
+    params.alpha = alpha.numbers;
+    parallel_rows(params, params.output_rows, /*contiguous=*/true, alpha_bwd_rows);
+    return of_rows;
+  }
+
+  // With L = log p, r = p L² φ(-c L), φ(t) = (e^t - 1 - t) / t², and s = p^(2 - alpha): dp/d alpha = s Σ r / Σ s - r.
+  static at::Tensor composed_alpha_gradient(const at::Tensor& grad_output, const at::Tensor& output, const Options& o) {
     const auto type = accumulate_type(output.scalar_type());
     const at::Tensor p = output.to(type), g = grad_output.to(type), c = c_of(p, o), outside = p <= 0;
     const at::Tensor log_p = at::log(p.masked_fill(outside, 1)), t = -c * log_p;
@@ -100,8 +133,7 @@ struct Entmax : Compositions<Entmax> {
     phi = at::where(is_small, phi, (at::expm1(large) - large) / (large * large));
     const at::Tensor r = p * log_p * log_p * phi, s = weights(p, c), sum = s.sum(o.dim, /*keepdim=*/true);
     const at::Tensor mean = (s * g).sum(o.dim, /*keepdim=*/true) / sum.masked_fill(sum == 0, 1);
-    const at::Tensor of_rows = -(r * (g - mean)).masked_fill(outside, 0).sum(o.dim, /*keepdim=*/true);
-    return at::sum_to(of_rows, o.row_alpha->sym_sizes()).to(o.row_alpha->options());
+    return -(r * (g - mean)).masked_fill(outside, 0).sum(o.dim, /*keepdim=*/true);
   }
 };
 

@@ -12,6 +12,8 @@ void entmax_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end);
 void entmax_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end);
 void fwd_rows_of_alpha(const RowMapParams& p, int64_t begin, int64_t end);
 void bwd_rows_of_alpha(const RowMapParams& p, int64_t begin, int64_t end);
+// The gradient of each row's alpha, of float32 or float64 rows that are contiguous. grad_input: (rows), float64.
+void alpha_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end);
 
 // CUDA: all rows, on `stream`, no synchronisation.
 TSE_CUDA void launch_entmax15_fwd(const RowMapParams& p, cudaStream_t stream);

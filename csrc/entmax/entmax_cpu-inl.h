@@ -242,6 +242,28 @@ void bwd_rows_by(const RowMapParams& p, int64_t begin, int64_t end) {
   });
 }
 
+// dp/d alpha = s Σ r / Σ s - r, where s is the weight of p and r its alpha_term.
+template <class T>
+void alpha_bwd(const RowMapParams& p, int64_t begin, int64_t end) {
+  using V = Vec<T>;
+  const int64_t n = p.output_rows.n;
+  const Policies<T, AnyAlpha<T>> policies{p, n};
+  with_team(p.share_row, [&](auto team) {
+    for (int64_t i = begin; i < end; ++i) {
+      const T* const output = static_cast<const T*>(p.output) + row_offset(p.output_rows, i);
+      const T* const g = static_cast<const T*>(p.grad_output) + row_offset(p.grad_output_rows, i);
+      const auto policy = policies.of_row(i);
+      const auto mean = weighted_mean(team, output, g, n, [&](V v) { return policy.weight(v); });
+      const V hi = splat<V>(mean.hi), lo = splat<V>(mean.lo);
+      const auto term = [&](V pv, V gv) {
+        const V r = policy.alpha_term(pv);
+        return chosen(r != V{}, r * ((gv - hi) - lo));
+      };
+      static_cast<double*>(p.grad_input)[i] = -sum_row(team, n, term, output, g);
+    }
+  });
+}
+
 template <class T>
 void entmax15_fwd(const RowMapParams& p, int64_t begin, int64_t end) {
   fwd_rows_by<T, Entmax15<T>>(p, begin, end);
@@ -265,5 +287,8 @@ void entmax_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
 void entmax_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
   p.dtype == DType::kFloat64 ? bwd_rows_by<double, AnyAlpha<double>>(p, begin, end)
                              : bwd_rows_by<float, AnyAlpha<float>>(p, begin, end);
+}
+void alpha_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end) {
+  p.dtype == DType::kFloat64 ? alpha_bwd<double>(p, begin, end) : alpha_bwd<float>(p, begin, end);
 }
 #endif

@@ -9,6 +9,7 @@ TSE_ROWS(entmax15_fwd_rows, RowMapParams)
 TSE_ROWS(entmax15_bwd_rows, RowMapParams)
 TSE_ROWS(entmax_fwd_rows, RowMapParams)
 TSE_ROWS(entmax_bwd_rows, RowMapParams)
+TSE_ROWS(alpha_bwd_rows, RowMapParams)
 
 namespace tse {
 namespace {

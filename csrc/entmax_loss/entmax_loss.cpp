@@ -186,11 +186,13 @@ struct LossRows {
   NumbersOfRows alpha;
   EntmaxLossParams p{};
 
-  LossRows(const char* op, const at::Tensor& input, const at::Tensor& target_, const LossOptions& o, bool has_gradient)
-      : op(op), x(as_rows(input, class_dim(input))), alpha(o.alpha, o.row_alpha, input, class_dim(input)) {
+  template <class Options>
+  LossRows(const at::Tensor& input, const at::Tensor& target_, const Options& o, bool has_gradient)
+      : op(Options::kName), x(as_rows(input, class_dim(input))), alpha(o.alpha, o.row_alpha, input, class_dim(input)) {
     const int64_t dim = class_dim(input);
     const bool on_cuda = use_cuda(input);
     const bool is_double = input.scalar_type() == at::kDouble || (!on_cuda && is_steep(o.alpha, o.row_alpha));
+    p.name = Options::kParamsName;
     p.map.dtype = is_double ? DType::kFloat64 : DType::kFloat32;
     p.map.rows = x.rows;
     p.map.input = x.tensor.const_data_ptr();
@@ -256,10 +258,9 @@ struct EntmaxLoss {
     const at::Tensor stats = at::empty({0}, type);  // backward computes again what it needs
     if (input.is_meta()) return {reduces ? at::empty({}, type) : at::empty_symint(sizes, type), stats, {}};
     if (use_cuda(input) && input.numel() == 0) return {composed_loss(input, target, o), stats, {}};
-    LossRows rows(Options::kName, input, target, o, !use_cuda(input) && guess.has_value());
+    LossRows rows(input, target, o, !use_cuda(input) && guess.has_value());
     const at::Tensor row_loss = at::empty_symint(sizes, type.dtype(rows.type()));
     if (input.numel() == 0) row_loss.zero_();
-    rows.p.name = Options::kParamsName;
     rows.p.row_loss = row_loss.mutable_data_ptr();
     const double g = guess.value_or(0);
     const float g32 = float(g);
@@ -290,11 +291,10 @@ struct EntmaxLoss {
                  o.reduction == "none" ? c10::SymIntArrayRef(sizes) : c10::SymIntArrayRef());
     if (input.is_meta() || input.numel() == 0) return at::empty_like(input);
     const c10::OptionalDeviceGuard guard(input.device());
-    LossRows rows(Options::kName, input, target, o, /*has_gradient=*/true);
+    LossRows rows(input, target, o, /*has_gradient=*/true);
     const bool divides = use_cuda(input) && o.reduction == "mean";
     const at::Tensor g =
         (divides ? grad_output / counted_rows(input, target, o) : grad_output).to(rows.type()).contiguous();
-    rows.p.name = Options::kParamsName;
     rows.p.grad_output = g.const_data_ptr();
     rows.p.grad_output_stride = o.reduction == "none" ? 1 : 0;
     rows.run();

@@ -1,6 +1,7 @@
 // Rows of the losses of sparsemax and entmax on the CPU. [per ISA]
 //
-// The map runs on a few rows at a time; from its probabilities, which stay in cache, come loss and gradient.
+// The map runs on a few rows at a time; from its probabilities, which stay in cache, come loss and gradient: of short
+// rows together, one in each lane, of others row by row.
 #if defined(TSE_ENTMAX_LOSS_CPU_INL_H) == defined(TSE_ISA_TOGGLE)
 #ifdef TSE_ENTMAX_LOSS_CPU_INL_H
 #undef TSE_ENTMAX_LOSS_CPU_INL_H
@@ -39,12 +40,36 @@ struct Surprise {
   }
 };
 
+// Rows with their probabilities, a few at a time.
 template <class A>
-struct LossRow {
+struct LossTile {
+  const EntmaxLossParams& params;
+  int64_t first, n;  // the first row of the call, elements of a row
   const A* x;
   A* p;  // probabilities; may be overwritten
-  const A* y;  // a distribution, or nullptr
-  int64_t n, own;  // own: the target's class, -1 with a distribution
+  const A* y;  // distributions, or nullptr
+  A* out;  // gradients, or nullptr
+  Rows x_rows, p_rows, y_rows, out_rows;
+
+  bool has_distribution() const { return params.target == nullptr; }
+  // The target's class, -1 with a distribution.
+  int64_t own(int64_t i) const {
+    if (has_distribution()) return -1;
+    return params.target_is_int32 ? static_cast<const int32_t*>(params.target)[first + i]
+                                  : static_cast<const int64_t*>(params.target)[first + i];
+  }
+  bool counts(int64_t own) const { return has_distribution() || own != params.ignore_index; }
+  A gradient(int64_t i) const {
+    const A g = static_cast<const A*>(params.grad_output)[(first + i) * params.grad_output_stride];
+    return A(double(g) / params.divisor);
+  }
+  void put_loss(int64_t i, double loss) const {
+    if (params.row_loss != nullptr) static_cast<A*>(params.row_loss)[first + i] = A(loss);
+  }
+  const A* x_of(int64_t i) const { return x + i * x_rows.stride_inner; }
+  A* p_of(int64_t i) const { return p + i * p_rows.stride_inner; }
+  const A* y_of(int64_t i) const { return y + i * y_rows.stride_inner; }
+  A* out_of(int64_t i) const { return out + i * out_rows.stride_inner; }
 };
 
 // Σ of t, of t (x - r) and of t w(t), for the probabilities or the distribution t.
@@ -73,47 +98,123 @@ template <class A, class Team>
   });
 }
 
-// The loss of a row, from its probabilities; overwrites that of the own class by 0. others: Σ p without it.
-template <class A, class Team>
-inline double row_loss(Team team, const LossRow<A>& row, double alpha, double* others) {
-  const Surprise<A> surprise(alpha);
-  const bool has_class = row.own >= 0;
-  const A own_p = has_class ? std::exchange(row.p[row.own], A(0)) : A(0);
-  const A r = has_class ? row.x[row.own] : block_max(row.x, row.n);
-  const LossSums p = loss_sums(team, row.p, row.x, row.n, r, surprise);
-  *others = p.mass;
-  const double own_mass = double(own_p), mass = p.mass + own_mass;
+// The loss of a row from the sums of its probabilities without the own class, which has the probability `own` and the
+// surprise `own_w`; of_y: the sums of a distribution, or nullptr. r: the logit that sums are relative to.
+inline double loss_of(const LossSums& of_p, double own, double own_w, double r, const LossSums* of_y, double alpha) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  const double mass = of_p.mass + own;
   if (!(mass > 0)) return std::numeric_limits<double>::quiet_NaN();  // of -inf alone, or with NaN
-  const double infinity = std::numeric_limits<double>::infinity();
-  if (r == -std::numeric_limits<A>::infinity() || p.linear == infinity) return infinity;
-  const double sum = p.surprise + own_mass * double(surprise.of(own_p));
+  if (r == -kInfinity || of_p.linear == kInfinity) return kInfinity;
+  const double sum = of_p.surprise + own * own_w;
   // w + (x - r) is the same number on the support: what a rounding of Σ p is worth.
-  const double level = p.linear + sum;
-  double loss = p.linear + sum / alpha - (mass - 1) * (level - 1 / alpha);
-  if (!has_class) {
-    const LossSums y = loss_sums(team, row.y, row.x, row.n, r, surprise);
-    loss += level * (y.mass - 1) - y.linear - y.surprise / alpha;
-  }
+  const double level = of_p.linear + sum;
+  double loss = of_p.linear + sum / alpha - (mass - 1) * (level - 1 / alpha);
+  if (of_y != nullptr) loss += level * (of_y->mass - 1) - of_y->linear - of_y->surprise / alpha;
   return loss < 0 ? 0 : loss;  // NaN stays
 }
 
-// out = g (p - y); the own class's is g times what its probability lacks to 1.
+// ---- row ------------------------------------------------------------------------------------------------------------
+
+// Loss and gradient g (p - y) of row i; the gradient of the own class is g times what its probability lacks to 1.
 template <class A, class Team>
-inline void write_gradient(Team team, const LossRow<A>& row, A* out, double g, double others) {
+inline void loss_row(Team team, const LossTile<A>& tile, int64_t i, double alpha) {
   using V = Vec<A>;
-  const V factor = splat<V>(A(g));
-  for_parts(team, row.n, kSumBlock, [&](int64_t begin, int64_t end) {
-    const A *p = row.p + begin, *y = row.y + begin;
-    if (row.y == nullptr) map_row(out + begin, end - begin, [&](V pv) { return pv * factor; }, p);
-    else map_row(out + begin, end - begin, [&](V pv, V yv) { return (pv - yv) * factor; }, p, y);
+  const int64_t n = tile.n, own = tile.own(i);
+  const A *const x = tile.x_of(i), *const y = tile.y_of(i);
+  A* const p = tile.p_of(i);
+  if (!tile.counts(own)) {
+    tile.put_loss(i, 0);
+    if (tile.out != nullptr) std::fill_n(tile.out_of(i), n, A(0));
+    return;
+  }
+  const Surprise<A> surprise(alpha);
+  const bool has_class = own >= 0;
+  const A own_p = has_class ? std::exchange(p[own], A(0)) : A(0);
+  const A r = has_class ? x[own] : block_max(x, n);
+  const LossSums of_p = loss_sums(team, p, x, n, r, surprise);
+  const LossSums of_y = has_class ? LossSums{} : loss_sums(team, y, x, n, r, surprise);
+  tile.put_loss(i, loss_of(of_p, own_p, surprise.of(own_p), r, has_class ? nullptr : &of_y, alpha));
+  if (tile.out == nullptr) return;
+  A* const out = tile.out_of(i);
+  const A g = tile.gradient(i);
+  const V factor = splat<V>(g);
+  for_parts(team, n, kSumBlock, [&](int64_t begin, int64_t end) {
+    if (has_class) map_row(out + begin, end - begin, [&](V pv) { return pv * factor; }, p + begin);
+    else map_row(out + begin, end - begin, [&](V pv, V yv) { return (pv - yv) * factor; }, p + begin, y + begin);
   });
-  if (row.own >= 0) out[row.own] = A(-others * g);
+  if (has_class) out[own] = A(-of_p.mass * double(g));
 }
+
+// ---- lanes ----------------------------------------------------------------------------------------------------------
+
+// As loss_sums, of the rows in the lanes.
+template <class A>
+struct LaneSums {
+  Vec<A> mass = {}, linear = {}, surprise = {};
+  LossSums of(int i) const { return {double(mass[i]), double(linear[i]), double(surprise[i])}; }
+};
+template <class A>
+[[gnu::flatten]] inline LaneSums<A> lane_sums(const Vec<A>* t, const Vec<A>* x, int64_t n, Vec<A> r,
+                                              const Surprise<A>& surprise) {
+  using V = Vec<A>;
+  LaneSums<A> sums[2];
+  for (int64_t c = 0; c < n; ++c) {
+    const V v = t[c];
+    if (mask_above(v, A(0)) == 0) continue;
+    LaneSums<A>& s = sums[c % 2];
+    s.mass += v, s.surprise += v * surprise.of(v);
+    s.linear += v == V{} ? V{} : v * (x[c] - r);
+  }
+  return {sums[0].mass + sums[1].mass, sums[0].linear + sums[1].linear, sums[0].surprise + sums[1].surprise};
+}
+
+// Of rows [begin, begin + count), one in each lane.
+template <class A>
+inline void loss_lanes(const LossTile<A>& tile, int64_t begin, int64_t count, double alpha) {
+  using V = Vec<A>;
+  constexpr A kLow = -std::numeric_limits<A>::infinity();
+  const int64_t n = tile.n;
+  const bool has_distribution = tile.has_distribution();
+  const Surprise<A> surprise(alpha);
+  V x[kMostInLanes], p[kMostInLanes], y[kMostInLanes], own_p = {}, r = has_distribution ? splat<V>(kLow) : V{}, g = {};
+  int64_t own[Accumulate<A>::kLanes];
+  for (int64_t k = 0; k < count; ++k) {
+    own[k] = tile.own(begin + k);
+    if (tile.out != nullptr) g[k] = tile.gradient(begin + k);
+    if (has_distribution || !tile.counts(own[k])) continue;
+    own_p[k] = std::exchange(tile.p_of(begin + k)[own[k]], A(0));
+    r[k] = tile.x_of(begin + k)[own[k]];
+  }
+  load_lanes(tile.x_of(begin), tile.x_rows, n, count, x);
+  load_lanes(tile.p_of(begin), tile.p_rows, n, count, p);
+  if (has_distribution) load_lanes(tile.y_of(begin), tile.y_rows, n, count, y);
+  for (int64_t c = 0; has_distribution && c < n; ++c) r = vmax(x[c], r);
+  const LaneSums<A> of_p = lane_sums(p, x, n, r, surprise);
+  const LaneSums<A> of_y = has_distribution ? lane_sums(y, x, n, r, surprise) : LaneSums<A>{};
+  const V own_w = surprise.of(own_p);
+  for (int64_t k = 0; k < count; ++k) {
+    const LossSums y_sums = of_y.of(k);
+    const double loss = loss_of(of_p.of(k), own_p[k], own_w[k], r[k], has_distribution ? &y_sums : nullptr, alpha);
+    tile.put_loss(begin + k, tile.counts(own[k]) ? loss : 0);
+  }
+  if (tile.out == nullptr) return;
+  for (int64_t c = 0; c < n; ++c) p[c] = (has_distribution ? p[c] - y[c] : p[c]) * g;
+  store_lanes(tile.out_of(begin), tile.out_rows, n, count, p);
+  for (int64_t k = 0; k < count; ++k) {
+    A* const out = tile.out_of(begin + k);
+    if (!tile.counts(own[k])) std::fill_n(out, n, A(0));
+    else if (!has_distribution) out[own[k]] = A(-double(of_p.mass[k]) * double(g[k]));
+  }
+}
+
+// ---- all rows -------------------------------------------------------------------------------------------------------
 
 template <class A>
 inline void loss_rows(const EntmaxLossParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t kLanes = Accumulate<A>::kLanes;
   const int64_t n = p.map.rows.n, most = std::min(p.map.rows.inner, end - begin);
   const bool has_gradient = p.map.grad_input != nullptr, has_distribution = p.target == nullptr;
+  const bool by_lanes = n <= kMostInLanes && p.map.alpha.each == nullptr;
   const StagedRows<A> x(p.map.input, p.map.rows, p.dtype, most);
   const StagedRows<A> y(p.distribution, p.distribution_rows, p.dtype, most);
   const StagedRows<A> out(p.map.grad_input, p.map.grad_input_rows, p.dtype, most);
@@ -129,24 +230,16 @@ inline void loss_rows(const EntmaxLossParams& p, int64_t begin, int64_t end) {
     map.first_row = first;
     map.share_row = p.share_row;
     p.probabilities(map, 0, count);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = first + i;
-      const int64_t target = has_distribution    ? -1
-                             : p.target_is_int32 ? static_cast<const int32_t*>(p.target)[row]
-                                                 : static_cast<const int64_t*>(p.target)[row];
-      const bool counts = has_distribution || target != p.ignore_index;
-      const LossRow<A> r = {
-          x.first(first) + i * map.rows.stride_inner, probabilities.first() + i * probabilities.stride,
-          has_distribution ? y.first(first) + i * y.shape(count).stride_inner : nullptr, n, counts ? target : -1};
-      A* const to = has_gradient ? out.first(first) + i * out.shape(count).stride_inner : nullptr;
+    LossTile<A> tile = {p, first, n, x.first(first), probabilities.first()};
+    tile.x_rows = map.rows;
+    tile.p_rows = map.output_rows;
+    if (has_distribution) tile.y = y.first(first), tile.y_rows = y.shape(count);
+    if (has_gradient) tile.out = out.first(first), tile.out_rows = out.shape(count);
+    if (by_lanes) {
+      for (int64_t i = 0; i < count; i += kLanes) loss_lanes(tile, i, std::min(kLanes, count - i), p.map.alpha.same);
+    } else {
       with_team(p.share_row, [&](auto team) {
-        double others = 0;
-        const double loss = counts ? row_loss(team, r, p.map.alpha(row), &others) : 0;
-        if (p.row_loss != nullptr) static_cast<A*>(p.row_loss)[row] = A(loss);
-        if (!has_gradient) return;
-        if (!counts) return void(std::fill_n(to, n, A(0)));
-        const double g = double(static_cast<const A*>(p.grad_output)[row * p.grad_output_stride]);
-        write_gradient(team, r, to, double(A(g / p.divisor)), others);
+        for (int64_t i = 0; i < count; ++i) loss_row(team, tile, i, p.map.alpha(first + i));
       });
     }
     if (has_gradient) out.write(first, count);

@@ -144,7 +144,7 @@ def loss_spec(op, module, alpha, **fields):
         ),
         bench_args=lambda x: (torch.arange(x.shape[0], device=x.device) % x.shape[1],),
         bench_modes={"forward+backward": "copy"},
-        bench_compiles=False,
+        bench_torch=(),
         bench_peers=(
             Peer("our cross_entropy", "torch_softmax_ext", lambda options: tse.cross_entropy),
             Peer("entmax", "entmax", functools.partial(_peer, op.__name__)),

@@ -129,7 +129,8 @@ class OpSpec:
     bench_modes: dict[str, str]  # what is measured, each with the roof (benchmarks/providers.py) of its bytes
     bench_bytes: Callable = lambda x, *args: x.nbytes  # of the logits
     bench_eager: Callable | None = None  # (options) -> what a user has today, in input's dtype; None: torch_op
-    bench_compiles: bool = True  # False: torch.compile has nothing to fuse in it, or takes minutes
+    # What is measured of torch's ways. Not compile: there is nothing to fuse. Neither: a peer is what a user has today.
+    bench_torch: tuple[str, ...] = ("eager", "compile")
     bench_peers: tuple[Peer, ...] = ()
     bench_roofs: Callable | None = None  # (input, *args) -> {name: function}; None: read, copy and add
     bench_gates: dict[str, float] = field(default_factory=dict)  # mode -> most new / old: benchmarks/compare.py

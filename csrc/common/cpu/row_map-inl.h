@@ -30,11 +30,15 @@ inline void for_each_backward_row(const RowMapParams& p, int64_t begin, int64_t 
                RowAt<const T>{static_cast<const T*>(p.grad_output), p.grad_output_rows});
 }
 
-// The gradient of every map but log-softmax: s (g - mean), mean = Σ s g / Σ s, where s = weight(p) is p^(2 - alpha) on
-// the support. Where one s is nearly the sum of all, its g is nearly the mean, and the difference would be rounding:
-// the mean is then the sum of two numbers, the second one the mean of what is left of g.
+// Σ s g / Σ s of a row, s = weight(p). Where one s is nearly the sum of all, its g is nearly the mean, and the
+// difference of the two would be rounding: the mean is then the sum of two numbers, the second one the mean of what is
+// left of g.
+template <class A>
+struct Mean {
+  A hi, lo;
+};
 template <class T, class Team, class Weight>
-inline void weighted_bwd_row(Team team, T* out, const T* p, const T* g, int64_t n, const Weight& weight) {
+inline Mean<Acc<T>> weighted_mean(Team team, const T* p, const T* g, int64_t n, const Weight& weight) {
   using A = Acc<T>;
   using V = Vec<T>;
   struct Sums {
@@ -60,8 +64,16 @@ inline void weighted_bwd_row(Team team, T* out, const T* p, const T* g, int64_t 
   };
   const auto mean_of = [](const Sums& s) { return A(s.of_weights == 0 ? 0 : s.of_g / s.of_weights); };
   const Sums sums = sums_about(A(0));
-  const A mean = mean_of(sums), rest = sums.largest > sums.of_weights * (63.0 / 64) ? mean_of(sums_about(mean)) : A(0);
-  const V hi = splat<V>(mean), lo = splat<V>(rest);
+  const A mean = mean_of(sums);
+  return {mean, sums.largest > sums.of_weights * (63.0 / 64) ? mean_of(sums_about(mean)) : A(0)};
+}
+
+// The gradient of every map but log-softmax: s (g - mean), where s = weight(p) is p^(2 - alpha) on the support.
+template <class T, class Team, class Weight>
+inline void weighted_bwd_row(Team team, T* out, const T* p, const T* g, int64_t n, const Weight& weight) {
+  using V = Vec<T>;
+  const auto mean = weighted_mean(team, p, g, n, weight);
+  const V hi = splat<V>(mean.hi), lo = splat<V>(mean.lo);
   for_parts(team, n, kSumBlock, [&](int64_t begin, int64_t end) {
     const auto gradient = [&](V pv, V gv) {
       const V s = weight(pv);
