@@ -111,5 +111,5 @@ def test_eager_takes_the_options_of_every_row():
         small = dataclasses.replace(shape, shape=tuple(min(size, 8) for size in shape.shape))
         x, args = rows.tensors_of(spec, small)
         functions = providers.providers(spec, small)
-        for provider in ("ours", "eager"):
+        for provider in {"ours", "eager"} & functions.keys():
             functions[provider](x, *args)

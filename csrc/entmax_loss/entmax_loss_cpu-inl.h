@@ -72,43 +72,74 @@ struct LossTile {
   A* out_of(int64_t i) const { return out + i * out_rows.stride_inner; }
 };
 
-// Σ of t, of t (x - r) and of t w(t), for the probabilities or the distribution t.
+// Σ p and Σ p (x - r) of a row, its largest p and its largest x.
 struct LossSums {
+  double mass, linear, largest_p, largest_x;
+};
+template <class A, class Team>
+inline LossSums loss_sums(Team team, const A* p, const A* x, int64_t n, A r) {
+  using V = Vec<A>;
+  const V reference = splat<V>(r), low = splat<V>(-std::numeric_limits<A>::infinity());
+  const auto of_block = [&](int64_t begin, int64_t end) {
+    V mass[2] = {}, linear[2] = {}, largest_p[2] = {}, largest_x[2] = {low, low};
+    const auto add = [&](int k, V v, V logit) {
+      mass[k] += v;
+      linear[k] += v == V{} ? V{} : v * (logit - reference);  // of a logit of -inf, too
+      largest_p[k] = vmax(v, largest_p[k]);
+      largest_x[k] = vmax(v == V{} ? low : logit, largest_x[k]);
+    };
+    const auto add_pair = [&](int, int64_t, auto v, auto logit) { add(0, v.a, logit.a), add(1, v.b, logit.b); };
+    for_pairs<2>(end - begin, A(0), add_pair, p + begin, x + begin);
+    return LossSums{double(reduce_add(mass[0] + mass[1])), double(reduce_add(linear[0] + linear[1])),
+                    double(reduce_max(vmax(largest_p[0], largest_p[1]))),
+                    double(reduce_max(vmax(largest_x[0], largest_x[1])))};
+  };
+  return reduce_row(team, n, kSumBlock, LossSums{}, of_block, [](const LossSums& a, const LossSums& b) {
+    return LossSums{a.mass + b.mass, a.linear + b.linear, std::max(a.largest_p, b.largest_p),
+                    std::max(a.largest_x, b.largest_x)};
+  });
+}
+
+// Σ y, Σ y (x - r) and Σ y w(y) of a distribution.
+struct TargetSums {
   double mass, linear, surprise;
 };
 template <class A, class Team>
-[[gnu::flatten]] inline LossSums loss_sums(Team team, const A* t, const A* x, int64_t n, A r,
-                                           const Surprise<A>& surprise) {
+[[gnu::flatten]] inline TargetSums target_sums(Team team, const A* y, const A* x, int64_t n, A r,
+                                               const Surprise<A>& surprise) {
   using V = Vec<A>;
   const V reference = splat<V>(r);
   const auto of_block = [&](int64_t begin, int64_t end) {
     V mass[2] = {}, linear[2] = {}, weighted[2] = {};
     const auto add = [&](int k, V v, V logit) {
-      if (mask_above(v, A(0)) == 0) return;  // NaN is above
       mass[k] += v, weighted[k] += v * surprise.of(v);
-      linear[k] += v == V{} ? V{} : v * (logit - reference);  // of a logit of -inf, too
+      linear[k] += v == V{} ? V{} : v * (logit - reference);
     };
     const auto add_pair = [&](int, int64_t, auto v, auto logit) { add(0, v.a, logit.a), add(1, v.b, logit.b); };
-    for_pairs<2>(end - begin, A(0), add_pair, t + begin, x + begin);
-    return LossSums{double(reduce_add(mass[0] + mass[1])), double(reduce_add(linear[0] + linear[1])),
-                    double(reduce_add(weighted[0] + weighted[1]))};
+    for_pairs<2>(end - begin, A(0), add_pair, y + begin, x + begin);
+    return TargetSums{double(reduce_add(mass[0] + mass[1])), double(reduce_add(linear[0] + linear[1])),
+                      double(reduce_add(weighted[0] + weighted[1]))};
   };
-  return reduce_row(team, n, kSumBlock, LossSums{0, 0, 0}, of_block, [](const LossSums& a, const LossSums& b) {
-    return LossSums{a.mass + b.mass, a.linear + b.linear, a.surprise + b.surprise};
+  return reduce_row(team, n, kSumBlock, TargetSums{}, of_block, [](const TargetSums& a, const TargetSums& b) {
+    return TargetSums{a.mass + b.mass, a.linear + b.linear, a.surprise + b.surprise};
   });
 }
 
-// The loss of a row from the sums of its probabilities without the own class, which has the probability `own` and the
-// surprise `own_w`; of_y: the sums of a distribution, or nullptr. r: the logit that sums are relative to.
-inline double loss_of(const LossSums& of_p, double own, double own_w, double r, const LossSums* of_y, double alpha) {
+// The loss of a row from the sums of its probabilities without the own class, whose probability is `own`; of_y: the
+// sums of a distribution, or nullptr. r: the logit that sums are relative to.
+template <class A>
+inline double loss_of(const LossSums& of_p, A own, A r, const TargetSums* of_y, double alpha,
+                      const Surprise<A>& surprise) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  const double mass = of_p.mass + own;
+  const double mass = of_p.mass + double(own);
   if (!(mass > 0)) return std::numeric_limits<double>::quiet_NaN();  // of -inf alone, or with NaN
-  if (r == -kInfinity || of_p.linear == kInfinity) return kInfinity;
-  const double sum = of_p.surprise + own * own_w;
-  // w + (x - r) is the same number on the support: what a rounding of Σ p is worth.
-  const double level = of_p.linear + sum;
-  double loss = of_p.linear + sum / alpha - (mass - 1) * (level - 1 / alpha);
+  if (double(r) == -kInfinity || of_p.linear == kInfinity) return kInfinity;
+  // w(p) + (x - r) is the same number on the support, which makes Σ p w(p) of the other sums.
+  const bool own_is_largest = double(own) >= of_p.largest_p;
+  const double level =
+      double(surprise.of(own_is_largest ? own : A(of_p.largest_p))) + (own_is_largest ? 0 : of_p.largest_x - double(r));
+  // The last term is what a rounding of Σ p is worth.
+  double loss = of_p.linear + (level * mass - of_p.linear) / alpha - (mass - 1) * (level - 1 / alpha);
   if (of_y != nullptr) loss += level * (of_y->mass - 1) - of_y->linear - of_y->surprise / alpha;
   return loss < 0 ? 0 : loss;  // NaN stays
 }
@@ -131,9 +162,9 @@ inline void loss_row(Team team, const LossTile<A>& tile, int64_t i, double alpha
   const bool has_class = own >= 0;
   const A own_p = has_class ? std::exchange(p[own], A(0)) : A(0);
   const A r = has_class ? x[own] : block_max(x, n);
-  const LossSums of_p = loss_sums(team, p, x, n, r, surprise);
-  const LossSums of_y = has_class ? LossSums{} : loss_sums(team, y, x, n, r, surprise);
-  tile.put_loss(i, loss_of(of_p, own_p, surprise.of(own_p), r, has_class ? nullptr : &of_y, alpha));
+  const LossSums of_p = loss_sums(team, p, x, n, r);
+  const TargetSums of_y = has_class ? TargetSums{} : target_sums(team, y, x, n, r, surprise);
+  tile.put_loss(i, loss_of(of_p, own_p, r, has_class ? nullptr : &of_y, alpha, surprise));
   if (tile.out == nullptr) return;
   A* const out = tile.out_of(i);
   const A g = tile.gradient(i);
@@ -147,25 +178,41 @@ inline void loss_row(Team team, const LossTile<A>& tile, int64_t i, double alpha
 
 // ---- lanes ----------------------------------------------------------------------------------------------------------
 
-// As loss_sums, of the rows in the lanes.
+constexpr int64_t kMostInLossLanes = 32;  // rows of more classes are as fast one by one
+
+// As loss_sums and target_sums, of the rows in the lanes.
 template <class A>
 struct LaneSums {
-  Vec<A> mass = {}, linear = {}, surprise = {};
-  LossSums of(int i) const { return {double(mass[i]), double(linear[i]), double(surprise[i])}; }
+  Vec<A> mass, linear, largest_p, largest_x;
+  LossSums of(int i) const { return {double(mass[i]), double(linear[i]), double(largest_p[i]), double(largest_x[i])}; }
 };
 template <class A>
-[[gnu::flatten]] inline LaneSums<A> lane_sums(const Vec<A>* t, const Vec<A>* x, int64_t n, Vec<A> r,
-                                              const Surprise<A>& surprise) {
+inline LaneSums<A> lane_sums(const Vec<A>* p, const Vec<A>* x, int64_t n, Vec<A> r) {
   using V = Vec<A>;
-  LaneSums<A> sums[2];
+  const V low = splat<V>(-std::numeric_limits<A>::infinity());
+  V mass[2] = {}, linear[2] = {}, largest_p = {}, largest_x = low;
   for (int64_t c = 0; c < n; ++c) {
-    const V v = t[c];
-    if (mask_above(v, A(0)) == 0) continue;
-    LaneSums<A>& s = sums[c % 2];
-    s.mass += v, s.surprise += v * surprise.of(v);
-    s.linear += v == V{} ? V{} : v * (x[c] - r);
+    const auto is_outside = p[c] == V{};
+    mass[c % 2] += p[c], linear[c % 2] += is_outside ? V{} : p[c] * (x[c] - r);
+    largest_p = vmax(p[c], largest_p), largest_x = vmax(is_outside ? low : x[c], largest_x);
   }
-  return {sums[0].mass + sums[1].mass, sums[0].linear + sums[1].linear, sums[0].surprise + sums[1].surprise};
+  return {mass[0] + mass[1], linear[0] + linear[1], largest_p, largest_x};
+}
+template <class A>
+struct LaneTargetSums {
+  Vec<A> mass = {}, linear = {}, surprise = {};
+  TargetSums of(int i) const { return {double(mass[i]), double(linear[i]), double(surprise[i])}; }
+};
+template <class A>
+[[gnu::flatten]] inline LaneTargetSums<A> lane_target_sums(const Vec<A>* y, const Vec<A>* x, int64_t n, Vec<A> r,
+                                                           const Surprise<A>& surprise) {
+  using V = Vec<A>;
+  LaneTargetSums<A> sums;
+  for (int64_t c = 0; c < n; ++c) {
+    sums.mass += y[c], sums.surprise += y[c] * surprise.of(y[c]);
+    sums.linear += y[c] == V{} ? V{} : y[c] * (x[c] - r);
+  }
+  return sums;
 }
 
 // Of rows [begin, begin + count), one in each lane.
@@ -176,7 +223,8 @@ inline void loss_lanes(const LossTile<A>& tile, int64_t begin, int64_t count, do
   const int64_t n = tile.n;
   const bool has_distribution = tile.has_distribution();
   const Surprise<A> surprise(alpha);
-  V x[kMostInLanes], p[kMostInLanes], y[kMostInLanes], own_p = {}, r = has_distribution ? splat<V>(kLow) : V{}, g = {};
+  V x[kMostInLossLanes], p[kMostInLossLanes], y[kMostInLossLanes], own_p = {},
+                                                                   r = has_distribution ? splat<V>(kLow) : V{}, g = {};
   int64_t own[Accumulate<A>::kLanes];
   for (int64_t k = 0; k < count; ++k) {
     own[k] = tile.own(begin + k);
@@ -189,12 +237,11 @@ inline void loss_lanes(const LossTile<A>& tile, int64_t begin, int64_t count, do
   load_lanes(tile.p_of(begin), tile.p_rows, n, count, p);
   if (has_distribution) load_lanes(tile.y_of(begin), tile.y_rows, n, count, y);
   for (int64_t c = 0; has_distribution && c < n; ++c) r = vmax(x[c], r);
-  const LaneSums<A> of_p = lane_sums(p, x, n, r, surprise);
-  const LaneSums<A> of_y = has_distribution ? lane_sums(y, x, n, r, surprise) : LaneSums<A>{};
-  const V own_w = surprise.of(own_p);
+  const LaneSums<A> of_p = lane_sums<A>(p, x, n, r);
+  const LaneTargetSums<A> of_y = has_distribution ? lane_target_sums<A>(y, x, n, r, surprise) : LaneTargetSums<A>{};
   for (int64_t k = 0; k < count; ++k) {
-    const LossSums y_sums = of_y.of(k);
-    const double loss = loss_of(of_p.of(k), own_p[k], own_w[k], r[k], has_distribution ? &y_sums : nullptr, alpha);
+    const TargetSums sums = of_y.of(k);
+    const double loss = loss_of(of_p.of(k), own_p[k], r[k], has_distribution ? &sums : nullptr, alpha, surprise);
     tile.put_loss(begin + k, tile.counts(own[k]) ? loss : 0);
   }
   if (tile.out == nullptr) return;
@@ -214,7 +261,7 @@ inline void loss_rows(const EntmaxLossParams& p, int64_t begin, int64_t end) {
   constexpr int64_t kLanes = Accumulate<A>::kLanes;
   const int64_t n = p.map.rows.n, most = std::min(p.map.rows.inner, end - begin);
   const bool has_gradient = p.map.grad_input != nullptr, has_distribution = p.target == nullptr;
-  const bool by_lanes = n <= kMostInLanes && p.map.alpha.each == nullptr;
+  const bool by_lanes = n <= kMostInLossLanes && p.map.alpha.each == nullptr;
   const StagedRows<A> x(p.map.input, p.map.rows, p.dtype, most);
   const StagedRows<A> y(p.distribution, p.distribution_rows, p.dtype, most);
   const StagedRows<A> out(p.map.grad_input, p.map.grad_input_rows, p.dtype, most);
