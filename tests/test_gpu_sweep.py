@@ -41,6 +41,7 @@ def test_shapes_that_are_measured(ask):
                 assert f"sparsemax {shape} bfloat16{sigma} {mode}" in names
         for operator in ("softmax", "entmax15", "entmax"):
             assert f"{operator} 8192x8192 bfloat16 {mode}" in names
+    assert "entmax15_loss 8192x32000 bfloat16 forward+backward" in names
     for name in ("float32 none forward", "float32 forward+backward"):
         assert f"cross_entropy 4096x128256 {name}" in names
     for mode in ("forward", "forward+backward"):

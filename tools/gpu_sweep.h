@@ -15,9 +15,9 @@ namespace sweep {
 
 // ---- shapes ---------------------------------------------------------------------------------------------------------
 
-enum class Op { kCrossEntropy, kSelectiveLogSoftmax, kSoftmax, kSparsemax, kEntmax15, kEntmax };
-constexpr const char* kOpNames[] = {"cross_entropy", "selective_log_softmax", "softmax", "sparsemax", "entmax15",
-                                    "entmax"};
+enum class Op { kCrossEntropy, kSelectiveLogSoftmax, kEntmax15Loss, kSoftmax, kSparsemax, kEntmax15, kEntmax };
+constexpr const char* kOpNames[] = {
+    "cross_entropy", "selective_log_softmax", "entmax15_loss", "softmax", "sparsemax", "entmax15", "entmax"};
 enum class Mode { kForward, kBackward, kForwardBackward };
 // Of cross-entropy. kMeanOutside: reduction="none" with a mean of the losses after it, so that grad_output is one
 // number.
@@ -35,15 +35,21 @@ struct Shape {
 
   int64_t element_bytes() const { return is_bf16 ? 2 : 4; }
   int64_t bytes() const { return rows * n * element_bytes(); }
-  bool is_map() const { return op != Op::kCrossEntropy && op != Op::kSelectiveLogSoftmax; }
-  // Of a map.
-  double alpha() const { return op == Op::kSoftmax ? 1 : op == Op::kSparsemax ? 2 : op == Op::kEntmax15 ? 1.5 : 1.3; }
+  bool is_map() const { return op >= Op::kSoftmax; }
+  // Of the map, or of the map that a loss belongs to.
+  double alpha() const {
+    return op == Op::kSparsemax                             ? 2
+           : op == Op::kEntmax15 || op == Op::kEntmax15Loss ? 1.5
+           : op == Op::kEntmax                              ? 1.3
+                                                            : 1;
+  }
   bool has_forward() const { return mode != Mode::kBackward; }
   bool has_backward() const { return mode != Mode::kForward; }
 
   Roof roof() const {
     if (is_map()) return mode == Mode::kForward ? Roof::kCopy : Roof::kAdd;
     if (mode == Mode::kForward) return Roof::kRead;
+    if (op == Op::kEntmax15Loss) return Roof::kCopy;
     return op == Op::kCrossEntropy && reduce == Reduce::kMean ? Roof::kCopy : Roof::kReadAndCopy;
   }
 
@@ -76,6 +82,8 @@ inline std::vector<Shape> all_shapes() {
     shapes.push_back({Op::kSelectiveLogSoftmax, mode, Reduce::kNone, 8192, 151936, true});
     shapes.push_back({kLoss, mode, Reduce::kMean, 8, 10, false});
   }
+  for (auto [rows, n] : {std::pair<int64_t, int64_t>{131072, 512}, {8192, 32000}})
+    shapes.push_back({Op::kEntmax15Loss, Mode::kForwardBackward, Reduce::kNone, rows, n, true});
   constexpr std::pair<int64_t, int64_t> kMaps[] = {
       {1048576, 64}, {16384, 4096}, {8192, 8192}, {2048, 32000}, {512, 131072}};
   for (Mode mode : {Mode::kForward, Mode::kBackward})

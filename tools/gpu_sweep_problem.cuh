@@ -2,6 +2,7 @@
 #pragma once
 #include "cross_entropy/cross_entropy.h"
 #include "entmax/entmax.h"
+#include "entmax_loss/entmax_loss.h"
 #include "gpu_sweep_reference.cuh"
 #include "selective_log_softmax/selective_log_softmax.h"
 #include "softmax/softmax.h"
@@ -25,12 +26,14 @@ class Problem {
   tse::CrossEntropyParams cross_entropy{};
   tse::SelectiveLogSoftmaxParams selective{};
   tse::RowMapParams map{};
+  tse::EntmaxLossParams entmax_loss{};
 
   Problem(const Shape& shape, int most_blocks) : shape(shape), most_blocks(most_blocks) {
     const bool is_map = shape.is_map();
     x_ = Buffer(shape.bytes());
     if (is_map || shape.has_backward()) out_ = Buffer(shape.bytes());
     if (is_map && shape.has_backward()) y_ = Buffer(shape.bytes());
+    if (shape.op == Op::kEntmax15Loss) y_ = Buffer(shape.rows * shape.n * sizeof(float));
     if (is_map) {
       expected_ = Buffer(shape.bytes());
     } else {
@@ -54,7 +57,8 @@ class Problem {
   // What a problem takes: logits and up to three tensors like them. The rest is small.
   static int64_t bytes_of(const Shape& s) {
     const bool is_map = s.is_map();
-    return s.bytes() * (is_map ? 3 + s.has_backward() : 1 + s.has_backward());
+    const int64_t probabilities = s.op == Op::kEntmax15Loss ? s.rows * s.n * int64_t(sizeof(float)) : 0;
+    return s.bytes() * (is_map ? 3 + s.has_backward() : 1 + s.has_backward()) + probabilities;
   }
 
   // Fills the inputs and computes what outputs are compared with: the rows of a check, or those that are timed.
@@ -86,17 +90,16 @@ class Problem {
         return;
       }
       const auto reference = const_of<RowReference>(reference_);
-      const bool is_cross_entropy = shape.op == Op::kCrossEntropy;
-      if (is_cross_entropy && shape.reduce == Reduce::kMean) errors.push_back(error_of_mean());
+      if (shape.op == Op::kCrossEntropy && shape.reduce == Reduce::kMean) errors.push_back(error_of_mean());
       else
-        compare(errors, is_cross_entropy ? "loss" : "logp", 1e-5, [&](Difference* d) {
+        compare(errors, is_loss() ? "loss" : "logp", 1e-5, [&](Difference* d) {
           run("compare_rows_kernel", compare_rows_kernel, blocks, input_, const_of<float>(row_out_), reference,
-              is_cross_entropy ? 1.0 : -1.0, d);
+              is_loss() ? 1.0 : -1.0, d);
         });
       for (bool at_target : {true, false}) {
         if (!shape.has_backward()) continue;
         compare(errors, at_target ? "grad_input at the target" : "grad_input elsewhere", limit, [&](Difference* d) {
-          run("compare_loss_gradient_kernel", compare_loss_gradient_kernel<T>, blocks, input_, at_target,
+          run("compare_loss_gradient_kernel", compare_loss_gradient_kernel<T>, blocks, input_, shape.alpha(), at_target,
               const_of<T>(out_), const_of<T>(x_), const_of<int64_t>(target_), reference, d);
         });
       }
@@ -111,12 +114,11 @@ class Problem {
     } else if (shape.op == Op::kSelectiveLogSoftmax) {
       tse::launch_selective_log_softmax_fwd(selective, nullptr);
       if (shape.has_backward()) tse::launch_selective_log_softmax_bwd(selective, nullptr);
+    } else if (shape.op == Op::kEntmax15Loss) {
+      launch_prepared_entmax(entmax_loss.map, tse::DType::kFloat32);
+      tse::launch_entmax_loss(entmax_loss, nullptr);
     } else if (shape.op == Op::kEntmax && shape.has_forward()) {
-      tse::PreparedRowsParams p{};
-      p.map = map;
-      p.map.dtype = tse::DType::kFloat32;
-      p.input_dtype = p.output_dtype = map.dtype;
-      tse::launch_prepared_entmax_fwd(p, nullptr);
+      launch_prepared_entmax(map, dtype());
     } else {
       launcher()(map, nullptr);
     }
@@ -141,6 +143,15 @@ class Problem {
   }
 
  private:
+  bool is_loss() const { return shape.op == Op::kCrossEntropy || shape.op == Op::kEntmax15Loss; }
+  void launch_prepared_entmax(const tse::RowMapParams& map, tse::DType output_dtype) const {
+    tse::PreparedRowsParams p{};
+    p.map = map;
+    p.map.dtype = tse::DType::kFloat32;
+    p.input_dtype = dtype();
+    p.output_dtype = output_dtype;
+    tse::launch_prepared_entmax_fwd(p, nullptr);
+  }
   // Of a map.
   auto launcher() const -> void (*)(const tse::RowMapParams&, cudaStream_t) {
     const bool forward = shape.has_forward();
@@ -213,21 +224,39 @@ class Problem {
     }
     scratch_ = Buffer(tse::cross_entropy_scratch(p));
     p.sums = scratch_.as<tse::CrossEntropySums>();
+    set_entmax_loss_params();
+  }
+
+  void set_entmax_loss_params() {
+    tse::EntmaxLossParams& p = entmax_loss;
+    p.name = tse::EntmaxLossName::kEntmax15;
+    p.map.dtype = tse::DType::kFloat32;
+    p.map.rows = p.map.output_rows = p.map.grad_input_rows = rows();
+    p.map.input = x_.as();
+    p.map.output = y_.as();
+    p.map.grad_input = out_.as();
+    p.map.alpha.same = shape.alpha();
+    p.dtype = dtype();
+    p.target = target_.as();
+    p.ignore_index = kIgnored;
+    p.row_loss = row_out_.as();
+    p.grad_output = row_grad_.as();
+    p.grad_output_stride = 1;
+    p.divisor = 1;
   }
 
   template <class T>
   void fill_loss() {
     T* const x = x_.as<T>();
-    const bool is_cross_entropy = shape.op == Op::kCrossEntropy;
-    const float* const grads = is_cross_entropy && shape.reduce != Reduce::kNone ? nullptr : row_grad_.as<float>();
+    const float* const grads = shape.reduce != Reduce::kNone ? nullptr : row_grad_.as<float>();
     RowReference* const reference = reference_.as<RowReference>();
     run("fill_kernel", fill_kernel<T>, grid(), input_, x);
-    run("fill_targets_kernel", fill_targets_kernel, grid(), input_, is_cross_entropy, target_.as<int64_t>(),
+    run("fill_targets_kernel", fill_targets_kernel, grid(), input_, is_loss(), target_.as<int64_t>(),
         row_grad_.as<float>());
-    run("loss_reference_kernel", loss_reference_kernel<T>, grid(), shape.rows, shape.n, const_of<T>(x_),
+    run("loss_reference_kernel", loss_reference_kernel<T>, grid(), shape.rows, shape.n, shape.alpha(), const_of<T>(x_),
         const_of<int64_t>(target_), reference);
     run("finish_reference_kernel", finish_reference_kernel, 1, shape.rows, const_of<int64_t>(target_), grads,
-        shape.reduce == Reduce::kMean, is_cross_entropy ? outer_scale() : -1.0, reference, mean_.as<double>());
+        shape.reduce == Reduce::kMean, is_loss() ? outer_scale() : -1.0, reference, mean_.as<double>());
   }
 
   template <class T>

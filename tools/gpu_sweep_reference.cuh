@@ -95,43 +95,6 @@ __device__ inline double block_max(double v) {
   return block_reduce(v, [](double a, double b) { return a > b ? a : b; });
 }
 
-// Of a row of cross-entropy or selective log-softmax: grad_input = factor · (p - [c = target]).
-struct RowReference {
-  double lse, loss, factor;
-};
-
-// The loss of each row.
-template <class T>
-__global__ void loss_reference_kernel(int64_t rows, int64_t n, const T* x, const int64_t* target, RowReference* out) {
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    const T* const of_row = x + row * n;
-    double max = -tse::infinity<double>(), sum = 0;
-    for (int64_t c = threadIdx.x; c < n; c += kThreads) max = fmax(max, double(to_acc(of_row[c])));
-    max = block_max(max);
-    for (int64_t c = threadIdx.x; c < n; c += kThreads) sum += exp(double(to_acc(of_row[c])) - max);
-    const double lse = max + log(block_sum(sum));
-    if (threadIdx.x == 0) out[row] = {lse, target[row] < 0 ? 0 : lse - double(to_acc(of_row[target[row]])), 0};
-  }
-}
-
-// The mean loss, and the factor of each row's gradient: by a block. grad_output: of each row, nullptr for 1; `sign` -1
-// for log-probabilities, which are negative losses.
-__global__ void finish_reference_kernel(int64_t rows, const int64_t* target, const float* grad_output, bool is_mean,
-                                        double scale, RowReference* out, double* mean) {
-  double loss = 0, counted = 0;
-  for (int64_t row = threadIdx.x; row < rows; row += kThreads) {
-    loss += out[row].loss;
-    counted += target[row] >= 0;
-  }
-  loss = block_sum(loss);
-  counted = block_sum(counted);
-  if (threadIdx.x == 0) *mean = loss / counted;
-  for (int64_t row = threadIdx.x; row < rows; row += kThreads) {
-    const double grad = grad_output == nullptr ? 1 : double(grad_output[row]);
-    out[row].factor = target[row] < 0 ? 0 : grad * scale / (is_mean ? counted : 1);
-  }
-}
-
 // With c = alpha - 1: (1 - c w)^(1/c) of w = s + max x - x, for c = 0 exp(-w).
 __device__ inline double probability_of(double w, double alpha) {
   const double c = alpha - 1, u = 1 - c * w;
@@ -153,6 +116,60 @@ __device__ inline double threshold_of(const T* x, int64_t n, double alpha) {
     (block_sum(sum) > 1 ? low : high) = middle;
   }
   return (low + high) / 2;
+}
+
+template <class T>
+__device__ inline double log_sum_exp(const T* x, int64_t n) {
+  double max = -tse::infinity<double>(), sum = 0;
+  for (int64_t c = threadIdx.x; c < n; c += kThreads) max = fmax(max, double(to_acc(x[c])));
+  max = block_max(max);
+  for (int64_t c = threadIdx.x; c < n; c += kThreads) sum += exp(double(to_acc(x[c])) - max);
+  return max + log(block_sum(sum));
+}
+
+// Of a row of a loss or of selective log-softmax: grad_input = factor · (p - [c = target]).
+struct RowReference {
+  double threshold, loss, factor;
+};
+
+// The loss of each row: Σ (p - y) x + Σ p w(p) / alpha, where w(p) is threshold - x.
+template <class T>
+__global__ void loss_reference_kernel(int64_t rows, int64_t n, double alpha, const T* x, const int64_t* target,
+                                      RowReference* out) {
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const T* const of_row = x + row * n;
+    const double threshold = alpha == 1 ? log_sum_exp(of_row, n) : threshold_of(of_row, n, alpha);
+    const bool counts = target[row] >= 0;
+    const double own = counts ? double(to_acc(of_row[target[row]])) : 0;
+    double linear = 0, surprise = 0;
+    for (int64_t c = threadIdx.x; c < n; c += kThreads) {
+      const double v = double(to_acc(of_row[c])), p = probability_of(threshold - v, alpha);
+      if (p == 0) continue;
+      linear += p * (v - own);
+      surprise += p * (threshold - v);
+    }
+    linear = block_sum(linear);
+    surprise = block_sum(surprise);
+    if (threadIdx.x == 0) out[row] = {threshold, counts ? linear + surprise / alpha : 0, 0};
+  }
+}
+
+// The mean loss, and the factor of each row's gradient: by a block. grad_output: of each row, nullptr for 1; `sign` -1
+// for log-probabilities, which are negative losses.
+__global__ void finish_reference_kernel(int64_t rows, const int64_t* target, const float* grad_output, bool is_mean,
+                                        double scale, RowReference* out, double* mean) {
+  double loss = 0, counted = 0;
+  for (int64_t row = threadIdx.x; row < rows; row += kThreads) {
+    loss += out[row].loss;
+    counted += target[row] >= 0;
+  }
+  loss = block_sum(loss);
+  counted = block_sum(counted);
+  if (threadIdx.x == 0) *mean = loss / counted;
+  for (int64_t row = threadIdx.x; row < rows; row += kThreads) {
+    const double grad = grad_output == nullptr ? 1 : double(grad_output[row]);
+    out[row].factor = target[row] < 0 ? 0 : grad * scale / (is_mean ? counted : 1);
+  }
 }
 
 // A map, rounded to T: what its backward reads.
@@ -231,13 +248,14 @@ __global__ void compare_rows_kernel(Input in, const float* got, const RowReferen
 }
 // Of the targets' elements, or of all others, whose gradients are too small to be seen beside those.
 template <class T>
-__global__ void compare_loss_gradient_kernel(Input in, bool at_target, const T* got, const T* x, const int64_t* target,
-                                             const RowReference* reference, Difference* of_kinds) {
+__global__ void compare_loss_gradient_kernel(Input in, double alpha, bool at_target, const T* got, const T* x,
+                                             const int64_t* target, const RowReference* reference,
+                                             Difference* of_kinds) {
   compare(in, in.n, of_kinds, [&](int64_t row, int64_t c) {
     const bool is_target = c == target[row];
     if (is_target != at_target) return Pair{0, 0};
     const RowReference r = reference[row];
-    const double p = exp(double(to_acc(x[row * in.n + c])) - r.lse);
+    const double p = probability_of(r.threshold - double(to_acc(x[row * in.n + c])), alpha);
     return Pair{double(to_acc(got[row * in.n + c])), r.factor * (p - (is_target ? 1 : 0))};
   });
 }

@@ -72,57 +72,84 @@ struct LossTile {
   A* out_of(int64_t i) const { return out + i * out_rows.stride_inner; }
 };
 
-// Σ p and Σ p (x - r) of a row, its largest p and its largest x.
+// Σ p and Σ p (x - r) of a row, its largest p, and its largest x with a p above 0.
 struct LossSums {
   double mass, linear, largest_p, largest_x;
 };
-template <class A, class Team>
-inline LossSums loss_sums(Team team, const A* p, const A* x, int64_t n, A r) {
-  using V = Vec<A>;
-  const V reference = splat<V>(r), low = splat<V>(-std::numeric_limits<A>::infinity());
-  const auto of_block = [&](int64_t begin, int64_t end) {
-    V mass[2] = {}, linear[2] = {}, largest_p[2] = {}, largest_x[2] = {low, low};
-    const auto add = [&](int k, V v, V logit) {
-      mass[k] += v;
-      linear[k] += v == V{} ? V{} : v * (logit - reference);  // of a logit of -inf, too
-      largest_p[k] = vmax(v, largest_p[k]);
-      largest_x[k] = vmax(v == V{} ? low : logit, largest_x[k]);
-    };
-    const auto add_pair = [&](int, int64_t, auto v, auto logit) { add(0, v.a, logit.a), add(1, v.b, logit.b); };
-    for_pairs<2>(end - begin, A(0), add_pair, p + begin, x + begin);
-    return LossSums{double(reduce_add(mass[0] + mass[1])), double(reduce_add(linear[0] + linear[1])),
-                    double(reduce_max(vmax(largest_p[0], largest_p[1]))),
-                    double(reduce_max(vmax(largest_x[0], largest_x[1])))};
-  };
-  return reduce_row(team, n, kSumBlock, LossSums{}, of_block, [](const LossSums& a, const LossSums& b) {
-    return LossSums{a.mass + b.mass, a.linear + b.linear, std::max(a.largest_p, b.largest_p),
-                    std::max(a.largest_x, b.largest_x)};
-  });
+inline LossSums joined(const LossSums& a, const LossSums& b) {
+  return {a.mass + b.mass, a.linear + b.linear, std::max(a.largest_p, b.largest_p), std::max(a.largest_x, b.largest_x)};
 }
+// The same of vectors: the elements of a row, or of a row in each lane.
+template <class A>
+struct LossVectors {
+  using V = Vec<A>;
+  V mass = {}, linear = {}, largest_p = {}, largest_x = splat<V>(-std::numeric_limits<A>::infinity());
+
+  void add(V p, V x, V r) {
+    const auto is_outside = p == V{};
+    mass += p;
+    linear += is_outside ? V{} : p * (x - r);  // of a logit of -inf, too
+    largest_p = vmax(p, largest_p);
+    largest_x = is_outside ? largest_x : vmax(x, largest_x);
+  }
+  LossVectors operator+(const LossVectors& o) const {
+    return {mass + o.mass, linear + o.linear, vmax(largest_p, o.largest_p), vmax(largest_x, o.largest_x)};
+  }
+  LossSums of_row() const {
+    return {double(reduce_add(mass)), double(reduce_add(linear)), double(reduce_max(largest_p)),
+            double(reduce_max(largest_x))};
+  }
+  LossSums of_lane(int i) const {
+    return {double(mass[i]), double(linear[i]), double(largest_p[i]), double(largest_x[i])};
+  }
+};
 
 // Σ y, Σ y (x - r) and Σ y w(y) of a distribution.
 struct TargetSums {
   double mass, linear, surprise;
 };
-template <class A, class Team>
-[[gnu::flatten]] inline TargetSums target_sums(Team team, const A* y, const A* x, int64_t n, A r,
-                                               const Surprise<A>& surprise) {
+inline TargetSums joined(const TargetSums& a, const TargetSums& b) {
+  return {a.mass + b.mass, a.linear + b.linear, a.surprise + b.surprise};
+}
+template <class A>
+struct TargetVectors {
   using V = Vec<A>;
-  const V reference = splat<V>(r);
+  Surprise<A> w;
+  V mass = {}, linear = {}, surprise = {};
+
+  void add(V y, V x, V r) {
+    mass += y;
+    linear += y == V{} ? V{} : y * (x - r);
+    surprise += y * w.of(y);
+  }
+  TargetVectors operator+(const TargetVectors& o) const {
+    return {w, mass + o.mass, linear + o.linear, surprise + o.surprise};
+  }
+  TargetSums of_row() const {
+    return {double(reduce_add(mass)), double(reduce_add(linear)), double(reduce_add(surprise))};
+  }
+  TargetSums of_lane(int i) const { return {double(mass[i]), double(linear[i]), double(surprise[i])}; }
+};
+
+// Those of a row: `zero` is LossVectors or TargetVectors.
+template <class A, class Team, class Vectors>
+[[gnu::flatten]] inline auto sums_of_row(Team team, const A* t, const A* x, int64_t n, A r, const Vectors& zero) {
+  const Vec<A> reference = splat<Vec<A>>(r);
   const auto of_block = [&](int64_t begin, int64_t end) {
-    V mass[2] = {}, linear[2] = {}, weighted[2] = {};
-    const auto add = [&](int k, V v, V logit) {
-      mass[k] += v, weighted[k] += v * surprise.of(v);
-      linear[k] += v == V{} ? V{} : v * (logit - reference);
+    Vectors first = zero, second = zero;
+    const auto add = [&](int, int64_t, auto v, auto logit) {
+      first.add(v.a, logit.a, reference), second.add(v.b, logit.b, reference);
     };
-    const auto add_pair = [&](int, int64_t, auto v, auto logit) { add(0, v.a, logit.a), add(1, v.b, logit.b); };
-    for_pairs<2>(end - begin, A(0), add_pair, y + begin, x + begin);
-    return TargetSums{double(reduce_add(mass[0] + mass[1])), double(reduce_add(linear[0] + linear[1])),
-                      double(reduce_add(weighted[0] + weighted[1]))};
+    for_pairs<2>(end - begin, A(0), add, t + begin, x + begin);
+    return (first + second).of_row();
   };
-  return reduce_row(team, n, kSumBlock, TargetSums{}, of_block, [](const TargetSums& a, const TargetSums& b) {
-    return TargetSums{a.mass + b.mass, a.linear + b.linear, a.surprise + b.surprise};
-  });
+  return reduce_row(team, n, kSumBlock, zero.of_row(), of_block,
+                    [](const auto& a, const auto& b) { return joined(a, b); });
+}
+template <class A, class Vectors>
+[[gnu::flatten]] inline Vectors sums_of_lanes(const Vec<A>* t, const Vec<A>* x, int64_t n, Vec<A> r, Vectors sums) {
+  for (int64_t c = 0; c < n; ++c) sums.add(t[c], x[c], r);
+  return sums;
 }
 
 // The loss of a row from the sums of its probabilities without the own class, whose probability is `own`; of_y: the
@@ -134,7 +161,7 @@ inline double loss_of(const LossSums& of_p, A own, A r, const TargetSums* of_y, 
   const double mass = of_p.mass + double(own);
   if (!(mass > 0)) return std::numeric_limits<double>::quiet_NaN();  // of -inf alone, or with NaN
   if (double(r) == -kInfinity || of_p.linear == kInfinity) return kInfinity;
-  // w(p) + (x - r) is the same number on the support, which makes Σ p w(p) of the other sums.
+  // On the support w(p) + (x - r) is one number, the level: Σ p w(p) follows from the other sums.
   const bool own_is_largest = double(own) >= of_p.largest_p;
   const double level =
       double(surprise.of(own_is_largest ? own : A(of_p.largest_p))) + (own_is_largest ? 0 : of_p.largest_x - double(r));
@@ -162,8 +189,8 @@ inline void loss_row(Team team, const LossTile<A>& tile, int64_t i, double alpha
   const bool has_class = own >= 0;
   const A own_p = has_class ? std::exchange(p[own], A(0)) : A(0);
   const A r = has_class ? x[own] : block_max(x, n);
-  const LossSums of_p = loss_sums(team, p, x, n, r);
-  const TargetSums of_y = has_class ? TargetSums{} : target_sums(team, y, x, n, r, surprise);
+  const LossSums of_p = sums_of_row(team, p, x, n, r, LossVectors<A>{});
+  const TargetSums of_y = has_class ? TargetSums{} : sums_of_row(team, y, x, n, r, TargetVectors<A>{surprise});
   tile.put_loss(i, loss_of(of_p, own_p, r, has_class ? nullptr : &of_y, alpha, surprise));
   if (tile.out == nullptr) return;
   A* const out = tile.out_of(i);
@@ -180,42 +207,7 @@ inline void loss_row(Team team, const LossTile<A>& tile, int64_t i, double alpha
 
 constexpr int64_t kMostInLossLanes = 32;  // rows of more classes are as fast one by one
 
-// As loss_sums and target_sums, of the rows in the lanes.
-template <class A>
-struct LaneSums {
-  Vec<A> mass, linear, largest_p, largest_x;
-  LossSums of(int i) const { return {double(mass[i]), double(linear[i]), double(largest_p[i]), double(largest_x[i])}; }
-};
-template <class A>
-inline LaneSums<A> lane_sums(const Vec<A>* p, const Vec<A>* x, int64_t n, Vec<A> r) {
-  using V = Vec<A>;
-  const V low = splat<V>(-std::numeric_limits<A>::infinity());
-  V mass[2] = {}, linear[2] = {}, largest_p = {}, largest_x = low;
-  for (int64_t c = 0; c < n; ++c) {
-    const auto is_outside = p[c] == V{};
-    mass[c % 2] += p[c], linear[c % 2] += is_outside ? V{} : p[c] * (x[c] - r);
-    largest_p = vmax(p[c], largest_p), largest_x = vmax(is_outside ? low : x[c], largest_x);
-  }
-  return {mass[0] + mass[1], linear[0] + linear[1], largest_p, largest_x};
-}
-template <class A>
-struct LaneTargetSums {
-  Vec<A> mass = {}, linear = {}, surprise = {};
-  TargetSums of(int i) const { return {double(mass[i]), double(linear[i]), double(surprise[i])}; }
-};
-template <class A>
-[[gnu::flatten]] inline LaneTargetSums<A> lane_target_sums(const Vec<A>* y, const Vec<A>* x, int64_t n, Vec<A> r,
-                                                           const Surprise<A>& surprise) {
-  using V = Vec<A>;
-  LaneTargetSums<A> sums;
-  for (int64_t c = 0; c < n; ++c) {
-    sums.mass += y[c], sums.surprise += y[c] * surprise.of(y[c]);
-    sums.linear += y[c] == V{} ? V{} : y[c] * (x[c] - r);
-  }
-  return sums;
-}
-
-// Of rows [begin, begin + count), one in each lane.
+// The same for rows [begin, begin + count), one in each lane.
 template <class A>
 inline void loss_lanes(const LossTile<A>& tile, int64_t begin, int64_t count, double alpha) {
   using V = Vec<A>;
@@ -223,8 +215,8 @@ inline void loss_lanes(const LossTile<A>& tile, int64_t begin, int64_t count, do
   const int64_t n = tile.n;
   const bool has_distribution = tile.has_distribution();
   const Surprise<A> surprise(alpha);
-  V x[kMostInLossLanes], p[kMostInLossLanes], y[kMostInLossLanes], own_p = {},
-                                                                   r = has_distribution ? splat<V>(kLow) : V{}, g = {};
+  V x[kMostInLossLanes], p[kMostInLossLanes], y[kMostInLossLanes];
+  V own_p = {}, g = {}, r = has_distribution ? splat<V>(kLow) : V{};
   int64_t own[Accumulate<A>::kLanes];
   for (int64_t k = 0; k < count; ++k) {
     own[k] = tile.own(begin + k);
@@ -237,11 +229,12 @@ inline void loss_lanes(const LossTile<A>& tile, int64_t begin, int64_t count, do
   load_lanes(tile.p_of(begin), tile.p_rows, n, count, p);
   if (has_distribution) load_lanes(tile.y_of(begin), tile.y_rows, n, count, y);
   for (int64_t c = 0; has_distribution && c < n; ++c) r = vmax(x[c], r);
-  const LaneSums<A> of_p = lane_sums<A>(p, x, n, r);
-  const LaneTargetSums<A> of_y = has_distribution ? lane_target_sums<A>(y, x, n, r, surprise) : LaneTargetSums<A>{};
+  const LossVectors<A> of_p = sums_of_lanes<A>(p, x, n, r, LossVectors<A>{});
+  TargetVectors<A> of_y{surprise};
+  if (has_distribution) of_y = sums_of_lanes<A>(y, x, n, r, of_y);
   for (int64_t k = 0; k < count; ++k) {
-    const TargetSums sums = of_y.of(k);
-    const double loss = loss_of(of_p.of(k), own_p[k], r[k], has_distribution ? &sums : nullptr, alpha, surprise);
+    const TargetSums sums = of_y.of_lane(k);
+    const double loss = loss_of(of_p.of_lane(k), own_p[k], r[k], has_distribution ? &sums : nullptr, alpha, surprise);
     tile.put_loss(begin + k, tile.counts(own[k]) ? loss : 0);
   }
   if (tile.out == nullptr) return;
