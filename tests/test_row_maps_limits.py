@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conftest import CUDA_ON_HOST, for_cpu
+from conftest import CUDA_ON_HOST, dtypes, for_cpu
 from test_row_maps import INF, MAPS, close, maps, probabilities
 
 import torch_softmax_ext as tse
@@ -165,3 +165,22 @@ def test_a_large_alpha_is_that_alpha(device):
     x = torch.full((1, 32000), -100.0, device=device)
     x[0, :2] = torch.tensor([0.0, -0.12])
     close(tse.entmax(x, 10.0)[0, :2], torch.tensor([1.0, 0.0], device=device))
+
+
+@for_cpu
+@maps
+@dtypes
+@pytest.mark.parametrize("n", [1, 5, 31, 33, 64, 65, 256, 257])
+def test_same_bits_in_rows_and_columns(spec, dtype, n):
+    """Columns are walked in lanes, rows one by one."""
+    x, g = (torch.randn(37, n) * 3).to(dtype), torch.randn(37, n).to(dtype)
+
+    def value_and_grad(x, g, dim):
+        x = x.requires_grad_()
+        y = spec.op(x, dim=dim, **spec.row_options)
+        return y, torch.autograd.grad(y, x, g)[0]
+
+    rows = value_and_grad(x.clone(), g, 1)
+    columns = value_and_grad(x.t().contiguous(), g.t().contiguous(), 0)
+    for a, b in zip(rows, columns, strict=True):
+        assert torch.equal(a, b.t())

@@ -123,7 +123,8 @@ struct Entmax : Compositions<Entmax> {
   // With L = log p, r = p L² φ(-c L), φ(t) = (e^t - 1 - t) / t², and s = p^(2 - alpha): dp/d alpha = s Σ r / Σ s - r.
   static at::Tensor composed_alpha_gradient(const at::Tensor& grad_output, const at::Tensor& output, const Options& o) {
     const auto type = accumulate_type(output.scalar_type());
-    const at::Tensor p = output.to(type), g = grad_output.to(type), c = c_of(p, o), outside = p <= 0;
+    const at::Tensor p = output.to(type), c = c_of(p, o), outside = p <= 0;
+    const at::Tensor g = grad_output.to(type).masked_fill(outside, 0);  // which may be infinite there
     const at::Tensor log_p = at::log(p.masked_fill(outside, 1)), t = -c * log_p;
     const at::Tensor is_small = t.abs() < 0.5, small = at::where(is_small, t, 0), large = at::where(is_small, 1, t);
     at::Tensor phi = at::full({}, 0.0, p.options());

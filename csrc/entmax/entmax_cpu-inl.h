@@ -145,13 +145,6 @@ inline void entmax_row(Team team, const T* x, T* y, int64_t n, const Policy& pol
 
 // ---- lanes ----------------------------------------------------------------------------------------------------------
 
-template <class Mask>
-inline bool any_lane(Mask mask) {
-  bool any = false;
-  for (size_t i = 0; i < sizeof(Mask) / sizeof(mask[0]); ++i) any |= mask[i] != 0;
-  return any;
-}
-
 // As many rows as a vector has lanes, of up to kMostInLanes elements each; overwrites them.
 template <class T, class Policy>
 [[gnu::flatten]] inline void entmax_of_lanes(Vec<T>* z, int64_t n, const Policy& policy) {
@@ -236,6 +229,12 @@ template <class T, class Policy>
 void bwd_rows_by(const RowMapParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.output_rows.n;
   const Policies<T, Policy> policies{p, n};
+  if (takes_backward_lanes(p)) {
+    return for_backward_lanes<T>(p, begin, end, [&](int64_t row, int64_t count, Vec<T>* y, Vec<T>* g) {
+      const Policy policy = policies.of_lanes(row, count);
+      weighted_bwd_lanes<T>(y, g, n, [&](Vec<T> v) { return policy.weight(v); });
+    });
+  }
   for_each_backward_row<T>(p, begin, end, [&](auto team, int64_t i, T* out, const T* output, const T* g) {
     const Policy policy = policies.of_row(i);
     weighted_bwd_row(team, out, output, g, n, [&](Vec<T> v) { return policy.weight(v); });

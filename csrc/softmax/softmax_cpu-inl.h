@@ -82,6 +82,16 @@ inline void log_softmax_bwd_row(Team team, T* out, const T* y, const T* g, int64
   });
 }
 
+template <class T>
+[[gnu::flatten]] inline void log_softmax_bwd_lanes(const Vec<T>* y, Vec<T>* g, int64_t n,
+                                                   const Logits<T, false>& logits) {
+  using V = Vec<T>;
+  const V low = splat<V>(-std::numeric_limits<Acc<T>>::infinity());
+  for (int64_t c = 0; c < n; ++c) g[c] = y[c] == low ? V{} : g[c];
+  const V sum = sum_in_lanes<T>(n, [&](int64_t c) { return g[c]; });
+  for (int64_t c = 0; c < n; ++c) g[c] = g[c] - logits.term(y[c], V{}) * sum;
+}
+
 // Rows of up to kMostInLanes elements, one in each lane.
 template <bool kLog, class T>
 inline void softmax_lanes(const RowMapParams& p, int64_t begin, int64_t end) {
@@ -131,6 +141,11 @@ void log_softmax_fwd(const RowMapParams& p, int64_t begin, int64_t end) {
 
 template <class T>
 void softmax_bwd(const RowMapParams& p, int64_t begin, int64_t end) {
+  if (takes_backward_lanes(p)) {
+    return for_backward_lanes<T>(p, begin, end, [&](int64_t, int64_t, Vec<T>* y, Vec<T>* g) {
+      weighted_bwd_lanes<T>(y, g, p.output_rows.n, [&](Vec<T> v) { return v; });
+    });
+  }
   for_each_backward_row<T>(p, begin, end, [&](auto team, int64_t, T* out, const T* output, const T* g) {
     weighted_bwd_row(team, out, output, g, p.output_rows.n, [&](Vec<T> v) { return v; });
   });
@@ -138,6 +153,11 @@ void softmax_bwd(const RowMapParams& p, int64_t begin, int64_t end) {
 template <class T>
 void log_softmax_bwd(const RowMapParams& p, int64_t begin, int64_t end) {
   const Logits<T, false> logits(LogitTransform{});
+  if (takes_backward_lanes(p)) {
+    return for_backward_lanes<T>(p, begin, end, [&](int64_t, int64_t, const Vec<T>* y, Vec<T>* g) {
+      log_softmax_bwd_lanes<T>(y, g, p.output_rows.n, logits);
+    });
+  }
   for_each_backward_row<T>(p, begin, end, [&](auto team, int64_t, T* out, const T* output, const T* g) {
     log_softmax_bwd_row(team, out, output, g, p.output_rows.n, logits);
   });

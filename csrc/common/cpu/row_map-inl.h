@@ -37,6 +37,8 @@ template <class A>
 struct Mean {
   A hi, lo;
 };
+template <class A>
+constexpr A kNearlyAll = A(63.0 / 64);
 template <class T, class Team, class Weight>
 inline Mean<Acc<T>> weighted_mean(Team team, const T* p, const T* g, int64_t n, const Weight& weight) {
   using A = Acc<T>;
@@ -65,7 +67,67 @@ inline Mean<Acc<T>> weighted_mean(Team team, const T* p, const T* g, int64_t n, 
   const auto mean_of = [](const Sums& s) { return A(s.of_weights == 0 ? 0 : s.of_g / s.of_weights); };
   const Sums sums = sums_about(A(0));
   const A mean = mean_of(sums);
-  return {mean, sums.largest > sums.of_weights * (63.0 / 64) ? mean_of(sums_about(mean)) : A(0)};
+  const bool has_one = A(sums.largest) > A(sums.of_weights) * kNearlyAll<A>;
+  return {mean, has_one ? mean_of(sums_about(mean)) : A(0)};
+}
+
+// Whether rows are walked in lanes: those that would have to be copied into contiguous ones, unless they are long.
+inline bool takes_backward_lanes(const RowMapParams& p) {
+  const bool contiguous =
+      p.output_rows.stride_n == 1 && p.grad_output_rows.stride_n == 1 && p.grad_input_rows.stride_n == 1;
+  return !contiguous && p.output_rows.n <= kMostInLanes;
+}
+
+// Calls f(row, count, y, g) for rows of up to kMostInLanes elements, one in each lane: `count` of them, the first of
+// which is `row`. f makes the gradients of the output y and of grad_output g, in g.
+template <class T, class F>
+inline void for_backward_lanes(const RowMapParams& p, int64_t begin, int64_t end, const F& f) {
+  const int64_t n = p.output_rows.n;
+  const bool one_run =
+      has_one_stride(p.output_rows) && has_one_stride(p.grad_output_rows) && has_one_stride(p.grad_input_rows);
+  Vec<T> y[kMostInLanes], g[kMostInLanes];
+  for_each_lanes<Accumulate<T>::kLanes>(
+      p.output_rows, one_run, begin, end, [&](int64_t row, int64_t count, Position at) {
+        load_lanes(static_cast<const T*>(p.output) + at.in(p.output_rows), p.output_rows, n, count, y);
+        load_lanes(static_cast<const T*>(p.grad_output) + at.in(p.grad_output_rows), p.grad_output_rows, n, count, g);
+        f(row, count, y, g);
+        store_lanes(static_cast<T*>(p.grad_input) + at.in(p.grad_input_rows), p.grad_input_rows, n, count, g);
+      });
+}
+
+// Σ term(c) in each lane, with the bits of the sum of a row in two vectors.
+template <class T, class F>
+[[gnu::always_inline]] inline Vec<T> sum_in_lanes(int64_t n, const F& term) {
+  constexpr int kLanes = Accumulate<T>::kLanes, kPair = 2 * kLanes;
+  Vec<T> sums[kPair] = {};
+  for (int64_t first = 0; first < std::min<int64_t>(n, kPair); ++first) {
+    Vec<T> sum = term(first);
+    for (int64_t c = first + kPair; c < n; c += kPair) sum += term(c);
+    sums[slot_of<T>(int(first))] = sum;
+  }
+  for (int half = kLanes; half > 0; half /= 2)
+    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+  return sums[0];
+}
+
+// As weighted_bwd_row, of the rows in the lanes; overwrites the probabilities p by their weights.
+template <class T, class Weight>
+[[gnu::flatten]] inline void weighted_bwd_lanes(Vec<T>* p, Vec<T>* g, int64_t n, const Weight& weight) {
+  using V = Vec<T>;
+  V largest = {};
+  for (int64_t c = 0; c < n; ++c) {
+    p[c] = weight(p[c]);
+    largest = vmax(p[c], largest);
+  }
+  const V sum = sum_in_lanes<T>(n, [&](int64_t c) { return p[c]; });
+  const auto mean_about = [&](V m) {
+    const V of_g = sum_in_lanes<T>(n, [&](int64_t c) { return chosen(p[c] != V{}, p[c] * (g[c] - m)); });
+    return chosen(sum != V{}, of_g / sum);
+  };
+  const V hi = mean_about(V{});
+  const auto has_one = largest > sum * kNearlyAll<Acc<T>>;
+  const V lo = any_lane(has_one) ? chosen(has_one, mean_about(hi)) : V{};
+  for (int64_t c = 0; c < n; ++c) g[c] = chosen(p[c] != V{}, p[c] * ((g[c] - hi) - lo));
 }
 
 // The gradient of every map but log-softmax: s (g - mean), where s = weight(p) is p^(2 - alpha) on the support.

@@ -321,6 +321,13 @@ inline unsigned mask_above(VecF v, float bound) {
 }
 #endif
 
+template <class Mask>
+inline bool any_lane(Mask mask) {
+  bool any = false;
+  for (size_t i = 0; i < sizeof(Mask) / sizeof(mask[0]); ++i) any |= mask[i] != 0;
+  return any;
+}
+
 // Reductions fold halves onto each other, always in the same order: every build of a level gives the same bits.
 template <size_t half, class V, class Op, size_t... lane>
 [[gnu::always_inline]] inline V folded(V v, const Op& op, std::index_sequence<lane...> lanes) {
