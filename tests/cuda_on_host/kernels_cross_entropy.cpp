@@ -16,7 +16,7 @@ struct Options {
   double smoothing = 0, z = 0, softcap = 0, temperature = 1;
 };
 
-// Random logits, targets and what comes in, with room for what goes out.
+// Random logits, targets and grad_output, with memory for all results.
 template <class T>
 struct CrossEntropyCase {
   using A = Acc<T>;

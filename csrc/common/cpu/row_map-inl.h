@@ -38,7 +38,7 @@ struct Mean {
   A hi, lo;
 };
 template <class A>
-constexpr A kNearlyAll = A(63.0 / 64);
+constexpr A kNearlyAll = A(63.0 / 64);  // of Σ s: if one s is more, there are two numbers
 template <class T, class Team, class Weight>
 inline Mean<Acc<T>> weighted_mean(Team team, const T* p, const T* g, int64_t n, const Weight& weight) {
   using A = Acc<T>;
