@@ -100,8 +100,7 @@ struct AnyAlpha {
     const V w = p * exp2<T>(-c * log2(p));
     return p < std::numeric_limits<A>::min() ? V{} : p == p ? w : p;
   }
-  // p L² φ(-c L) of L = log p and φ(t) = (e^t - 1 - t) / t², by its series next to 0: of these and of the weights are
-  // the derivatives by alpha.
+  // p L² φ(-c L), L = log p and φ(t) = (e^t - 1 - t) / t², for the gradient of alpha. Next to t = 0 by the series of φ.
   V alpha_term(V p) const {
     constexpr int kLast = std::is_same_v<A, double> ? 20 : 12;
     const V log_p = log2(p) * kLn2<A>, t = -c * log_p;
@@ -109,7 +108,7 @@ struct AnyAlpha {
 #pragma GCC unroll 20
     for (int k = kLast; k > 2; --k) series = series * t * A(1.0 / k) + A(1);
     const V near_zero = p * log_p * log_p * series * A(0.5);
-    const V away = p * (exp2<T>(t * A(1 / kLn2<double>)) - A(1) - t) / (c * c);
+    const V away = p * (exp2<T>(t * kLog2e<A>) - A(1) - t) / (c * c);
     const V of_support = vmax(t, -t) < A(1) ? near_zero : away;
     return p < std::numeric_limits<A>::min() ? V{} : p == p ? of_support : p;
   }

@@ -52,4 +52,14 @@ struct Matrix {
   T& at(int64_t row, int64_t c) { return data()[row_offset(rows, row) + c * rows.stride_n]; }
 };
 
+// Calls f(T(), n) for rows of every type in every way that a row is walked: by a part of a warp, a warp or a block; in
+// registers, in shared memory, and wider than that.
+template <class F>
+void for_types_and_lengths(const F& f) {
+  for (int64_t n : {1, 5, 33, 300, 1000, 2100, 12030, 12300}) f(float(), n);
+  for (int64_t n : {7, 1030}) f(double(), n);
+  for (int64_t n : {8, 1031}) f(__half(), n);
+  for (int64_t n : {13, 1029, 8200, 17001}) f(__nv_bfloat16(), n);
+}
+
 }  // namespace tse
