@@ -95,7 +95,7 @@ inline void for_backward_lanes(const RowMapParams& p, int64_t begin, int64_t end
       });
 }
 
-// Σ term(c) in each lane, with the bits of the sum of a row in two vectors.
+// Σ term(c) in each lane, added in the order in which for_pairs<2> adds a row: with the same bits.
 template <class T, class F>
 [[gnu::always_inline]] inline Vec<T> sum_in_lanes(int64_t n, const F& term) {
   constexpr int kLanes = Accumulate<T>::kLanes, kPair = 2 * kLanes;
