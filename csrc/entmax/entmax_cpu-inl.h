@@ -229,7 +229,7 @@ template <class T, class Policy>
 void bwd_rows_by(const RowMapParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.output_rows.n;
   const Policies<T, Policy> policies{p, n};
-  if (takes_backward_lanes(p)) {
+  if (takes_backward_lanes<T>(p)) {
     return for_backward_lanes<T>(p, begin, end, [&](int64_t row, int64_t count, Vec<T>* y, Vec<T>* g) {
       const Policy policy = policies.of_lanes(row, count);
       weighted_bwd_lanes<T>(y, g, n, [&](Vec<T> v) { return policy.weight(v); });

@@ -92,28 +92,55 @@ template <class T>
   for (int64_t c = 0; c < n; ++c) g[c] = g[c] - logits.term(y[c], V{}) * sum;
 }
 
-// Rows of up to kMostInLanes elements, one in each lane.
+template <class T>
+inline bool takes_lanes(const RowMapParams& p) {
+  return p.rows.n <= kMostInLanes || takes_lanes_of_columns<T>(p.rows, p.output_rows);
+}
+
+// Rows in lanes. Those of more than kMostInLanes elements get the bits that the row walk gives them.
+static_assert(kMostInColumns <= kBlock && kMostInColumns <= kSumBlock);  // which is one block
 template <bool kLog, class T>
 inline void softmax_lanes(const RowMapParams& p, int64_t begin, int64_t end) {
+  using A = Acc<T>;
   using V = Vec<T>;
   const int64_t n = p.rows.n;
   const Logits<T, false> logits(LogitTransform{});
-  const V low = splat<V>(-std::numeric_limits<Acc<T>>::infinity());
-  const bool one_run = has_one_stride(p.rows) && has_one_stride(p.output_rows);
-  V z[kMostInLanes];
+  const V low = splat<V>(-std::numeric_limits<A>::infinity());
+  const bool one_run = has_one_stride(p.rows) && has_one_stride(p.output_rows), is_short = n <= kMostInLanes;
+  V z[kMostInColumns];
   for_each_lanes<Accumulate<T>::kLanes>(p.rows, one_run, begin, end, [&](int64_t, int64_t count, Position at) {
-    load_lanes(static_cast<const T*>(p.input) + at.in(p.rows), p.rows, n, count, z);
-    V max = low, sum = {};
-    for (int64_t c = 0; c < n; ++c) max = vmax(z[c], max);  // NaN aside
-    const V m = chosen(max > low, max);
-    for (int64_t c = 0; c < n; ++c) {
-      const V term = logits.term(z[c], m);
-      z[c] = kLog ? z[c] - m : term;
-      sum += term;
+    const T* const x = static_cast<const T*>(p.input) + at.in(p.rows);
+    const auto max_of = [&](int64_t count) {
+      V max = low;
+      for (int64_t c = 0; c < count; ++c) max = vmax(z[c], max);  // NaN aside
+      return max;
+    };
+    // Σ of the terms, which take the place of the logits; for log-softmax, the differences from m do.
+    const auto sum_about = [&](V m) {
+      const auto term_of = [&](int64_t c) {
+        const V term = logits.term(z[c], m);
+        z[c] = kLog ? z[c] - m : term;
+        return term;
+      };
+      if (!is_short) return lanes_exp_sum<T>(n, term_of);
+      V sum = {};
+      for (int64_t c = 0; c < n; ++c) sum += term_of(c);
+      return sum;
+    };
+    load_lanes(x, p.rows, n, count, z);
+    V max = max_of(std::min(n, kReference)), m = chosen(max > low, max), sum = sum_about(m);
+    const auto is_far = (max == low) | (sum > A(kLargestSum));
+    if (n > kReference && any_lane(is_far)) {
+      load_lanes(x, p.rows, n, count, z);
+      max = is_far ? max_of(n) : max;
+      m = chosen(max > low, max);
+      sum = sum_about(m);
     }
-    V scale;
-    if constexpr (kLog) scale = log2(sum) * kLn2<Acc<T>>;
-    else scale = splat<V>(1) / sum;
+    V scale = V{};
+    if (!kLog) scale = splat<V>(1) / sum;
+    else if (is_short) scale = log2(sum) * kLn2<A>;
+    else
+      for (int k = 0; k < count; ++k) scale[k] = A(std::log(double(sum[k])));
     scale = chosen(sum != V{}, scale);
     for (int64_t c = 0; c < n; ++c) z[c] = kLog ? z[c] - scale : z[c] * scale;
     store_lanes(static_cast<T*>(p.output) + at.in(p.output_rows), p.output_rows, n, count, z);
@@ -123,7 +150,7 @@ inline void softmax_lanes(const RowMapParams& p, int64_t begin, int64_t end) {
 template <class T>
 void softmax_fwd(const RowMapParams& p, int64_t begin, int64_t end) {
   const int64_t n = p.rows.n;
-  if (n <= kMostInLanes) return softmax_lanes<false, T>(p, begin, end);
+  if (takes_lanes<T>(p)) return softmax_lanes<false, T>(p, begin, end);
   const Logits<T, false> logits(LogitTransform{});
   const KeptTerms<Acc<T>> kept(keeps_terms<T>(n) ? n : 0);
   for_forward_rows<T>(p, begin, end, [&](auto team, int64_t first, int64_t last, const auto& y, const auto& x) {
@@ -132,7 +159,7 @@ void softmax_fwd(const RowMapParams& p, int64_t begin, int64_t end) {
 }
 template <class T>
 void log_softmax_fwd(const RowMapParams& p, int64_t begin, int64_t end) {
-  if (p.rows.n <= kMostInLanes) return softmax_lanes<true, T>(p, begin, end);
+  if (takes_lanes<T>(p)) return softmax_lanes<true, T>(p, begin, end);
   const Logits<T, false> logits(LogitTransform{});
   for_forward_rows<T>(p, begin, end, [&](auto team, int64_t first, int64_t last, const auto& y, const auto& x) {
     for (int64_t i = first; i < last; ++i) log_softmax_row(team, x(i), y(i), p.rows.n, logits);
@@ -141,7 +168,7 @@ void log_softmax_fwd(const RowMapParams& p, int64_t begin, int64_t end) {
 
 template <class T>
 void softmax_bwd(const RowMapParams& p, int64_t begin, int64_t end) {
-  if (takes_backward_lanes(p)) {
+  if (takes_backward_lanes<T>(p)) {
     return for_backward_lanes<T>(p, begin, end, [&](int64_t, int64_t, Vec<T>* y, Vec<T>* g) {
       weighted_bwd_lanes<T>(y, g, p.output_rows.n, [&](Vec<T> v) { return v; });
     });
@@ -153,7 +180,7 @@ void softmax_bwd(const RowMapParams& p, int64_t begin, int64_t end) {
 template <class T>
 void log_softmax_bwd(const RowMapParams& p, int64_t begin, int64_t end) {
   const Logits<T, false> logits(LogitTransform{});
-  if (takes_backward_lanes(p)) {
+  if (takes_backward_lanes<T>(p)) {
     return for_backward_lanes<T>(p, begin, end, [&](int64_t, int64_t, const Vec<T>* y, Vec<T>* g) {
       log_softmax_bwd_lanes<T>(y, g, p.output_rows.n, logits);
     });

@@ -8,6 +8,8 @@
 #include "common/cpu/vec-inl.h"
 
 constexpr int64_t kMostInLanes = 256;  // contiguous rows of more elements are walked one by one
+// Softmax and backward of maps: rows that are not contiguous are walked in lanes up to here; longer ones are copied.
+constexpr int64_t kMostInColumns = 1024;
 
 // ---- transposition --------------------------------------------------------------------------------------------------
 

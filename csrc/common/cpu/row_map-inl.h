@@ -71,21 +71,26 @@ inline Mean<Acc<T>> weighted_mean(Team team, const T* p, const T* g, int64_t n, 
   return {mean, has_one ? mean_of(sums_about(mean)) : A(0)};
 }
 
-// Whether rows are walked in lanes: those that would have to be copied into contiguous ones, unless they are long.
+// Whether rows that are not contiguous are walked in lanes. Of few long ones most lanes would be empty.
+template <class T, class... R>
+inline bool takes_lanes_of_columns(const Rows& rows, const R&... others) {
+  const bool contiguous = rows.stride_n == 1 && ((others.stride_n == 1) && ...);
+  const bool fills_lanes = rows.inner >= Accumulate<T>::kLanes;
+  return !contiguous && rows.n <= (fills_lanes ? kMostInColumns : kMostInLanes);
+}
+template <class T>
 inline bool takes_backward_lanes(const RowMapParams& p) {
-  const bool contiguous =
-      p.output_rows.stride_n == 1 && p.grad_output_rows.stride_n == 1 && p.grad_input_rows.stride_n == 1;
-  return !contiguous && p.output_rows.n <= kMostInLanes;
+  return takes_lanes_of_columns<T>(p.output_rows, p.grad_output_rows, p.grad_input_rows);
 }
 
-// Calls f(row, count, y, g) for rows of up to kMostInLanes elements, one in each lane: `count` of them, the first of
+// Calls f(row, count, y, g) for rows of up to kMostInColumns elements, one in each lane: `count` of them, the first of
 // which is `row`. f makes the gradients of the output y and of grad_output g, in g.
 template <class T, class F>
 inline void for_backward_lanes(const RowMapParams& p, int64_t begin, int64_t end, const F& f) {
   const int64_t n = p.output_rows.n;
   const bool one_run =
       has_one_stride(p.output_rows) && has_one_stride(p.grad_output_rows) && has_one_stride(p.grad_input_rows);
-  Vec<T> y[kMostInLanes], g[kMostInLanes];
+  Vec<T> y[kMostInColumns], g[kMostInColumns];
   for_each_lanes<Accumulate<T>::kLanes>(
       p.output_rows, one_run, begin, end, [&](int64_t row, int64_t count, Position at) {
         load_lanes(static_cast<const T*>(p.output) + at.in(p.output_rows), p.output_rows, n, count, y);
