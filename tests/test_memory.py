@@ -11,6 +11,7 @@ from conftest import for_cpu
 from torch.profiler import ProfilerActivity, profile
 
 import torch_softmax_ext as tse
+from torch_softmax_ext.testing.memory import peak_memory
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
@@ -88,3 +89,11 @@ def test_scratch_on_cuda_grows_with_the_grid_alone(shape):
     allocated = [e.cpu_memory_usage for e in profiled.events() if e.name == "aten::empty"]
     statistics = 4 * 4 * shape[0] + 3 * 8
     assert sum(allocated) <= statistics + 16 * 4 * 32 + 200  # 32 bytes a block, 16 blocks on each of 4 multiprocessors
+
+
+@pytest.mark.on_host
+@pytest.mark.parametrize("loss", [tse.sparsemax_loss, tse.entmax15_loss, tse.entmax_loss])
+def test_losses_on_cuda_store_no_probabilities(loss):
+    x, target = torch.randn(8, 3000, requires_grad=True), torch.randint(0, 3000, (8,))
+    assert peak_memory(lambda: loss(x, target)) <= 2048
+    assert peak_memory(lambda: loss(x, target).backward()) <= x.nbytes + 2048  # the gradient

@@ -13,6 +13,8 @@ OPTIONS = {
     "smoothing": (None, -100, "sum", 0.1, 0.1, 5.0, 0.5),
 }
 
+ENTMAX_LOSS = (-100, "none", 1.3, None)
+
 
 def cross_entropy(device, options, dtype=torch.float32, probabilities=False, lse=True):
     x = torch.randn(6, 5, device=device, dtype=dtype)
@@ -28,6 +30,12 @@ def selective(device, k, entropy):
     index = torch.randint(0, 5, (6, *k), device=device)
     logp, h, stats = ops._selective_log_softmax_forward(x, index, entropy, 1.0, None)
     return [torch.ones_like(logp), torch.ones_like(h) if entropy else None, x, index, stats]
+
+
+def entmax_loss(device):
+    x, target = torch.randn(6, 5, device=device), torch.randint(0, 5, (6,), device=device)
+    loss, stats = ops._entmax_loss_forward(x, target, *ENTMAX_LOSS)
+    return [torch.ones_like(loss), x, target, stats]
 
 
 def linear(device):
@@ -75,6 +83,13 @@ def calls(device):
             lambda *t: ops._selective_log_softmax_backward(*t, 1.0, None),
             any_dtype="input",
         )
+    yield Call(
+        "entmax_loss",
+        "grad_output input target stats",
+        entmax_loss(device),
+        lambda *t: ops._entmax_loss_backward(*t, *ENTMAX_LOSS),
+        any_dtype="input",
+    )
     yield Call(
         "sparsemax",
         "grad_output output",
@@ -148,6 +163,10 @@ def test_statistics_of_any_strides(device):
     want = ops._selective_log_softmax_backward(grad, lse, x, index, stats, 1.0, None)
     strided = stats.t().contiguous().t()
     assert torch.equal(ops._selective_log_softmax_backward(grad, lse, x, index, strided, 1.0, None), want)
+    grad, x, target, stats = entmax_loss(device)
+    want = ops._entmax_loss_backward(grad, x, target, stats, *ENTMAX_LOSS)
+    strided = stats.t().contiguous().t()
+    assert torch.equal(ops._entmax_loss_backward(grad, x, target, strided, *ENTMAX_LOSS), want)
 
 
 @pytest.mark.parametrize(
@@ -183,3 +202,6 @@ def test_backward_on_cuda_checks_classes(bad, classes_first):
     _, _, stats = ops._selective_log_softmax_forward(x, good, False, 1.0, None)
     with pytest.raises(RuntimeError, match="selective_log_softmax: index: expected a class"):
         ops._selective_log_softmax_backward(torch.ones(4), None, x, target, stats, 1.0, None)
+    loss, stats = ops._entmax_loss_forward(x, good, *ENTMAX_LOSS)
+    with pytest.raises(RuntimeError, match="entmax_loss: target: expected a class index"):
+        ops._entmax_loss_backward(torch.ones_like(loss), x, target, stats, *ENTMAX_LOSS)

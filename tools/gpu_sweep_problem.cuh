@@ -33,7 +33,7 @@ class Problem {
     x_ = Buffer(shape.bytes());
     if (is_map || shape.has_backward()) out_ = Buffer(shape.bytes());
     if (is_map && shape.has_backward()) y_ = Buffer(shape.bytes());
-    if (shape.op == Op::kEntmax15Loss) y_ = Buffer(shape.rows * shape.n * sizeof(float));
+    if (shape.op == Op::kEntmax15Loss) y_ = Buffer(shape.rows * sizeof(tse::RowThreshold<float>));
     if (is_map) {
       expected_ = Buffer(shape.bytes());
     } else {
@@ -57,8 +57,7 @@ class Problem {
   // What a problem takes: logits and up to three tensors like them. The rest is small.
   static int64_t bytes_of(const Shape& s) {
     const bool is_map = s.is_map();
-    const int64_t probabilities = s.op == Op::kEntmax15Loss ? s.rows * s.n * int64_t(sizeof(float)) : 0;
-    return s.bytes() * (is_map ? 3 + s.has_backward() : 1 + s.has_backward()) + probabilities;
+    return s.bytes() * (is_map ? 3 + s.has_backward() : 1 + s.has_backward());
   }
 
   // Fills the inputs and computes what outputs are compared with: the rows of a check, or those that are timed.
@@ -115,10 +114,11 @@ class Problem {
       tse::launch_selective_log_softmax_fwd(selective, nullptr);
       if (shape.has_backward()) tse::launch_selective_log_softmax_bwd(selective, nullptr);
     } else if (shape.op == Op::kEntmax15Loss) {
-      launch_prepared_entmax(entmax_loss.map, tse::DType::kFloat32);
-      tse::launch_entmax_loss(entmax_loss, nullptr);
+      launch_prepared_entmax(entmax_loss.map);
+      tse::launch_entmax_loss_fwd(entmax_loss, nullptr);
+      tse::launch_entmax_loss_bwd(entmax_loss, nullptr);
     } else if (shape.op == Op::kEntmax && shape.has_forward()) {
-      launch_prepared_entmax(map, dtype());
+      launch_prepared_entmax(map);
     } else {
       launcher()(map, nullptr);
     }
@@ -144,12 +144,11 @@ class Problem {
 
  private:
   bool is_loss() const { return shape.op == Op::kCrossEntropy || shape.op == Op::kEntmax15Loss; }
-  void launch_prepared_entmax(const tse::RowMapParams& map, tse::DType output_dtype) const {
+  void launch_prepared_entmax(const tse::RowMapParams& map) const {
     tse::PreparedRowsParams p{};
     p.map = map;
     p.map.dtype = tse::DType::kFloat32;
-    p.input_dtype = dtype();
-    p.output_dtype = output_dtype;
+    p.input_dtype = p.output_dtype = dtype();
     tse::launch_prepared_entmax_fwd(p, nullptr);
   }
   // Of a map.
@@ -233,7 +232,7 @@ class Problem {
     p.map.dtype = tse::DType::kFloat32;
     p.map.rows = p.map.output_rows = p.map.grad_input_rows = rows();
     p.map.input = x_.as();
-    p.map.output = y_.as();
+    p.map.thresholds = y_.as();
     p.map.grad_input = out_.as();
     p.map.alpha.same = shape.alpha();
     p.dtype = dtype();

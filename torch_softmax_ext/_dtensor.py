@@ -115,7 +115,6 @@ def _register():
             row = Shard(dim if dim == 0 else dim - 1)
             loss = row if reduction == "none" else Partial()
             of = {"loss": loss, "stats": Shard(0), "grad_input": Shard(dim), "row": row, "accuracy": Partial("avg")}
-            of["nothing"] = Replicate()
             return [of[r] for r in results], row, Shard(dim) if has_classes else row
 
         return dims, shard
@@ -160,7 +159,7 @@ def _register():
     for name in ENTMAX_LOSSES:
         for overload, results in (
             (getattr(_ops, name).default, ["loss"]),
-            (getattr(_ops, f"_{name}_forward").default, ["loss", "nothing"]),
+            (getattr(_ops, f"_{name}_forward").default, ["loss", "row"]),
         ):
 
             @rule(overload)
@@ -174,15 +173,15 @@ def _register():
                 return list(with_rows(dims, len(results), [input, target, *alpha[1:]], placed))
 
         @rule(getattr(_ops, f"_{name}_backward").default)
-        def _(grad_output, input, target, ignore_index, reduction, *alpha, name=name):
+        def _(grad_output, input, target, stats, ignore_index, reduction, *alpha, name=name):
             dims, shard = class_loss(name, ["grad_input"], input, target, reduction)
 
             def placed(dim):
                 results, row, of_target = shard(dim)
                 of_grad = row if reduction == "none" else Replicate()
-                return results, [of_grad, Shard(dim), of_target, *of_broadcast(alpha[1:], dim, len(input.shape))]
+                return results, [of_grad, Shard(dim), of_target, row, *of_broadcast(alpha[1:], dim, len(input.shape))]
 
-            return list(with_rows(dims, 1, [grad_output, input, target, *alpha[1:]], placed))
+            return list(with_rows(dims, 1, [grad_output, input, target, stats, *alpha[1:]], placed))
 
     # ---- linear_cross_entropy: the gradients of weight and bias are partial sums ------------------------------------
 

@@ -27,6 +27,7 @@ struct RowMapParams {
   void* grad_input;  // (rows, n)
 
   RowNumbers alpha;  // of entmax
+  void* thresholds;  // (rows)  CUDA: a RowThreshold each, which forward writes instead of the output; nullptr: none
   RowNumbers temperature;  // CUDA, backward: what the gradient is divided by
   int64_t first_row;  // the row of `alpha` that is row 0 of the tensors
 

@@ -58,6 +58,18 @@ TSE_HOST_DEVICE inline int64_t row_offset(const Rows& rows, int64_t r) {
 
 TSE_HOST_DEVICE inline int64_t row_count(const Rows& rows) { return rows.outer * rows.inner; }
 
+// The class of a row in the params of a loss; -1 where targets are probabilities.
+template <class Params>
+TSE_HOST_DEVICE inline int64_t target_of(const Params& p, int64_t row) {
+  if (p.target == nullptr) return -1;
+  return p.target_is_int32 ? static_cast<const int32_t*>(p.target)[row] : static_cast<const int64_t*>(p.target)[row];
+}
+// Probabilities always count.
+template <class Params>
+TSE_HOST_DEVICE inline bool is_counted(const Params& p, int64_t target) {
+  return p.target == nullptr || target != p.ignore_index;
+}
+
 // Where row r finds what is its own in a tensor that is broadcast over the rows: the rows as a grid of few dimensions,
 // with a stride of 0 along those that are broadcast.
 constexpr int kMaxRowDims = 6;

@@ -87,16 +87,6 @@ struct CrossEntropyParams {
   }
 };
 
-TSE_HOST_DEVICE inline int64_t target_of(const CrossEntropyParams& p, int64_t row) {
-  if (p.target == nullptr) return -1;
-  return p.target_is_int32 ? static_cast<const int32_t*>(p.target)[row] : static_cast<const int64_t*>(p.target)[row];
-}
-
-// Class probabilities always count.
-TSE_HOST_DEVICE inline bool is_counted(const CrossEntropyParams& p, int64_t target) {
-  return p.target == nullptr || target != p.ignore_index;
-}
-
 // What the target's class has beside what all classes have; A is row_loss' type.
 template <class A>
 TSE_HOST_DEVICE inline A weight_of(const CrossEntropyParams& p, int64_t target) {

@@ -1,9 +1,11 @@
-// Entmax of any alpha on CUDA: the power of p, its weights, and the search for the threshold. [CUDA]
+// Entmax of any alpha on CUDA: the power of p, the search for the threshold, the probabilities that follow from it, and
+// their weights. [CUDA]
 //
 // As on the CPU (entmax_policy-inl.h): with c = alpha - 1 and d = max x - x, p = u^(1/c) of u = max(t - c d, 0), where
 // t is such that Σ p = 1. Next to alpha = 1 and below, v = u - 1 stands for u, else v = u.
 #pragma once
 #include "common/cuda/logits.cuh"
+#include "entmax/entmax.h"
 
 namespace tse {
 
@@ -36,7 +38,8 @@ struct AnyAlpha {
   __device__ AnyAlpha(double alpha, float log_n) {
     c = alpha - 1;
     const bool is_double = std::is_same_v<A, double> || is_steep();
-    const double least = 0x1p-40, most = (is_double ? 693 : 69) / double(log_n > 0.5f ? log_n : 0.5f);
+    const double least = std::is_same_v<A, double> ? 0x1p-60 : 0x1p-40,
+                 most = (is_double ? 693 : 69) / double(log_n > 0.5f ? log_n : 0.5f);
     if (fabs(c) < least) c = least;  // the limit to a rounding
     if (c > most) c = most;  // of n equal elements u must be a normal number
     near_one = c < 0.25;
@@ -88,6 +91,49 @@ struct AlphaSearch {
       goes_on = low < middle && middle < high;
       if (goes_on) t = middle;
     }
+  }
+};
+
+// From the elements of a row to their v = t - c d.
+template <class A>
+struct Shift {
+  double slope;  // c / temperature
+  A max, factor, hi, lo;
+  double t;
+
+  __device__ Shift(const AnyAlpha<A>& alpha, A max, double temperature)
+      : slope(alpha.c / temperature),
+        max(max),
+        factor(fmax(bounded<A>(fabs(2 * slope)), kSmallest<A>) * (slope < 0 ? -1 : 1)) {}
+  __device__ void set(double to) {
+    t = to;
+    hi = A(to);
+    lo = A(to - double(hi));
+  }
+  // t as a RowThreshold holds it: in two numbers of A.
+  __device__ double rounded_t() const { return double(hi) + double(lo); }
+  __device__ A v(A x) const { return (hi - fma(max, A(0.5), A(-0.5) * x) * factor) + lo; }
+  __device__ AlphaTerm<A> term(const AnyAlpha<A>& alpha, A x) const {
+    if (alpha.is_steep()) return alpha.term(t - (double(max) - double(x)) * slope);
+    return alpha.term(v(x));
+  }
+};
+
+// The p of a row's elements, from its threshold.
+template <class A>
+struct RowProbabilities {
+  AnyAlpha<A> alpha;
+  Shift<A> shift;
+  A scale;
+
+  __device__ RowProbabilities(double alpha, float log_n, const RowThreshold<A>& row)
+      : alpha(alpha, log_n), shift(this->alpha, row.max, /*temperature=*/1), scale(row.scale) {
+    shift.set(double(row.t) + double(row.rest));
+  }
+  __device__ A operator()(A x) const {
+    if (alpha.c != 0.5 && alpha.c != 1) return shift.term(alpha, x).p * scale;
+    const A u = shift.v(x);
+    return u <= 0 ? A(0) : alpha.c == 1 ? u : u * u;  // NaN stays
   }
 };
 

@@ -13,28 +13,6 @@
 namespace tse {
 namespace {
 
-// From the elements of a row to their v.
-template <class A>
-struct Shift {
-  double slope;  // c / temperature
-  A max, factor, hi, lo;
-  double t;
-
-  __device__ Shift(const AnyAlpha<A>& alpha, A max, double temperature)
-      : slope(alpha.c / temperature),
-        max(max),
-        factor(fmax(bounded<A>(fabs(2 * slope)), kSmallest<A>) * (slope < 0 ? -1 : 1)) {}
-  __device__ void set(double to) {
-    t = to;
-    hi = A(to);
-    lo = A(to - double(hi));
-  }
-  __device__ auto term(const AnyAlpha<A>& alpha, A x) const {
-    if (alpha.is_steep()) return alpha.term(t - (double(max) - double(x)) * slope);
-    return alpha.term((hi - fma(max, A(0.5), A(-0.5) * x) * factor) + lo);
-  }
-};
-
 template <class A, int kRowThreads>
 __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<double, kRowThreads>)
     any_alpha_fwd_kernel(PreparedRows<A> rows, float log_n, int kept_vectors) {
@@ -92,9 +70,15 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<dou
       }
       t = search.t;
     }
+    const auto thresholds = static_cast<RowThreshold<A>*>(rows.map().thresholds);
+    shift.set(t);
+    if (thresholds != nullptr) shift.set(t = shift.rounded_t());
     const double sum = alpha.is_steep() ? sums(t, false).sum : 1;
     const A scale = A(sum > 0 ? 1 / sum : 1);
-    shift.set(t);
+    if (thresholds != nullptr) {
+      if (threadIdx.x % kRowThreads == 0) thresholds[index] = {shift.max, shift.hi, shift.lo, scale, 0};
+      continue;
+    }
     map_row<A>(row, rows.output(index, x), [&](int64_t, A v) { return shift.term(alpha, v).p * scale; });
   }
 }
@@ -111,10 +95,10 @@ void launch_fwd(const PreparedRows<A>& rows, cudaStream_t stream) {
 
 }  // namespace
 
-// One alpha with a map of its own takes that.
+// One alpha with a map of its own takes that. Softmax's kernel writes no thresholds: the losses of alpha 1 come here.
 void launch_prepared_entmax_fwd(const PreparedRowsParams& p, cudaStream_t stream) {
   const double alpha = p.map.alpha.each == nullptr ? p.map.alpha.same : 0;
-  if (alpha == 1) return launch_prepared_softmax_fwd(p, stream);
+  if (alpha == 1 && p.map.thresholds == nullptr) return launch_prepared_softmax_fwd(p, stream);
   if (alpha == 1.5) return launch_prepared_entmax15_fwd(p, stream);
   if (alpha == 2) return launch_prepared_sparsemax_fwd(p, stream);
   with_prepared_rows(p, [&](const auto& rows) { launch_fwd(rows, stream); });

@@ -15,6 +15,15 @@ void bwd_rows_of_alpha(const RowMapParams& p, int64_t begin, int64_t end);
 // The gradient of each row's alpha, of float32 or float64 rows that are contiguous. grad_input: (rows), float64.
 void alpha_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end);
 
+// CUDA: what the probabilities of a row follow from, for the losses: with c = alpha - 1, p = scale · u^(1/c) of
+// u = max((t + rest) - c (max x - x), 0); next to alpha = 1 and below, t is one less (any_alpha.cuh).
+template <class A>
+struct RowThreshold {
+  A max, t, rest, scale;
+  A others;  // of a loss: Σ p without the target's class
+};
+constexpr int64_t kThresholdNumbers = sizeof(RowThreshold<float>) / sizeof(float);
+
 // CUDA: all rows, on `stream`, no synchronisation.
 TSE_CUDA void launch_entmax15_fwd(const RowMapParams& p, cudaStream_t stream);
 TSE_CUDA void launch_entmax15_bwd(const RowMapParams& p, cudaStream_t stream);

@@ -10,6 +10,7 @@
 #pragma once
 #include "common/cuda/map_rows.cuh"
 #include "common/cuda/reduce.cuh"
+#include "entmax/entmax.h"
 #include "entmax/threshold.cuh"
 
 namespace tse {
@@ -39,6 +40,16 @@ __device__ inline A probability(const Policy& policy, A above) {
 template <class A, class Policy>
 __device__ inline void add_term(SupportSum<A, Policy::kCounts>& own, const Policy& policy, A above) {
   if (!(above <= 0)) own.add(policy.probability(above), policy.slope(above));
+}
+
+// Writes the threshold, and returns true, if a loss asks for it instead of the probabilities.
+template <int kRowThreads, class Rows, class A>
+__device__ inline bool put_threshold(const Rows& rows, int64_t index, A m, const Threshold<A>& tau) {
+  if constexpr (!Rows::kHasSlope) return false;
+  const auto thresholds = static_cast<RowThreshold<A>*>(rows.map().thresholds);
+  if (thresholds == nullptr) return false;
+  if (threadIdx.x % kRowThreads == 0) thresholds[index] = {m, -tau.t, -tau.rest, 1, 0};
+  return true;
 }
 
 // ---- rows that are walked in each step: in registers, or of few threads --------------------------------------------
@@ -105,6 +116,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<typ
               [&](int64_t, T v) { add(policy.z(to_acc(v), m), true); });
         },
         tau, turn);
+    if (put_threshold<kRowThreads>(rows, index, m, tau)) continue;
     map_row<T>(row, rows.output(index, x),
                [&](int64_t, A v) { return probability(policy, tau.above(policy.z(v, m))); });
   }
@@ -273,7 +285,7 @@ __global__ void __launch_bounds__(kRowThreads, kBlocksAtLeast<typename Rows::T, 
       return of_max.total();
     });
     solve(true, [&] { return row.sum(tau); });
-    row.write(rows.output(index, x), tau);
+    if (!put_threshold<kRowThreads>(rows, index, row.m, tau)) row.write(rows.output(index, x), tau);
   }
 }
 

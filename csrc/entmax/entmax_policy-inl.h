@@ -64,7 +64,7 @@ struct AnyAlpha {
 
   AnyAlpha(V alpha, int64_t n) {
     c = alpha - A(1);
-    const V size = vmax(c, -c), least = splat<V>(A(0x1p-40));
+    const V size = vmax(c, -c), least = splat<V>(std::is_same_v<A, double> ? A(0x1p-60) : A(0x1p-40));
     c = size < least ? least : c;
     // Of n equal elements t = n^-c must be a normal number.
     const V most = splat<V>(A((std::is_same_v<A, double> ? 1000 : 100) / std::log2(double(std::max<int64_t>(n, 2)))));

@@ -11,6 +11,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
+#include <cstring>
 #include <limits>
 #include <optional>
 #include <string>
@@ -172,6 +173,13 @@ void check(const char* op, const at::Tensor& input, const at::Tensor& target, co
   check_targets(op, input, target);
 }
 
+// The sizes of the statistics of forward: a RowThreshold for each row.
+c10::SymDimVector stats_sizes(const at::Tensor& input, const at::Tensor& target) {
+  c10::SymDimVector sizes = row_sizes(input, target);
+  sizes.push_back(kThresholdNumbers);
+  return sizes;
+}
+
 // How many rows of a call a mean counts, as a tensor.
 at::Tensor counted_rows(const at::Tensor& input, const at::Tensor& target, const LossOptions& o) {
   if (!target.is_floating_point()) return (target.to(at::kLong) != o.ignore_index).sum();
@@ -181,7 +189,7 @@ at::Tensor counted_rows(const at::Tensor& input, const at::Tensor& target, const
 // The rows of a call, in layouts that kernels take.
 struct LossRows {
   const char* op;
-  RowTensor x, y, grad, probabilities;
+  RowTensor x, y, grad;
   at::Tensor target, grad_input;
   NumbersOfRows alpha;
   EntmaxLossParams p{};
@@ -212,11 +220,7 @@ struct LossRows {
       if (!on_cuda) counted = count_classes(op, "target", target, input.size(dim), o.ignore_index);
     }
     p.divisor = o.reduction == "mean" && !on_cuda ? counted : 1;  // on CUDA grad_output is divided before
-    if (on_cuda) {
-      probabilities = as_rows(at::empty_like(x.tensor, x.tensor.options().dtype(type())), dim);
-      p.map.output_rows = probabilities.rows;
-      p.map.output = probabilities.tensor.mutable_data_ptr();
-    }
+    p.map.output_rows = x.rows;
     if (!has_gradient) return;
     grad_input = with_huge_pages(at::empty_like(input));
     grad = as_rows(grad_input, dim);
@@ -225,17 +229,29 @@ struct LossRows {
   }
   at::ScalarType type() const { return p.map.dtype == DType::kFloat64 ? at::kDouble : at::kFloat; }
 
-  void run() {
-    if (use_cuda(x.tensor)) {
-      PreparedRowsParams q{};
-      q.map = p.map;
-      q.input_dtype = p.dtype;
-      q.output_dtype = p.map.dtype;
-      launch(op, launch_prepared_entmax_fwd, q, x.tensor);
-      launch(op, launch_entmax_loss, p, x.tensor);
-    } else if (p.map.rows.n > 0) {
-      parallel_rows(p, p.map.rows, p.map.rows.stride_n == 1, entmax_loss_rows);
-    }
+  // The loss; on the CPU its gradient with it, if one is wanted.
+  void run_forward(const at::Tensor& thresholds) {
+    if (!use_cuda(x.tensor)) return run_cpu();
+    p.map.thresholds = thresholds.mutable_data_ptr();
+    PreparedRowsParams map{};
+    map.map = p.map;
+    map.input_dtype = map.output_dtype = p.dtype;
+    launch(op, launch_prepared_entmax_fwd, map, x.tensor);
+    launch(op, launch_entmax_loss_fwd, p, x.tensor);
+  }
+  void run_backward(const at::Tensor& thresholds) {
+    if (!use_cuda(x.tensor)) return run_cpu();
+    p.map.thresholds = const_cast<void*>(thresholds.const_data_ptr());
+    launch(op, launch_entmax_loss_bwd, p, x.tensor);
+    finish();
+  }
+
+ private:
+  void run_cpu() {
+    if (p.map.rows.n > 0) parallel_rows(p, p.map.rows, p.map.rows.stride_n == 1, entmax_loss_rows);
+    finish();
+  }
+  void finish() {
     if (grad_input.defined() && !grad.tensor.is_same(grad_input)) grad_input.copy_(grad.tensor);
   }
 };
@@ -248,6 +264,7 @@ struct EntmaxLoss {
   struct Result {
     at::Tensor loss, stats, grad_input;
   };
+  // On the CPU the statistics are zeros: backward computes again what it needs.
   static Result forward_backward(const at::Tensor& input, const at::Tensor& target, const Options& o,
                                  std::optional<double> guess) {
     check(Options::kName, input, target, o);
@@ -255,9 +272,10 @@ struct EntmaxLoss {
     const auto type = input.options().dtype(accumulate_type(input.scalar_type()));
     const bool reduces = o.reduction != "none";
     const auto sizes = row_sizes(input, target);
-    const at::Tensor stats = at::empty({0}, type);  // backward computes again what it needs
+    const at::Tensor stats = at::empty_symint(stats_sizes(input, target), type);
     if (input.is_meta()) return {reduces ? at::empty({}, type) : at::empty_symint(sizes, type), stats, {}};
-    if (use_cuda(input) && input.numel() == 0) return {composed_loss(input, target, o), stats, {}};
+    if (use_cuda(input) && input.numel() == 0) return {composed_loss(input, target, o), stats.zero_(), {}};
+    if (!use_cuda(input) && stats.numel() > 0) std::memset(stats.mutable_data_ptr(), 0, stats.nbytes());
     LossRows rows(input, target, o, !use_cuda(input) && guess.has_value());
     const at::Tensor row_loss = at::empty_symint(sizes, type.dtype(rows.type()));
     if (input.numel() == 0) row_loss.zero_();
@@ -265,7 +283,7 @@ struct EntmaxLoss {
     const double g = guess.value_or(0);
     const float g32 = float(g);
     rows.p.grad_output = rows.type() == at::kDouble ? static_cast<const void*>(&g) : &g32;
-    rows.run();
+    rows.run_forward(stats);
     if (!reduces) return {row_loss.to(type.dtype()), stats, {}};
     if (use_cuda(input)) {
       const at::Tensor sum = row_loss.sum(at::kDouble);
@@ -284,11 +302,13 @@ struct EntmaxLoss {
   }
 
   static at::Tensor gradient(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
-                             const Options& o) {
+                             const at::Tensor& stats, const Options& o) {
     check(Options::kName, input, target, o);
     const auto sizes = row_sizes(input, target);
     check_handed(Options::kName, "grad_output", grad_output, input, accumulate_type(input.scalar_type()),
                  o.reduction == "none" ? c10::SymIntArrayRef(sizes) : c10::SymIntArrayRef());
+    check_handed(Options::kName, "stats", stats, input, accumulate_type(input.scalar_type()),
+                 stats_sizes(input, target));
     if (input.is_meta() || input.numel() == 0) return at::empty_like(input);
     const c10::OptionalDeviceGuard guard(input.device());
     LossRows rows(input, target, o, /*has_gradient=*/true);
@@ -297,7 +317,7 @@ struct EntmaxLoss {
         (divides ? grad_output / counted_rows(input, target, o) : grad_output).to(rows.type()).contiguous();
     rows.p.grad_output = g.const_data_ptr();
     rows.p.grad_output_stride = o.reduction == "none" ? 1 : 0;
-    rows.run();
+    rows.run_backward(stats.contiguous());
     return rows.grad_input;
   }
 
@@ -305,8 +325,8 @@ struct EntmaxLoss {
   using Forward = Operator<forward>;
 
   static at::Tensor backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
-                             const at::Tensor&, const Options& o, const at::Tensor&) {
-    return Operator<gradient>::call(grad_output, input, target, o);
+                             const at::Tensor& stats, const Options& o, const at::Tensor&) {
+    return Operator<gradient>::call(grad_output, input, target, stats, o);
   }
   static at::Tensor target_backward(const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& target,
                                     const at::Tensor&, const Options& o) {
@@ -335,7 +355,7 @@ void define_loss(torch::Library& m) {
   define<Loss::forward>(m, forward.c_str(),
                         "(Tensor input, Tensor target, " + required + ") -> (Tensor loss, Tensor stats)");
   define<Loss::gradient>(m, backward.c_str(),
-                         "(Tensor grad_output, Tensor input, Tensor target, " + required + ") -> Tensor");
+                         "(Tensor grad_output, Tensor input, Tensor target, Tensor stats, " + required + ") -> Tensor");
 }
 
 }  // namespace

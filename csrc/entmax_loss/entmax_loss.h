@@ -12,8 +12,8 @@ enum class EntmaxLossName : int32_t { kSparsemax, kEntmax15, kEntmax };
 
 struct EntmaxLossParams {
   EntmaxLossName name;  // as which errors know it
-  // rows, input and alpha; the grad_input, if one is wanted; dtype: of the arithmetic. CUDA: output, the probabilities
-  // in this dtype.
+  // rows, input and alpha; the grad_input, if one is wanted; dtype: of the arithmetic. On CUDA also the
+  // thresholds.
   RowMapParams map;
   void (*probabilities)(const RowMapParams& p, int64_t begin, int64_t end);  // CPU: the map
   DType dtype;  // of input, distribution and grad_input
@@ -32,7 +32,9 @@ struct EntmaxLossParams {
 // CPU: rows [begin, end), whose targets were checked: losses and gradients, from one reading of the logits.
 void entmax_loss_rows(const EntmaxLossParams& p, int64_t begin, int64_t end);
 
-// CUDA: all rows, on `stream`, no synchronisation.
-TSE_CUDA void launch_entmax_loss(const EntmaxLossParams& p, cudaStream_t stream);
+// CUDA: all rows, on `stream`, no synchronisation. The thresholds come from launch_prepared_entmax_fwd; forward adds
+// what backward needs.
+TSE_CUDA void launch_entmax_loss_fwd(const EntmaxLossParams& p, cudaStream_t stream);
+TSE_CUDA void launch_entmax_loss_bwd(const EntmaxLossParams& p, cudaStream_t stream);
 
 }  // namespace tse

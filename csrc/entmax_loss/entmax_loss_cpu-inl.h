@@ -52,13 +52,8 @@ struct LossTile {
   Rows x_rows, p_rows, y_rows, out_rows;
 
   bool has_distribution() const { return params.target == nullptr; }
-  // The target's class, -1 with a distribution.
-  int64_t own(int64_t i) const {
-    if (has_distribution()) return -1;
-    return params.target_is_int32 ? static_cast<const int32_t*>(params.target)[first + i]
-                                  : static_cast<const int64_t*>(params.target)[first + i];
-  }
-  bool counts(int64_t own) const { return has_distribution() || own != params.ignore_index; }
+  int64_t own(int64_t i) const { return target_of(params, first + i); }
+  bool counts(int64_t own) const { return is_counted(params, own); }
   A gradient(int64_t i) const {
     const A g = static_cast<const A*>(params.grad_output)[(first + i) * params.grad_output_stride];
     return A(double(g) / params.divisor);
@@ -165,7 +160,7 @@ inline double loss_of(const LossSums& of_p, A own, A r, const TargetSums* of_y, 
   const bool own_is_largest = double(own) >= of_p.largest_p;
   const double level =
       double(surprise.of(own_is_largest ? own : A(of_p.largest_p))) + (own_is_largest ? 0 : of_p.largest_x - double(r));
-  // The last term is what a rounding of Σ p is worth.
+  // The last term corrects for what rounding adds to Σ p.
   double loss = of_p.linear + (level * mass - of_p.linear) / alpha - (mass - 1) * (level - 1 / alpha);
   if (of_y != nullptr) loss += level * (of_y->mass - 1) - of_y->linear - of_y->surprise / alpha;
   return loss < 0 ? 0 : loss;  // NaN stays

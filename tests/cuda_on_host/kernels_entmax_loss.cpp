@@ -1,4 +1,4 @@
-// Checks of the losses of sparsemax and entmax: the map's kernel, then loss and gradient.
+// Checks of the losses of sparsemax and entmax: the map's thresholds, then loss and gradient.
 #include "entmax_loss/entmax_loss.h"
 
 #include "entmax/entmax.h"
@@ -20,7 +20,7 @@ void check_entmax_loss(double alpha, int64_t count, int64_t n, int64_t offset, b
   std::normal_distribution<float> normal(0, 2);
   std::uniform_real_distribution<float> uniform(0, 1);
   Matrix<T> x(count, n, offset, columns), y(count, n, 1, columns), grad(count, n, offset, columns);
-  Matrix<A> p(count, n, 0, columns);
+  std::vector<RowThreshold<A>> thresholds(count);
   std::vector<int64_t> target(count);
   std::vector<A> loss(count, A(NAN)), grad_output(count);
   for (int64_t i = 0; i < count; ++i) {
@@ -38,8 +38,8 @@ void check_entmax_loss(double alpha, int64_t count, int64_t n, int64_t offset, b
   q.map.dtype = kDType<A>;
   q.map.rows = x.rows;
   q.map.input = x.data();
-  q.map.output_rows = p.rows;
-  q.map.output = p.data();
+  q.map.output_rows = x.rows;
+  q.map.thresholds = thresholds.data();
   q.map.grad_input_rows = grad.rows;
   q.map.grad_input = grad.data();
   q.map.alpha.same = alpha;
@@ -55,9 +55,10 @@ void check_entmax_loss(double alpha, int64_t count, int64_t n, int64_t offset, b
   PreparedRowsParams map{};
   map.map = q.map;
   map.input_dtype = q.dtype;
-  map.output_dtype = q.map.dtype;
+  map.output_dtype = q.dtype;
   launch_prepared_entmax_fwd(map, nullptr);
-  launch_entmax_loss(q, nullptr);
+  launch_entmax_loss_fwd(q, nullptr);
+  launch_entmax_loss_bwd(q, nullptr);
   for (int64_t i = 0; i < count; ++i) {
     double max = -INFINITY, want = 0;
     for (int64_t c = 0; c < n; ++c) max = std::fmax(to_acc(x.at(i, c)), max);
@@ -86,7 +87,7 @@ const Check kCheck = [](bool is_small) {
       check_entmax_loss<__nv_bfloat16>(1.5, 3, 2100, 1, false, has_distribution);
     return;
   }
-  for (double alpha : {1.0, 1.3, 1.5, 2.0})
+  for (double alpha : {1.0, 1.3, 1.5, 2.0, 2.5})
     for (bool has_distribution : {false, true}) {
       for (int64_t n : {1, 5, 70, 1030, 9000}) check_entmax_loss<float>(alpha, 3, n, n % 3, false, has_distribution);
       check_entmax_loss<double>(alpha, 2, 300, 1, false, has_distribution);

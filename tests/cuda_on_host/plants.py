@@ -243,17 +243,17 @@ PLANTS = {
         MAP_BWD, r"rest / \(total\.weight \+ total\.most\)", "rest / total.weight", "plain", r"gradient\[", "softmax"
     ),
     "the-own-class-among-the-others": Plant(
-        "entmax_loss/entmax_loss_fwd.cu",
-        r"return i \+ k == target \? A\(0\) : of_p",
-        "return of_p",
+        "entmax_loss/entmax_loss_kernels.cu",
+        r"i == target \? A\(0\) : probability\(v\)",
+        "probability(v)",
         "plain",
         r"entmax loss",
         "entmax_loss",
     ),
     "a-loss-without-its-entropy": Plant(
-        "entmax_loss/entmax_loss_fwd.cu",
-        r"of_surprise \+= v \* w\(v\);",
-        "of_surprise += 0;",
+        "entmax_loss/entmax_loss_kernels.cu",
+        r"\(level \* mass - linear\) / alpha",
+        "0",
         "plain",
         r"entmax loss\[",
         "entmax_loss",
