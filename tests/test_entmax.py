@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import for_cpu
 
 import torch_softmax_ext as tse
 from torch_softmax_ext.testing.entmax import SPEC as ENTMAX
@@ -78,3 +79,31 @@ def test_vmap_over_alphas(device):
     want = torch.stack([tse.entmax(x[i], alphas[i]) for i in range(3)])
     close(torch.func.vmap(tse.entmax)(x, alphas), want)
     close(torch.func.vmap(lambda a: tse.entmax(x[0], a))(alphas)[0], want[0])
+
+
+@for_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [40, 900])
+@pytest.mark.parametrize("function", ["entmax", "entmax_loss"])
+def test_a_row_does_not_depend_on_the_alphas_of_others(dtype, n, function):
+    """Rows with an alpha above 2 are computed in float64."""
+    x, g, alphas = torch.randn(3, n).to(dtype), torch.randn(3, n).to(dtype), torch.tensor([[1.3], [2.5], [1.7]])
+    t = torch.tensor([1, 2, 3])
+
+    def results(rows):
+        z, a = (v[rows].clone().requires_grad_() for v in (x, alphas))
+        if function == "entmax":
+            y, of_y = tse.entmax(z, a), g[rows]
+        else:
+            y, of_y = tse.entmax_loss(z, t[rows], a, reduction="none"), g[rows, 0].float()
+        return y, *torch.autograd.grad(y, (z, a), of_y)
+
+    together = results(slice(0, 3))
+    for i in range(3):
+        for a, b in zip(together, results(slice(i, i + 1)), strict=True):
+            assert torch.equal(a[i : i + 1], b)
+    for reduction in ("mean", "sum"):
+        close(
+            tse.entmax_loss(x, t, alphas, reduction=reduction),
+            tse.entmax_loss(x.double(), t, alphas, reduction=reduction).float(),
+        )

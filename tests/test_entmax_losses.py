@@ -46,11 +46,15 @@ def test_the_gradient_is_the_probabilities_less_the_target(device, loss, alpha):
     close(g, (p - F.one_hot(t.clamp_min(0), 9)).where(counted, torch.zeros_like(p)))
 
 
-@losses
+@pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("n", [10, 5000])
-def test_zero_at_the_margin_and_never_negative(device, loss, alpha, dtype, n):
+def test_zero_at_the_margin_and_never_negative(device, alpha, dtype, n):
     """gokceneraslan/SparseMax.torch #2: negative losses."""
+
+    def loss(x, t, reduction="none"):
+        return tse.entmax_loss(x, t, alpha, reduction=reduction)
+
     margin = 1 / (alpha - 1)
     x = (torch.randn(64, n, device=device) / 8).clamp(-0.5, 0.5).to(dtype)
     t = torch.arange(64, device=device) % n
@@ -97,6 +101,38 @@ def test_gradients_of_distributions(device, alpha):
         close(ours(x, y), reference(x, y, alpha, reduction=reduction))
         assert torch.autograd.gradcheck(ours, (x, y))
         assert torch.autograd.gradgradcheck(ours, (x, y), atol=1e-4)
+
+
+@pytest.mark.not_on_host
+@pytest.mark.parametrize("of_classes", [True, False])
+def test_gradcheck_of_alpha(device, of_classes):
+    x, t = batch(device)
+    y = t if of_classes else torch.rand(6, 9, device=device, dtype=torch.float64).softmax(1)
+    a = torch.tensor([0.7, 1.0, 1.3, 1.5, 2.0, 2.5], device=device, dtype=torch.float64)[:, None].requires_grad_()
+
+    def ours(x, a):
+        return tse.entmax_loss(x, y, a, reduction="none")
+
+    assert torch.autograd.gradcheck(ours, (x, a), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(ours, (x, a), atol=1e-4)
+
+
+@losses
+@pytest.mark.parametrize("n", [5, 300])
+def test_a_row_of_minus_inf_has_no_loss(device, loss, alpha, n):
+    """As in torch's cross_entropy: loss and gradient are NaN, unless the row is ignored."""
+    x = torch.randn(3, n, device=device)
+    x[:2] = -torch.inf
+    x.requires_grad_()
+    distribution = torch.full((3, n), 1 / n, device=device)
+    for target, counts in ((torch.tensor([1, -100, 2], device=device), False), (distribution, True)):
+        y = loss(x, target, reduction="none")
+        assert y.isnan().tolist() == [True, counts, False]
+        for create_graph in (False, True):
+            (g,) = torch.autograd.grad(y.sum(), x, retain_graph=True, create_graph=create_graph)
+            assert g[0].isnan().all()
+            assert g[1].isnan().all() if counts else (g[1] == 0).all()
+            assert g[2].isfinite().all()
 
 
 @pytest.mark.not_on_host

@@ -39,9 +39,10 @@ struct ForwardKernels : RowMapKernels {
 };
 
 // s · (g - Σ s g / Σ s), the gradient of every map but log-softmax; s: p^(2 - alpha) on the support. Outside g does not
-// matter, even if it is infinite.
+// matter, even if it is infinite. g is taken relative to that of the largest s, which may be nearly the mean.
 inline at::Tensor projected(const at::Tensor& grad_output, const at::Tensor& s, int64_t dim) {
-  const at::Tensor g = grad_output.masked_fill(s == 0, 0), sum = s.sum(dim, /*keepdim=*/true);
+  const at::Tensor inside = grad_output.masked_fill(s == 0, 0), sum = s.sum(dim, /*keepdim=*/true);
+  const at::Tensor g = inside - inside.gather(dim, s.argmax(dim, /*keepdim=*/true));
   return s * (g - (s * g).sum(dim, /*keepdim=*/true) / sum.masked_fill(sum == 0, 1));
 }
 
@@ -62,12 +63,15 @@ struct RowMap {
   static bool is_widened(const at::Tensor& t) { return Map::kWidensHalf && t.element_size() == 2 && !use_cuda(t); }
 
   static at::Tensor forward(const at::Tensor& input, const Options& options) {
+    if (is_converted(input, options)) return forward(input.to(*options.dtype), options);
     const Options o = checked(Map::kName, input, options);
     const auto type = o.dtype.value_or(input.scalar_type());
     const c10::OptionalDeviceGuard guard(input.device());
     const at::Tensor output = with_huge_pages(at::empty_like(input, input.options().dtype(type)));
     if (input.is_meta() || input.numel() == 0) return output;
     const bool on_cuda = use_cuda(input), is_double = !on_cuda && o.is_double();
+    if (is_double && o.is_mixed())
+      return output.copy_(by_steepness(o, [&](const Options& same) { return forward(input, same); }));
     const bool is_prepared = o.prepares() || type != input.scalar_type() || is_widened(input) || is_double ||
                              (on_cuda && Map::kForward.cuda == nullptr);
     const RowTensor x = as_rows(input, o.dim), y = as_rows(output, o.dim);
@@ -209,6 +213,7 @@ struct RowMap {
   };
 
   static at::Tensor autograd(const at::Tensor& input, const Options& o) {
+    if (is_converted(input, o)) return autograd(input.to(*o.dtype), o);
     switch (gradient_path(input, o.row_temperature, o.mask, o.row_alpha)) {
       case GradientPath::kFused:
         return Function::apply(input, o.row_temperature, o.mask, o.row_alpha, o);

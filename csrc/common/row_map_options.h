@@ -37,6 +37,7 @@ struct RowMapOptions {  // in the order of the schema
   }
   // Whether the arithmetic is in double, whatever the dtypes.
   bool is_double() const { return false; }
+  bool is_mixed() const { return false; }
   bool prepares() const { return row_temperature.has_value() || mask.has_value() || temperature != 1; }
 };
 
@@ -47,10 +48,28 @@ inline bool is_steep(double alpha, const OptionalTensor& row_alpha) {
   return row_alpha->numel() > 0 && row_alpha->max().item<double>() > 2;
 }
 
+// Whether a call has alphas above 2 and others.
+inline bool is_mixed(const OptionalTensor& row_alpha) {
+  return row_alpha.has_value() && row_alpha->numel() > 1 && is_steep(0, row_alpha) &&
+         !(row_alpha->min().item<double>() > 2);
+}
+
+// f(options) of rows with an alpha above 2, whose arithmetic is another, and of the others: the bits of a row do not
+// depend on the alphas of the others.
+template <class Options, class F>
+at::Tensor by_steepness(const Options& o, const F& f) {
+  const at::Tensor &alpha = *o.row_alpha, is_above = alpha > 2;
+  Options steep = o, flat = o;
+  steep.row_alpha = alpha.masked_fill(is_above.logical_not(), 3);
+  flat.row_alpha = alpha.masked_fill(is_above, 2);
+  return at::where(is_above, f(steep), f(flat));
+}
+
 struct EntmaxOptions : RowMapOptions {
   auto fields() const { return std::tuple_cat(RowMapOptions::fields(), std::tie(alpha, row_alpha)); }
   static std::string schema() { return RowMapOptions::schema() + ", float alpha=1.5, Tensor? row_alpha=None"; }
   bool is_double() const { return is_steep(alpha, row_alpha); }
+  bool is_mixed() const { return tse::is_mixed(row_alpha); }
 };
 
 // The options of the same map over logits that are prepared.
@@ -105,6 +124,12 @@ inline void check_mask(const char* op, const at::Tensor& mask, const at::Tensor&
   TSE_CHECK(mask.layout() == at::kStrided, op, "mask", "expected a strided tensor, got layout ", mask.layout());
   check_same_device(op, "mask", mask, input);
   check_broadcast(op, "mask", mask, input);
+}
+
+// Integers become the dtype that is asked for, as in torch.softmax.
+template <class Options>
+bool is_converted(const at::Tensor& input, const Options& o) {
+  return o.dtype.has_value() && at::isIntegralType(input.scalar_type(), /*includeBool=*/true);
 }
 
 // With dim >= 0.

@@ -99,6 +99,8 @@ struct Entmax : Compositions<Entmax> {
   }
 
   static at::Tensor fused_alpha_gradient(const at::Tensor& grad_output, const at::Tensor& output, const Options& o) {
+    if (o.is_mixed())
+      return by_steepness(o, [&](const Options& same) { return fused_alpha_gradient(grad_output, output, same); });
     const auto type = o.is_double() ? at::kDouble : accumulate_type(output.scalar_type());
     const int64_t dim = at::maybe_wrap_dim(o.dim, output.dim());
     const auto contiguous_rows = [&](const at::Tensor& t) {

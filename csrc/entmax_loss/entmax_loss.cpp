@@ -96,6 +96,9 @@ struct Composed {
     const auto type = accumulate_type(input.scalar_type());
     x = input.to(type);
     alpha = o.row_alpha.has_value() ? o.row_alpha->to(x.device(), type) : at::full({}, o.alpha, x.options());
+    // A row of -inf alone has no distribution: its loss and gradient are NaN.
+    const at::Tensor is_empty = (x == -std::numeric_limits<double>::infinity()).all(dim, /*keepdim=*/true);
+    x = x + is_empty.to(type).masked_fill(is_empty, std::numeric_limits<double>::quiet_NaN());
     if (has_classes) {
       const at::Tensor t = (input.dim() == 1 ? target.reshape({}) : target).to(at::kLong).unsqueeze(dim);
       ignored = t == o.ignore_index;
@@ -116,7 +119,8 @@ struct Composed {
   }
   // t · w of t; at 0 with the slope that it has there, 1 / c, where that is finite.
   at::Tensor times_surprise(const at::Tensor& t) const {
-    const at::Tensor c = alpha - 1, slope = at::where(c > 0, 1 / c, at::zeros_like(c));
+    const at::Tensor c = alpha - 1, is_finite = c > 0;
+    const at::Tensor slope = at::where(is_finite, 1 / at::where(is_finite, c, 1), 0);
     return at::where(t > 0, t * surprise(t, alpha), t * slope);
   }
   // s of w = s + d: w of the largest probability.
@@ -276,6 +280,8 @@ struct EntmaxLoss {
     if (input.is_meta()) return {reduces ? at::empty({}, type) : at::empty_symint(sizes, type), stats, {}};
     if (use_cuda(input) && input.numel() == 0) return {composed_loss(input, target, o), stats.zero_(), {}};
     if (!use_cuda(input) && stats.numel() > 0) std::memset(stats.mutable_data_ptr(), 0, stats.nbytes());
+    if (!use_cuda(input) && input.numel() > 0 && is_mixed(o.row_alpha))
+      return {loss_of_mixed(input, target, o), stats, {}};
     LossRows rows(input, target, o, !use_cuda(input) && guess.has_value());
     const at::Tensor row_loss = at::empty_symint(sizes, type.dtype(rows.type()));
     if (input.numel() == 0) row_loss.zero_();
@@ -292,6 +298,16 @@ struct EntmaxLoss {
     const double sum = rows.type() == at::kDouble ? sum_of_rows(row_loss.const_data_ptr<double>(), row_loss.numel())
                                                   : sum_of_rows(row_loss.const_data_ptr<float>(), row_loss.numel());
     return {at::full({}, sum / rows.p.divisor, type), stats, rows.grad_input};
+  }
+  static at::Tensor loss_of_mixed(const at::Tensor& input, const at::Tensor& target, const Options& o) {
+    Options each = o;
+    each.reduction = "none";
+    const int64_t dim = class_dim(input);
+    const at::Tensor rows =
+        by_steepness(each, [&](const Options& same) { return loss(input, target, same).unsqueeze(dim); }).squeeze(dim);
+    if (o.reduction == "none") return rows;
+    const at::Tensor sum = rows.sum(at::kDouble);
+    return (o.reduction == "mean" ? sum / counted_rows(input, target, o) : sum).to(rows.scalar_type());
   }
   static TwoTensors forward(const at::Tensor& input, const at::Tensor& target, const Options& o) {
     const Result r = forward_backward(input, target, o, std::nullopt);
@@ -310,6 +326,10 @@ struct EntmaxLoss {
     check_handed(Options::kName, "stats", stats, input, accumulate_type(input.scalar_type()),
                  stats_sizes(input, target));
     if (input.is_meta() || input.numel() == 0) return at::empty_like(input);
+    if (!use_cuda(input) && is_mixed(o.row_alpha)) {
+      const auto of_rows = [&](const Options& same) { return gradient(grad_output, input, target, stats, same); };
+      return at::empty_like(input).copy_(by_steepness(o, of_rows));
+    }
     const c10::OptionalDeviceGuard guard(input.device());
     LossRows rows(input, target, o, /*has_gradient=*/true);
     const bool divides = use_cuda(input) && o.reduction == "mean";

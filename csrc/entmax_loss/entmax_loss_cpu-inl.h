@@ -189,7 +189,8 @@ inline void loss_row(Team team, const LossTile<A>& tile, int64_t i, double alpha
   tile.put_loss(i, loss_of(of_p, own_p, r, has_class ? nullptr : &of_y, alpha, surprise));
   if (tile.out == nullptr) return;
   A* const out = tile.out_of(i);
-  const A g = tile.gradient(i);
+  const bool has_mass = of_p.mass + double(own_p) > 0;  // else the gradient is NaN, as the loss is
+  const A g = has_mass ? tile.gradient(i) : std::numeric_limits<A>::quiet_NaN();
   const V factor = splat<V>(g);
   for_parts(team, n, kSumBlock, [&](int64_t begin, int64_t end) {
     if (has_class) map_row(out + begin, end - begin, [&](V pv) { return pv * factor; }, p + begin);
@@ -233,6 +234,7 @@ inline void loss_lanes(const LossTile<A>& tile, int64_t begin, int64_t count, do
     tile.put_loss(begin + k, tile.counts(own[k]) ? loss : 0);
   }
   if (tile.out == nullptr) return;
+  g = of_p.mass + own_p > A(0) ? g : splat<V>(std::numeric_limits<A>::quiet_NaN());
   for (int64_t c = 0; c < n; ++c) p[c] = (has_distribution ? p[c] - y[c] : p[c]) * g;
   store_lanes(tile.out_of(begin), tile.out_rows, n, count, p);
   for (int64_t k = 0; k < count; ++k) {

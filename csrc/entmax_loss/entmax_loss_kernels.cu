@@ -128,9 +128,11 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<dou
     if (has_distribution) of_distribution = sum_of_row<kRowThreads>(of_distribution, turn);
     if (threadIdx.x % kRowThreads != 0) continue;
     const A own = counts && !has_distribution ? probability(r) : A(0);
-    threshold.others = A(wide(of_probabilities.mass));
-    static_cast<A*>(p.row_loss)[index] =
+    const A loss =
         counts ? A(loss_of(of_probabilities, own, r, has_distribution, of_distribution, alpha, probability, w)) : A(0);
+    static_cast<A*>(p.row_loss)[index] = loss;
+    threshold.others = A(wide(of_probabilities.mass));
+    if (loss != loss) threshold.t = threshold.others = loss;  // so that the gradient is NaN, too
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include <ATen/ops/log_softmax.h>
 #include <ATen/ops/softmax.h>
+#include <ATen/ops/where.h>
 
 #include "common/row_map.h"
 
@@ -36,8 +37,13 @@ struct LogSoftmax {
   static at::Tensor composed(const at::Tensor& logits, const Options& o) { return at::log_softmax(logits, o.dim); }
 
   static at::Tensor composed_backward(const at::Tensor& grad_output, const at::Tensor& output, const Options& o) {
-    const at::Tensor g = grad_output.masked_fill(output == kMasked, 0);
-    return g - output.exp() * g.sum(o.dim, /*keepdim=*/true);
+    // As the kernels: next to a probability of 1, without a difference of rounded numbers.
+    const at::Tensor g = grad_output.masked_fill(output == kMasked, 0), p = output.exp();
+    const at::Tensor is_one = output > -1.0 / 64;
+    const auto sum_of_others = [&](const at::Tensor& t) {
+      return t.masked_fill(is_one, 0).sum(o.dim, /*keepdim=*/true);
+    };
+    return at::where(is_one, g * sum_of_others(p) - p * sum_of_others(g), g - p * g.sum(o.dim, /*keepdim=*/true));
   }
 };
 

@@ -69,16 +69,62 @@ inline void log_softmax_row(Team team, const T* x, T* y, int64_t n, const Logits
   });
 }
 
-// Log-softmax: g - exp(y) Σ g, and 0 where y is -inf.
+// Log-softmax backward is g - p Σ g with p = exp(y), and 0 where y is -inf. Of the p next to 1 the difference would be
+// rounding: there it is g q - p Σ of the other g, where q = 1 - p is Σ of the other p.
+template <class A>
+constexpr A kNextToOne = A(-1.0 / 64);  // y of this p, of which a row has at most one
+
+template <class T>
+struct LogSoftmaxGradient {
+  using V = Vec<T>;
+  const Logits<T, false>& logits;
+  V all = {}, others = {}, lacking = {};  // Σ g; without the p next to 1, Σ g and Σ p
+
+  static auto is_next_to_one(V y) { return y > kNextToOne<Acc<T>>; }
+  static V counted(V y, V g) { return y == splat<V>(-std::numeric_limits<Acc<T>>::infinity()) ? V{} : g; }
+  static V other_g(V y, V g) { return is_next_to_one(y) ? V{} : counted(y, g); }
+  V p(V y) const { return logits.term(y, V{}); }
+  V other_p(V y) const { return is_next_to_one(y) ? V{} : p(y); }
+
+  V operator()(V y, V g) const { return counted(y, g) - p(y) * all; }
+  V exact(V y, V g) const {
+    const V of_one = rounded_product(g, lacking) - p(y) * others;
+    return is_next_to_one(y) ? of_one : (*this)(y, g);
+  }
+};
+
 template <class T, class Team>
 inline void log_softmax_bwd_row(Team team, T* out, const T* y, const T* g, int64_t n, const Logits<T, false>& logits) {
+  using A = Acc<T>;
   using V = Vec<T>;
-  const V low = splat<V>(-std::numeric_limits<Acc<T>>::infinity());
-  const auto counted = [&](V yv, V gv) { return yv == low ? V{} : gv; };
-  const V sum = splat<V>(Acc<T>(sum_row(team, n, counted, y, g)));
+  LogSoftmaxGradient<T> gradient = {logits};
+  struct Sums {
+    double all, largest_y;
+  };
+  const V low = splat<V>(-std::numeric_limits<A>::infinity());
+  const auto of_block = [&](int64_t begin, int64_t end) {
+    V all[2] = {}, largest[2] = {low, low};
+    const auto add = [&](int, int64_t, auto yv, auto gv) {
+      all[0] += gradient.counted(yv.a, gv.a), all[1] += gradient.counted(yv.b, gv.b);
+      largest[0] = vmax(yv.a, largest[0]), largest[1] = vmax(yv.b, largest[1]);
+    };
+    for_pairs<2>(end - begin, low[0], add, y + begin, g + begin);
+    return Sums{double(reduce_add(all[0] + all[1])), double(reduce_max(vmax(largest[0], largest[1])))};
+  };
+  const Sums sums = reduce_row(team, n, kSumBlock, Sums{0, low[0]}, of_block, [](const Sums& a, const Sums& b) {
+    return Sums{a.all + b.all, std::max(a.largest_y, b.largest_y)};
+  });
+  gradient.all = splat<V>(A(sums.all));
+  const bool has_one = sums.largest_y > double(kNextToOne<A>);
+  if (has_one) {
+    const auto sum_of = [&](const auto& f) { return splat<V>(A(sum_row(team, n, f, y, g))); };
+    gradient.others = sum_of([&](V yv, V gv) { return gradient.other_g(yv, gv); });
+    gradient.lacking = sum_of([&](V yv, V) { return gradient.other_p(yv); });
+  }
   for_parts(team, n, kBlock, [&](int64_t begin, int64_t end) {
-    const auto value = [&](V yv, V gv) { return counted(yv, gv) - logits.term(yv, V{}) * sum; };
-    map_row(out + begin, end - begin, value, y + begin, g + begin);
+    const auto exact = [&](V yv, V gv) { return gradient.exact(yv, gv); };
+    if (has_one) map_row(out + begin, end - begin, exact, y + begin, g + begin);
+    else map_row(out + begin, end - begin, gradient, y + begin, g + begin);
   });
 }
 
@@ -86,10 +132,17 @@ template <class T>
 [[gnu::flatten]] inline void log_softmax_bwd_lanes(const Vec<T>* y, Vec<T>* g, int64_t n,
                                                    const Logits<T, false>& logits) {
   using V = Vec<T>;
-  const V low = splat<V>(-std::numeric_limits<Acc<T>>::infinity());
-  for (int64_t c = 0; c < n; ++c) g[c] = y[c] == low ? V{} : g[c];
-  const V sum = sum_in_lanes<T>(n, [&](int64_t c) { return g[c]; });
-  for (int64_t c = 0; c < n; ++c) g[c] = g[c] - logits.term(y[c], V{}) * sum;
+  LogSoftmaxGradient<T> gradient = {logits};
+  V largest = y[0];
+  for (int64_t c = 1; c < n; ++c) largest = vmax(y[c], largest);
+  gradient.all = sum_in_lanes<T>(n, [&](int64_t c) { return gradient.counted(y[c], g[c]); });
+  if (!any_lane(gradient.is_next_to_one(largest))) {
+    for (int64_t c = 0; c < n; ++c) g[c] = gradient(y[c], g[c]);
+    return;
+  }
+  gradient.others = sum_in_lanes<T>(n, [&](int64_t c) { return gradient.other_g(y[c], g[c]); });
+  gradient.lacking = sum_in_lanes<T>(n, [&](int64_t c) { return gradient.other_p(y[c]); });
+  for (int64_t c = 0; c < n; ++c) g[c] = gradient.exact(y[c], g[c]);
 }
 
 template <class T>

@@ -2,13 +2,13 @@
 //
 // The output is read once by 16 bytes, and kept until the sums of the row are known, in registers or shared memory; of
 // grad_output only the vectors that have an element of the support, twice, the second time from cache. The gradient is
-// a function of y, g and a constant of the row, which is computed of Σ s g and Σ s with s = weight(y). A gradient has
+// a function of y, g and constants of the row, which are computed of Σ term and Σ s with s = weight(y). A gradient has
 //   of_row(p, row)       itself, or what it is for a row
 //   kSkipsZeros          zeros of the output have a gradient of 0
 //   kCounts              all weights are 1
 //   is_inside(y)         whether the element counts; the gradient of others is 0, even where g is infinite. NaN counts
-//   weight(y)
-//   constant(sums)       as a sum of two numbers
+//   weight(y), term(s, g) what is summed of an element: s, and s g or something else
+//   constant(sums)       what the gradient needs of them
 //   (y, g, constant)     the gradient
 //   kSetsApart           the element with the largest weight is left out of the sums: where it has nearly all of the
 //                        weight, its g is nearly the mean, and all digits of their difference count
@@ -38,8 +38,9 @@ struct JoinApart {
   }
 };
 
+// The mean of g, as a sum of two numbers.
 template <class A>
-struct Constant {
+struct Mean {
   A hi, lo;
 };
 
@@ -56,18 +57,21 @@ struct WeightedGradient : Weights {
   __device__ static bool is_most(A p, A, A) {
     return p > A(0.5);
   }
-  // The mean.
-  template <class A, class Total>
-  __device__ static Constant<A> constant(const Total& total) {
-    if constexpr (kSetsApart) {
-      const double rest = total.sum - total.of_most * total.weight;
-      return {A(total.of_most), A(rest / (total.weight + total.most))};
-    } else {
-      return {A(total.sum / decltype(total.sum)(total.weight)), 0};
-    }
+  template <class A>
+  __device__ static A term(A s, A g) {
+    return s * g;
   }
   template <class A>
-  __device__ A operator()(A p, A g, const Constant<A>& mean) const {
+  __device__ static Mean<A> constant(const ApartTotal<A>& total) {
+    const double rest = total.sum - total.of_most * total.weight;
+    return {A(total.of_most), A(rest / (total.weight + total.most))};
+  }
+  template <class A, class S>
+  __device__ static Mean<A> constant(const SupportTotal<S, true>& total) {
+    return {A(total.sum / S(total.weight)), 0};
+  }
+  template <class A>
+  __device__ A operator()(A p, A g, const Mean<A>& mean) const {
     return this->weight(p) * ((g - mean.hi) - mean.lo);
   }
 };
@@ -96,7 +100,7 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
     const auto is_dead = [](const Vec<T>& v) { return Gradients::kSkipsZeros && all_bits_zero(v); };
     row.load();
 
-    // Σ s g and Σ s; NaN where an output is.
+    // NaN where an output is.
     SupportSum<A, Gradients::kCounts> own;
     A most = 0, of_most = 0;
     const auto add = [&](T of_y, T of_g) {
@@ -106,13 +110,13 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
       if constexpr (Gradients::kCounts) grad += v - v;
       if constexpr (Gradients::kSetsApart) {
         if (gradient.is_most(v, s, most)) {
-          if (most > 0) own.add(most * of_most, most);
+          if (most > 0) own.add(gradient.term(most, of_most), most);
           most = s;
           of_most = grad;
           return;
         }
       }
-      own.add(s * grad, s);
+      own.add(gradient.term(s, grad), s);
     };
     row.read(
         true,
@@ -127,15 +131,16 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<T, 
           add(v, g[i * g_stride]);
           own.join_part();
         });
-    Constant<A> constant;
-    if constexpr (Gradients::kSetsApart) {
-      const auto sums = own.total();
-      const ApartTotal<A> total = {sums.sum, sums.weight, most, of_most};
-      constant = gradient.template constant<A>(row_reduce<kRowThreads>(total, turn, JoinApart()));
-    } else {
-      const auto total = own.template total<SumOf<T, kRowThreads, kVectors>>();
-      constant = gradient.template constant<A>(row_reduce<kRowThreads>(total, turn, Join()));
-    }
+    const auto constant = [&] {
+      if constexpr (Gradients::kSetsApart) {
+        const auto sums = own.total();
+        const ApartTotal<A> total = {sums.sum, sums.weight, most, of_most};
+        return gradient.template constant<A>(row_reduce<kRowThreads>(total, turn, JoinApart()));
+      } else {
+        const auto total = own.template total<SumOf<T, kRowThreads, kVectors>>();
+        return gradient.template constant<A>(row_reduce<kRowThreads>(total, turn, Join()));
+      }
+    }();
 
     const A scale = A(1 / temperature_within<A>(p.temperature(index)));
     const auto value = [&](T of_y, T of_g) {
