@@ -190,6 +190,13 @@ def test_a_learnable_alpha_stays_in_its_range(device):
         ValueError, match=r"Entmax: alpha: expected values between 1 and 2 where it is learnable, got 2\.5"
     ):
         tse.Entmax(2.5, learnable=True)
+    assert "alpha=<(3, 1, 1)>, dim=-1, learnable=True" in repr(module)
+    parameter = module.alpha_logit
+    module.alpha = 1.25
+    assert module.alpha_logit is parameter
+    close(module.alpha.detach().cpu(), torch.full((3, 1, 1), 1.25))
+    with pytest.raises(ValueError, match="Entmax: alpha: expected values between 1 and 2"):
+        module.alpha = 3.0
 
 
 def test_modules_take_a_mask(device):

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from torch_softmax_ext._options import described
 from torch_softmax_ext._row_map import RowMapModule, documented_map, row_map
 
 
@@ -56,7 +57,8 @@ def entmax(
 
     Args:
         alpha: a positive number, or one for each row: a tensor that broadcasts to ``input`` and has size 1 along
-            ``dim``, with gradient; its values are not checked. Below 1 no probability is 0. Above 2 the curve is
+            ``dim``, with gradient; its values are not checked. Below 1 only logits of -inf have
+            a probability of 0. Above 2 the curve is
             vertical where a probability ends, and rows are computed in float64.
         {arguments}
 
@@ -104,21 +106,32 @@ class Entmax(RowMapModule):
         self.dim, self.learnable, self.dtype = dim, learnable, dtype
         self._set_option("temperature", temperature)
         if learnable:
-            start = torch.as_tensor(alpha, dtype=None if torch.is_tensor(alpha) else torch.get_default_dtype())
-            if not ((start > 1) & (start < 2)).all():
-                raise ValueError(f"Entmax: alpha: expected values between 1 and 2 where it is learnable, got {alpha}")
-            self.alpha_logit = nn.Parameter(torch.logit(start.detach() - 1))
+            self.alpha_logit = nn.Parameter(self._logit_of(alpha))
         else:
             self._set_option("alpha", alpha)
+
+    @staticmethod
+    def _logit_of(alpha: float | Tensor) -> Tensor:
+        start = torch.as_tensor(alpha, dtype=None if torch.is_tensor(alpha) else torch.get_default_dtype()).detach()
+        if not ((start > 1) & (start < 2)).all():
+            raise ValueError(f"Entmax: alpha: expected values between 1 and 2 where it is learnable, got {alpha}")
+        return torch.logit(start - 1)
 
     def __getattr__(self, name):
         if name == "alpha" and self.learnable:
             return 1 + torch.sigmoid(self.alpha_logit)
         return super().__getattr__(name)
 
+    def __setattr__(self, name, value) -> None:
+        if name == "alpha" and self.learnable:  # the parameter stays, with another value
+            with torch.no_grad():
+                self.alpha_logit.copy_(self._logit_of(value))
+            return
+        super().__setattr__(name, value)
+
     def forward(self, input: Tensor, mask: Tensor | None = None) -> Tensor:
         return entmax(input, self.alpha, self.dim, temperature=self.temperature, mask=mask, dtype=self.dtype)
 
     def extra_repr(self) -> str:
         names = ("alpha", "dim", "learnable", "temperature", "dtype")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return described((name, getattr(self, name)) for name in names)

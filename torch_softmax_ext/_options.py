@@ -5,6 +5,7 @@ A function takes tensors first, then options, in the order of its operator.
 """
 
 import inspect
+from collections.abc import Iterable
 from types import NoneType
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -88,6 +89,17 @@ def documented(**texts):
     return decorate
 
 
+def described(options: Iterable[tuple[str, object]]) -> str:
+    """The options of a module for its repr; of tensors with several elements, the shape."""
+
+    def short(value):
+        if not isinstance(value, Tensor):
+            return repr(value)
+        return f"{value.item():.4g}" if value.numel() == 1 and not value.is_meta else f"<{tuple(value.shape)}>"
+
+    return ", ".join(f"{name}={short(value)}" for name, value in options)
+
+
 class FunctionModule(nn.Module):
     """Base of modules that call a public function: ``class M(FunctionModule, function=f)``.
 
@@ -136,4 +148,4 @@ class FunctionModule(nn.Module):
         return {name: getattr(self, name) for name in self._names}
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self._arguments().items() if name != "weight")
+        return described((name, value) for name, value in self._arguments().items() if name != "weight")

@@ -15,7 +15,8 @@ def sparsemax(
     mask: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    r"""Sparsemax: the Euclidean projection of each row onto the probability simplex. Most results are exact zeros.
+    r"""Sparsemax: the Euclidean projection of each row onto the probability simplex. Results far from the
+    largest are exact zeros.
 
     .. math:: p_i = \max(s_i - \tau, 0), \quad \tau \text{ such that } \sum_i p_i = 1,
         \quad s = x / \text{temperature} + \text{mask}
