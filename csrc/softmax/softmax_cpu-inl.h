@@ -11,12 +11,11 @@
 #include "common/cpu/exp_sum-inl.h"
 #include "common/cpu/row_map-inl.h"
 
-// The terms of a row of a half type, kept for the second walk. Longer rows, and those of wider types, are limited by
-// caches and memory, which these would go through, too.
-constexpr int64_t kMostKept = 16384;
+// Whether the terms of a row are kept for the second walk. Longer rows are limited by caches and memory, which these
+// would go through, too.
 template <class T>
 inline bool keeps_terms(int64_t n) {
-  return sizeof(T) == 2 && n <= kMostKept;
+  return n <= (sizeof(T) == 2 ? 16384 : sizeof(T) == 4 ? 3072 : 0);
 }
 template <class A>
 struct KeptTerms {
