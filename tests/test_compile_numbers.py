@@ -67,6 +67,40 @@ def test_a_changing_number_compiles_at_most_three_graphs(device, function, name,
     assert counter.frame_count <= 3
 
 
+MAPS = [
+    (tse.softmax, "temperature"),
+    (tse.log_softmax, "temperature"),
+    (tse.sparsemax, "temperature"),
+    (tse.entmax, "temperature"),
+    (tse.entmax, "alpha"),
+]
+
+
+@pytest.mark.parametrize(("function", "name"), MAPS, ids=lambda v: getattr(v, "__name__", v))
+def test_a_changing_number_of_a_map_compiles_at_most_three_graphs(device, function, name):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x, **options: function(x, **options) * 2, backend=counter, fullgraph=True)
+    x = torch.randn(5, 4, device=device, requires_grad=True)
+    for step in range(6):
+        options = {name: 1.2 + 0.1 * step}
+        got, want = compiled(x, **options), function(x, **options) * 2
+        torch.testing.assert_close(got, want)
+        g = torch.randn_like(want)
+        torch.testing.assert_close(torch.autograd.grad(got, x, g), torch.autograd.grad(want, x, g))
+    assert counter.frame_count <= 3
+
+
+def test_a_changing_alpha_of_a_loss_compiles_at_most_three_graphs(device):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x, t, a: tse.entmax_loss(x, t, a) * 2, backend=counter, fullgraph=True)
+    x, target = torch.randn(5, 4, device=device, requires_grad=True), torch.randint(0, 4, (5,), device=device)
+    for step in range(6):
+        got, want = (f(x, target, 1.2 + 0.1 * step) for f in (compiled, lambda *t: tse.entmax_loss(*t) * 2))
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(want, x))
+    assert counter.frame_count <= 3
+
+
 @reductions
 @pytest.mark.parametrize("function", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=str)

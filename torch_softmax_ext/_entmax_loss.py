@@ -6,6 +6,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 
 from torch_softmax_ext import _C, _dtensor
 from torch_softmax_ext._options import FunctionModule, checked, documented
+from torch_softmax_ext._row_map import number_and_tensor
 from torch_softmax_ext._vmap import batch_as_rows
 
 # What the docstrings have in common.
@@ -38,8 +39,7 @@ def _loss(function):
 
     def arguments(input, target, ignore_index, reduction, *alpha):
         """In the order of the schema, which has a number and a tensor for alpha."""
-        of_alpha = [(1.5, a) if isinstance(a, Tensor) else (a, None) for a in alpha]
-        return (input, target, ignore_index, reduction, *(of_alpha[0] if alpha else ()))
+        return (input, target, ignore_index, reduction, *(number_and_tensor(*alpha) if alpha else ()))
 
     def call(input, target, ignore_index, reduction, *alpha):
         if not is_dynamo_compiling():

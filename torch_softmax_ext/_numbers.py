@@ -1,9 +1,9 @@
-"""Numbers that change from step to step under torch.compile: z_loss_weight, softcap and temperature.
+"""Numbers that change from step to step under torch.compile: z_loss_weight, softcap, temperature and alpha.
 
 A float argument of an operator is a constant of the graph, and each new value compiles again. A float that
 torch.compile has seen change becomes a tensor of the graph (its ``SymFloat``), as long as only operations on tensors
-use it. So each private operator has a twin that takes the three numbers as one float64 tensor on the CPU and reads it
-when it runs.
+use it. Maps and the losses of entmax take a tensor in the place of a number anyway. Each private operator of the other
+losses has a twin that takes the three numbers as one float64 tensor on the CPU and reads it when it runs.
 """
 
 import math
@@ -53,17 +53,17 @@ for _name in ("_cross_entropy", "_linear_cross_entropy", "_selective_log_softmax
     _define_twin(f"{_name}_backward")
 
 
+def to_tensor(number) -> Tensor:
+    """A float64 tensor on the CPU; of None, NaN."""
+    if number is None:
+        number = math.nan
+    if isinstance(number, int | float):  # torch.compile turns this product into a tensor
+        return torch.ones((), dtype=torch.float64, device="cpu") * number
+    return torch.as_tensor(number).detach().to("cpu", torch.float64).reshape(())
+
+
 def _pack(options) -> tuple[Tensor, tuple]:
     """The three numbers in a tensor, and the other options."""
-    one = torch.ones((), dtype=torch.float64, device="cpu")  # torch.compile turns its product into a tensor
-
-    def to_tensor(number):
-        if number is None:
-            number = math.nan
-        if isinstance(number, int | float):
-            return one * number
-        return torch.as_tensor(number).detach().to("cpu", torch.float64).reshape(())
-
     numbers = torch.stack([to_tensor(options.get(name, default)) for name, default in _NUMBERS.items()])
     return numbers, tuple(value for name, value in options.items() if name not in _NUMBERS)
 
@@ -148,12 +148,15 @@ class _Selective(torch.autograd.Function):
         return None, None, backward(grad_logp, grad_entropy, input, index, stats, numbers), None
 
 
-def _are_dynamic(options) -> bool:
-    """Whether one of the numbers is not a constant of the graph."""
+def is_dynamic(number) -> bool:
+    """Whether it is not a constant of the graph."""
     from torch.fx.experimental.symbolic_shapes import has_static_value  # loads sympy, which only graphs need
 
-    numbers = [options[name] for name in _NUMBERS if options.get(name) is not None]
-    return any(not isinstance(n, int | float) or not has_static_value(n) for n in numbers)
+    return not isinstance(number, int | float) or not has_static_value(number)
+
+
+def _are_dynamic(options) -> bool:
+    return any(is_dynamic(options[name]) for name in _NUMBERS if options.get(name) is not None)
 
 
 def _differentiate(*tensors) -> bool:

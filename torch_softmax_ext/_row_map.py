@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from torch_softmax_ext import _C
+from torch_softmax_ext._numbers import is_dynamic, to_tensor
 from torch_softmax_ext._options import FunctionModule, checked, documented
 
 ROW_MAPS: list[str] = []  # their names
@@ -30,8 +31,11 @@ _ERRORS = """IndexError: ``dim`` is out of range.
 documented_map = documented(arguments=_ARGUMENTS, probabilities=_PROBABILITIES, errors=_ERRORS)
 
 
-def _number_and_tensor(value) -> tuple:
-    """Of a temperature or an alpha: the number, or 1 and the tensor that replaces it."""
+def number_and_tensor(value) -> tuple:
+    """Of a temperature or an alpha: the number, or 1 and the tensor that replaces it. A number that torch.compile has
+    seen change is a tensor, too."""
+    if is_dynamo_compiling() and not isinstance(value, Tensor) and is_dynamic(value):
+        value = to_tensor(value)
     return (1.0, value) if isinstance(value, Tensor) else (value, None)
 
 
@@ -44,8 +48,8 @@ def row_map(function):
 
     def arguments(input, dim, temperature, mask, dtype, *alpha):
         """In the order of the operator's schema, which has numbers and the tensors that replace them one by one."""
-        number, row_temperature = _number_and_tensor(temperature)
-        of_alpha = _number_and_tensor(*alpha) if alpha else ()
+        number, row_temperature = number_and_tensor(temperature)
+        of_alpha = number_and_tensor(*alpha) if alpha else ()
         return (input, dim, row_temperature, mask, number, dtype, *of_alpha)
 
     def call(input, dim, temperature, mask, dtype, *alpha):
