@@ -119,6 +119,18 @@ def test_gradcheck_of_alpha(device, of_classes):
 
 @losses
 @pytest.mark.parametrize("n", [5, 300])
+def test_single_logits_of_minus_inf(device, loss, alpha, n):
+    """deep-spin/entmax #9: they made the loss NaN."""
+    x, t = torch.randn(3, n, device=device), torch.tensor([0, 1, 2], device=device)
+    padded = torch.cat([x, torch.full((3, 2), -torch.inf, device=device)], 1).requires_grad_()
+    y = loss(padded, t, reduction="none")
+    close(y, loss(x, t, reduction="none"))
+    (g,) = torch.autograd.grad(y.sum(), padded)
+    assert g.isfinite().all() and (g[:, n:] == 0).all()
+
+
+@losses
+@pytest.mark.parametrize("n", [5, 300])
 def test_a_row_of_minus_inf_has_no_loss(device, loss, alpha, n):
     """As in torch's cross_entropy: loss and gradient are NaN, unless the row is ignored."""
     x = torch.randn(3, n, device=device)

@@ -42,6 +42,7 @@ def test_probabilities_add_up_to_one_wherever_the_threshold_lies(device, n, offs
 @pytest.mark.parametrize("n", [3, 64, 300, 5000])
 @pytest.mark.parametrize("inner", [2, 7, 131])
 def test_the_same_bits_along_any_dimension(dtype, n, inner):
+    """pytorch #14923 asks for sparsemax along any dimension."""
     x = torch.randn(2, n, inner, dtype=torch.float64).to(dtype).requires_grad_()
     g = torch.randn_like(x)
     rows = x.movedim(1, -1).contiguous()
