@@ -189,8 +189,11 @@ def test_no_classes_and_no_rows(device, loss, alpha, reduction):
 @losses
 def test_nan_in_a_distribution_is_seen(device, loss, alpha):
     y = torch.tensor([[float("nan"), 1, 0, 0], [0, 1, 0, 0]], device=device)
-    got = loss(torch.randn(2, 4, device=device), y, reduction="none")
+    x = torch.randn(2, 4, device=device, requires_grad=True)
+    got = loss(x, y, reduction="none")
     assert got.isnan().tolist() == [True, False]
+    (g,) = torch.autograd.grad(got.sum(), x)
+    assert g.isnan().tolist() == [[True, False, False, False], [False] * 4]
 
 
 @pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])

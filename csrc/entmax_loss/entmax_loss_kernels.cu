@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(kBlockThreads<kRowThreads>, kBlocksAtLeast<dou
         counts ? A(loss_of(of_probabilities, own, r, has_distribution, of_distribution, alpha, probability, w)) : A(0);
     static_cast<A*>(p.row_loss)[index] = loss;
     threshold.others = A(wide(of_probabilities.mass));
-    if (loss != loss) threshold.t = threshold.others = loss;  // so that the gradient is NaN, too
+    const bool has_mass = threshold.others + own > 0;
+    if (counts && !has_mass) threshold.t = threshold.others = loss;  // NaN, and so is the gradient
   }
 }
 
