@@ -56,9 +56,10 @@ def test_zero_at_the_margin_and_never_negative(device, alpha, dtype, n):
         return tse.entmax_loss(x, t, alpha, reduction=reduction)
 
     margin = 1 / (alpha - 1)
-    x = (torch.randn(64, n, device=device) / 8).clamp(-0.5, 0.5).to(dtype)
-    t = torch.arange(64, device=device) % n
-    rows = torch.arange(64, device=device)
+    count = 64 if n == 10 else 8
+    x = (torch.randn(count, n, device=device) / 8).clamp(-0.5, 0.5).to(dtype)
+    t = torch.arange(count, device=device) % n
+    rows = torch.arange(count, device=device)
     others = x.scatter(1, t[:, None], -float("inf")).amax(1)
     for above, is_zero in ((margin + 0.25, True), (margin, None), (margin - 0.03125, None), (margin - 0.25, False)):
         x[rows, t] = (others.double() + above).to(dtype)
