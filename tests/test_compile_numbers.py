@@ -50,7 +50,11 @@ def run(function, x, target, **options):
 
 
 CASES = [(*pair, "aot_eager") for pair in PAIRS]
-CASES += [(*pair, "inductor") for pair in PAIRS if pair[0] not in ("metrics", "entropy")]  # same graphs
+CASES += [
+    pytest.param(*pair, "inductor", marks=() if pair == PAIRS[0] else pytest.mark.full)
+    for pair in PAIRS
+    if pair[0] not in ("metrics", "entropy")  # same graphs
+]
 
 
 @pytest.mark.parametrize(("function", "name", "backend"), CASES)
