@@ -31,7 +31,7 @@ demo: $(VENV)/.torch ## set up, build, train a small language model with and wit
 	else LEAVE_OUT_CUDA_KERNELS=1 pip install --quiet --no-build-isolation --editable ".[test,demo,bench]"; fi
 	python examples/train_language_model.py
 
-test: $(VENV)/.built ## set up, build and test, within ten minutes on two cores
+test: $(VENV)/.built ## set up, build and test, about ten minutes on two cores
 	python -m pytest -n $(PROCESSES) --dist worksteal
 
 test-all: $(VENV)/.built ## every test: also sanitizers, planted bugs, every instruction-set level; 45 minutes

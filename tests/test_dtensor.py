@@ -167,7 +167,7 @@ def worker(rank, store):
                 failed.append(f"{case[0]}: {type(error).__name__}: {str(error)[:400]}")
         assert not failed, "\n".join(failed)
         check_errors(mesh)
-        torch.distributed.barrier()  # gloo aborts a process whose peer has gone
+        torch.distributed.barrier()  # so that no process outlives its peer
     finally:
         torch.distributed.destroy_process_group()
 

@@ -37,7 +37,7 @@ struct RowMapOptions {  // in the order of the schema
   }
   // Whether the arithmetic is in double, whatever the dtypes.
   bool is_double() const { return false; }
-  bool is_mixed() const { return false; }
+  bool is_mixed() const { return false; }  // whether only some alphas are above 2
   bool prepares() const { return row_temperature.has_value() || mask.has_value() || temperature != 1; }
 };
 
@@ -48,14 +48,14 @@ inline bool is_steep(double alpha, const OptionalTensor& row_alpha) {
   return row_alpha->numel() > 0 && row_alpha->max().item<double>() > 2;
 }
 
-// Whether a call has alphas above 2 and others.
+// Whether some alphas are above 2 and others are not.
 inline bool is_mixed(const OptionalTensor& row_alpha) {
   return row_alpha.has_value() && row_alpha->numel() > 1 && is_steep(0, row_alpha) &&
          !(row_alpha->min().item<double>() > 2);
 }
 
-// f(options) of rows with an alpha above 2, whose arithmetic is another, and of the others: the bits of a row do not
-// depend on the alphas of the others.
+// Of each row f(options), computed once for all alphas above 2, which take double, and once for the others. So the bits
+// of a row do not depend on the alphas of other rows.
 template <class Options, class F>
 at::Tensor by_steepness(const Options& o, const F& f) {
   const at::Tensor &alpha = *o.row_alpha, is_above = alpha > 2;

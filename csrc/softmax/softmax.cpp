@@ -39,7 +39,7 @@ struct LogSoftmax {
   static at::Tensor composed_backward(const at::Tensor& grad_output, const at::Tensor& output, const Options& o) {
     // As the kernels: next to a probability of 1, without a difference of rounded numbers.
     const at::Tensor g = grad_output.masked_fill(output == kMasked, 0), p = output.exp();
-    const at::Tensor is_one = output > -1.0 / 64;
+    const at::Tensor is_one = output > kNextToOne;
     const auto sum_of_others = [&](const at::Tensor& t) {
       return t.masked_fill(is_one, 0).sum(o.dim, /*keepdim=*/true);
     };

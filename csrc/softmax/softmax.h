@@ -4,6 +4,9 @@
 
 namespace tse {
 
+// Backward of log-softmax: above this log p, of which a row has at most one, 1 - p is the sum of the other p.
+constexpr double kNextToOne = -1.0 / 64;
+
 // CPU: rows [begin, end).
 void softmax_fwd_rows(const RowMapParams& p, int64_t begin, int64_t end);
 void softmax_bwd_rows(const RowMapParams& p, int64_t begin, int64_t end);

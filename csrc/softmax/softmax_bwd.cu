@@ -22,7 +22,7 @@ struct LogSoftmaxGradient {
   };
   __device__ const LogSoftmaxGradient& of_row(const RowMapParams&, int64_t) const { return *this; }
   __device__ static bool is_inside(A y) { return y != -infinity<A>(); }
-  __device__ static bool is_next_to_one(A y) { return y > A(-1.0 / 64); }
+  __device__ static bool is_next_to_one(A y) { return y > A(kNextToOne); }
   __device__ static bool is_most(A y, A, A) { return is_next_to_one(y); }
   __device__ static A weight(A y) { return exp2_of(y * kLog2e<A>); }
   __device__ static A term(A, A g) { return g; }

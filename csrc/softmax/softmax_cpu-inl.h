@@ -70,16 +70,13 @@ inline void log_softmax_row(Team team, const T* x, T* y, int64_t n, const Logits
 
 // Log-softmax backward is g - p Σ g with p = exp(y), and 0 where y is -inf. Of the p next to 1 the difference would be
 // rounding: there it is g q - p Σ of the other g, where q = 1 - p is Σ of the other p.
-template <class A>
-constexpr A kNextToOne = A(-1.0 / 64);  // y of this p, of which a row has at most one
-
 template <class T>
 struct LogSoftmaxGradient {
   using V = Vec<T>;
   const Logits<T, false>& logits;
   V all = {}, others = {}, lacking = {};  // Σ g; without the p next to 1, Σ g and Σ p
 
-  static auto is_next_to_one(V y) { return y > kNextToOne<Acc<T>>; }
+  static auto is_next_to_one(V y) { return y > Acc<T>(kNextToOne); }
   static V counted(V y, V g) { return y == splat<V>(-std::numeric_limits<Acc<T>>::infinity()) ? V{} : g; }
   static V other_g(V y, V g) { return is_next_to_one(y) ? V{} : counted(y, g); }
   V p(V y) const { return logits.term(y, V{}); }
@@ -114,7 +111,7 @@ inline void log_softmax_bwd_row(Team team, T* out, const T* y, const T* g, int64
     return Sums{a.all + b.all, std::max(a.largest_y, b.largest_y)};
   });
   gradient.all = splat<V>(A(sums.all));
-  const bool has_one = sums.largest_y > double(kNextToOne<A>);
+  const bool has_one = sums.largest_y > kNextToOne;
   if (has_one) {
     const auto sum_of = [&](const auto& f) { return splat<V>(A(sum_row(team, n, f, y, g))); };
     gradient.others = sum_of([&](V yv, V gv) { return gradient.other_g(yv, gv); });
@@ -150,7 +147,7 @@ inline bool takes_lanes(const RowMapParams& p) {
 }
 
 // Rows in lanes. Those of more than kMostInLanes elements get the bits that the row walk gives them.
-static_assert(kMostInColumns <= kBlock && kMostInColumns <= kSumBlock);  // which is one block
+static_assert(kMostInColumns <= kBlock && kMostInColumns <= kSumBlock);  // to the row walk they are one block
 template <bool kLog, class T>
 inline void softmax_lanes(const RowMapParams& p, int64_t begin, int64_t end) {
   using A = Acc<T>;
