@@ -163,6 +163,11 @@ def test_func_transforms_over_tensors(device):
                 torch.func.grad(lambda *a, f=f: call(f)(*a).square().sum(), argnums) for f in (spec.op, spec.reference)
             )
             close(ours(x, t, m), reference(x, t, m))
+        ours, reference = (
+            torch.func.jvp(call(f), (x, t, m), tuple(torch.ones_like(v) * 0.3 + v for v in (x, t, m)))
+            for f in (spec.op, spec.reference)
+        )
+        close(ours, reference)
     a = torch.full((3, 1, 1), 1.3, device=device, dtype=torch.float64)
     _, got = torch.func.jvp(lambda a: tse.entmax(x, a), (a,), (torch.ones_like(a),))
     _, want = torch.func.jvp(lambda a: ENTMAX.reference(x, alpha=a), (a,), (torch.ones_like(a),))
